@@ -1,0 +1,187 @@
+"""The simulated source: what it says, in which pieces and at which pace."""
+
+import asyncio
+import re
+import time
+import unicodedata
+from collections import Counter
+from contextlib import aclosing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chatserver.sources import Message, Prompt
+from chatserver.sources.simulated import CLOSINGS, CODE, LISTS, OPENINGS, THOUGHTS, Simulated, compose, quote, tokenise
+
+QUESTIONS = [
+    "hello",
+    "¿Qué tal?",
+    "tell me a story " * 200,
+    "x" * 32_000,
+    "a " * 16_000,
+    "日本語で" * 500,
+    "👩‍👩‍👧‍👦" * 200,
+]
+
+
+def prompt(question: str, turn: int = 1) -> Prompt:
+    return Prompt((Message("user", question),), turn)
+
+
+async def tokens_of(source: Simulated, question: str, turn: int = 1) -> list[str]:
+    return [token async for token in source.reply(prompt(question, turn))]
+
+
+def is_inner(char: str) -> bool:
+    """Tell whether a character is shown as a part of the one before it."""
+    return unicodedata.category(char).startswith("M") or char == "\u200d" or "\U0001f3fb" <= char <= "\U0001f3ff"
+
+
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question[:8])
+@pytest.mark.parametrize("turn", range(1, 30))
+def test_each_answer_is_60_to_150_words_with_quote_list_code_and_non_ascii(question: str, turn: int) -> None:
+    text = compose(question, turn)
+    assert 60 <= len(text.split()) <= 150
+    assert f"> {quote(question)}\n" in text
+    lines = text.split("\n")
+    assert sum(line.startswith(("- ", "1. ", "2. ", "3. ")) for line in lines) >= 3
+    fences = [line for line in lines if line.startswith("```")]
+    assert len(fences) == 2 and len(fences[0]) > 3 and fences[1] == "```"
+    assert not text.replace(quote(question), "").isascii()
+
+
+def test_every_part_that_can_be_chosen_keeps_the_promise_of_the_length() -> None:
+    parts = (OPENINGS, THOUGHTS, LISTS, CODE, CLOSINGS)
+    filled = 2  # "{words}" and "{chars}" become two words each
+    for words in (str.split, re.compile(r"\w+").findall):  # with and without punctuation that stands alone
+        shortest = sum(min(len(words(text)) for text in options) for options in parts)
+        longest = sum(max(len(words(text)) for text in options) for options in parts)
+        assert shortest + len(words("> one")) >= 60
+        assert longest + filled + len(words(f"> {quote('a ' * 99)}")) <= 150
+
+
+def test_the_answer_is_the_same_again_and_varies_with_the_question_and_the_turn() -> None:
+    source = Simulated(0, None)
+    first = asyncio.run(tokens_of(source, "hello"))
+    assert first == asyncio.run(tokens_of(Simulated(0, None), "hello"))
+    answers = {compose(question, turn) for question in ("hello", "goodbye") for turn in range(1, 11)}
+    assert len(answers) == 20
+    shapes = Counter(compose("hello", turn).split("\n\n")[2] for turn in range(1, 60))
+    assert len(shapes) == len(THOUGHTS), "each part gets its turn"
+
+
+def test_a_short_question_is_quoted_whole_and_a_long_one_in_part() -> None:
+    assert quote("  how\r\n\r\nare   you? ") == "how are you?"
+    assert quote("y" * 90) == "y" * 90
+    assert quote("y" * 91) == "y" * 90 + " …"
+    assert quote("one two " * 6) == ("one two " * 6).strip()
+    assert quote("one two " * 7) == ("one two " * 6).strip() + " …"
+    assert quote("incomprehensibilities " * 5) == ("incomprehensibilities " * 4).strip() + " …"
+    assert quote("a" * 89 + "e\u0301" + "b") == "a" * 89 + " …", "not between a letter and its accent"
+    assert quote("\u0301" * 200).endswith(" …")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.integers(1, 1000))
+def test_tokens_joined_are_the_text_and_none_starts_within_a_character(question: str, turn: int) -> None:
+    for text in (question, compose(question, turn)):
+        tokens = list(tokenise(text))
+        assert "".join(tokens) == text
+        assert all(tokens)
+        assert not any(is_inner(token[0]) for token in tokens[1:])
+        assert not any(token.endswith("\u200d") for token in tokens[:-1])
+
+
+def test_tokens_look_like_a_models() -> None:
+    assert list(tokenise("Hello there, world! 2026\n\n- a")) == [
+        "Hello",
+        " there",
+        ",",
+        " world",
+        "!",
+        " 202",
+        "6",
+        "\n\n",
+        "-",
+        " a",
+    ]
+    assert list(tokenise("incomprehensible")) == ["incompreh", "ensible"]
+    assert list(tokenise("🇪🇸🇫🇷 👍🏽 👩‍🚀 e\u0301te\u0301")) == ["🇪🇸", "🇫🇷", " 👍🏽", " 👩‍🚀", " e\u0301", "te\u0301"]
+    assert list(tokenise("a\r\nb")) == ["a", "\r\n", "b"]
+    tokens = list(tokenise(compose("hello", 1)))
+    assert 100 < len(tokens) < 400
+    assert max(map(len, tokens)) <= 12
+
+
+@pytest.mark.parametrize("count", [1, 20, 5_000])
+def test_a_set_number_of_tokens_is_kept_whatever_the_question(count: int) -> None:
+    source = Simulated(0, count)
+    for question in ("hello", "long " * 1000):
+        tokens = asyncio.run(tokens_of(source, question))
+        assert len(tokens) == count
+        assert all(tokens)
+
+
+def test_replies_at_delay_0_take_turns_and_leave_the_loop_to_others() -> None:
+    async def run() -> None:
+        source = Simulated(0, 100)
+        said: Counter[int] = Counter()
+        spread = 0
+
+        async def consume(number: int) -> None:
+            nonlocal spread
+            async for _ in source.reply(prompt("hello")):
+                said[number] += 1
+                spread = max(spread, max(said.values()) - min(said[n] for n in range(50)))
+
+        passes = 0
+        replies = asyncio.gather(*(consume(number) for number in range(50)))
+        while not replies.done():
+            await asyncio.sleep(0)
+            passes += 1
+        await replies
+        assert set(said.values()) == {100}
+        assert spread <= 1, "none is a token ahead of another"
+        assert passes >= 100, "something else runs between two tokens"
+
+    asyncio.run(run())
+
+
+def test_the_pace_is_the_delay_without_drift() -> None:
+    async def run() -> float:
+        started = time.monotonic()
+        assert len(await tokens_of(Simulated(0.01, 50), "hello")) == 50
+        return time.monotonic() - started
+
+    # The best of a few, since the machine may be busy; the drift of plain sleeps would be there each time.
+    fastest = min(asyncio.run(run()) for _ in range(3))
+    assert 0.49 <= fastest < 0.54
+
+
+def test_a_stall_is_not_made_good_by_a_burst() -> None:
+    async def run() -> list[float]:
+        times = []
+        async for _ in Simulated(0.03, 8).reply(prompt("hello")):
+            times.append(time.monotonic())
+            if len(times) == 2:
+                time.sleep(0.15)  # blocks the loop, as a stalled machine would
+        return times
+
+    times = asyncio.run(run())
+    assert times[-1] - times[2] >= 0.03 * 4
+
+
+def test_a_reply_can_be_cancelled_or_closed_anywhere() -> None:
+    async def run() -> None:
+        source = Simulated(30, None)
+        task = asyncio.create_task(tokens_of(source, "hello"))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with aclosing(Simulated(0, None).reply(prompt("hello"))) as reply:
+            assert await anext(reply)
+        assert [token async for token in reply] == []
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())

@@ -47,7 +47,9 @@ def test_each_answer_is_60_to_150_words_with_quote_list_code_and_non_ascii(quest
     lines = text.split("\n")
     assert sum(line.startswith(("- ", "1. ", "2. ", "3. ")) for line in lines) >= 3
     fences = [line for line in lines if line.startswith("```")]
-    assert len(fences) == 2 and len(fences[0]) > 3 and fences[1] == "```"
+    assert len(fences) == 2
+    assert len(fences[0]) > 3
+    assert fences[1] == "```"
     assert not text.replace(quote(question), "").isascii()
 
 
@@ -164,7 +166,7 @@ def test_a_stall_is_not_made_good_by_a_burst() -> None:
         async for _ in Simulated(0.03, 8).reply(prompt("hello")):
             times.append(time.monotonic())
             if len(times) == 2:
-                time.sleep(0.15)  # blocks the loop, as a stalled machine would
+                time.sleep(0.15)  # noqa: ASYNC251 - blocks the loop, as a stalled machine would
         return times
 
     times = asyncio.run(run())

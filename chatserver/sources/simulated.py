@@ -17,7 +17,7 @@ class Simulated:
     """Answers in 60 to 150 words that quote the question, at an even pace."""
 
     def __init__(self, delay_s: float, tokens: int | None) -> None:
-        """Take the seconds before each token (0: as fast as the loop allows) and, if given, the exact number of tokens."""
+        """Take the seconds before each token (0: as fast as the loop allows) and the exact number of tokens, if any."""
         self._delay_s = delay_s
         self._tokens = tokens
 

@@ -1,0 +1,660 @@
+"""The OpenAI source over HTTP: against llmock and aimock, not written here, and answers that neither of them gives."""
+
+import asyncio
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from chatserver.errors import SetupError, SourceError
+from chatserver.settings import Settings
+from chatserver.sources import Message, Prompt, make_source
+from chatserver.sources import openai as source_module
+from chatserver.sources.openai import OpenAI
+
+KEY = "sk-test-4f9d2c7b8a1e6035"
+AIMOCK = Path(__file__).parent / "node_modules/@copilotkit/aimock/dist/cli.js"
+STORY = "Once upon a time there was a server that never lost a word, and everybody who listened heard it all."
+
+
+def settings(url: str, **changes: Any) -> Settings:
+    base = Settings(
+        reply_source="openai",
+        openai_api_key=KEY,
+        openai_base_url=f"{url}/v1",
+        openai_connect_timeout_s=2,
+        openai_read_timeout_s=5,
+    )
+    return replace(base, **changes)
+
+
+def prompt(*contents: str) -> Prompt:
+    """Return a prompt of which the last content is the user's, the one before it the assistant's, and so on."""
+    roles = ("user", "assistant")
+    messages = [Message(roles[(len(contents) - 1 - i) % 2], content) for i, content in enumerate(contents)]
+    return Prompt(messages, turn=(len(contents) + 1) // 2)
+
+
+@dataclass
+class Outcome:
+    pieces: list[str]
+    error: SourceError | None
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def code(self) -> str | None:
+        return None if self.error is None else self.error.code
+
+
+async def listen(source: OpenAI, question: Prompt) -> Outcome:
+    """Take a whole reply, as the chat does."""
+    pieces: list[str] = []
+    error = None
+    started = time.monotonic()
+    try:
+        async with aclosing(source.reply(question)) as reply:
+            async for piece in reply:
+                pieces.append(piece)  # noqa: PERF401 - what came before an error counts, too
+    except SourceError as failure:
+        error = failure
+    return Outcome(pieces, error, time.monotonic() - started)
+
+
+@asynccontextmanager
+async def opened(chosen: Settings) -> AsyncIterator[OpenAI]:
+    source = OpenAI(chosen)
+    try:
+        yield source
+    finally:
+        await source.close()
+
+
+def ask(chosen: Settings, *contents: str) -> Outcome:
+    async def run() -> Outcome:
+        async with opened(chosen) as source:
+            return await listen(source, prompt(*(contents or ("hello",))))
+
+    return asyncio.run(run())
+
+
+def started(command: list[str], address: str, **environment: str) -> Iterator[str]:
+    """Start a server and give its address, found in what it prints; end it afterwards."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
+    )
+    assert process.stdout is not None
+    try:
+        printed = []
+        for line in process.stdout:
+            printed.append(line)
+            if found := re.search(address, line):
+                yield found[1]
+                break
+        else:
+            pytest.fail("".join(printed))
+    finally:
+        process.terminate()
+        process.communicate(timeout=10)
+
+
+class LLMock:
+    """The control API of llmock."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def script(self, *behaviors: dict[str, Any]) -> None:
+        httpx.post(f"{self.url}/_llmock/scenario", json={"behaviors": behaviors}).raise_for_status()
+
+    def requests(self) -> list[dict[str, Any]]:
+        """Return the requests so far, once none is in flight any more."""
+        answer = httpx.get(f"{self.url}/_llmock/requests").raise_for_status().json()
+        found: list[dict[str, Any]] = answer["requests"]
+        return found
+
+    def verdict(self) -> list[str]:
+        """Return what llmock finds wrong with its client's manners."""
+        answer = httpx.get(f"{self.url}/_llmock/verdict").raise_for_status().json()
+        return [finding["code"] for finding in answer["findings"]]
+
+
+@pytest.fixture(scope="module")
+def llmock_url() -> Iterator[str]:
+    command = [str(Path(sys.executable).with_name("llmock")), "serve", "--port", "0", "--stream-chunk-delay-ms", "10"]
+    yield from started(command, r"running on (http://127\.0\.0\.1:\d+)")
+
+
+@pytest.fixture
+def llm(llmock_url: str, monkeypatch: pytest.MonkeyPatch) -> LLMock:
+    monkeypatch.setattr(source_module, "FIRST_WAIT_S", 0.1)
+    httpx.post(f"{llmock_url}/_llmock/reset").raise_for_status()
+    return LLMock(llmock_url)
+
+
+@pytest.fixture(autouse=True)
+def never_the_key(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Hold every test to it: the key is in no log record."""
+    caplog.set_level("INFO")
+    yield
+    assert KEY not in caplog.text
+
+
+# --- what is asked
+
+
+def test_a_plain_answer_arrives_in_pieces(llm: LLMock) -> None:
+    llm.script({"type": "reply", "text": STORY})
+    outcome = ask(settings(llm.url))
+    assert outcome.text == STORY
+    assert outcome.error is None
+    assert len(outcome.pieces) > 10
+    [request] = llm.requests()
+    assert request["body"] == {
+        "model": "gpt-4.1-mini",
+        "stream": True,
+        "messages": [{"role": "user", "content": "hello"}],
+    }
+    assert llm.verdict() == []
+
+
+def test_the_settings_are_sent(llm: LLMock) -> None:
+    ask(
+        settings(
+            llm.url,
+            openai_model="another",
+            openai_system_prompt="Be brief.",
+            openai_temperature=0.0,
+            openai_max_tokens=77,
+        ),
+        "one",
+        "two",
+        "three",
+    )
+    [request] = llm.requests()
+    assert request["body"] == {
+        "model": "another",
+        "stream": True,
+        "temperature": 0.0,
+        "max_tokens": 77,
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": "two"},
+            {"role": "user", "content": "three"},
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [
+        (16, ["five", "six!", "last"]),  # "four" is an answer without its question
+        (12, ["five", "six!", "last"]),
+        (11, ["last"]),
+        (1, ["last"]),
+        (1_000, ["one", "two", "three", "four", "five", "six!", "last"]),
+    ],
+)
+def test_the_newest_messages_that_fit_are_sent_and_the_question_always(
+    llm: LLMock, room: int, expected: list[str]
+) -> None:
+    ask(settings(llm.url, openai_history_chars=room), "one", "two", "three", "four", "five", "six!", "last")
+    [request] = llm.requests()
+    assert [message["content"] for message in request["body"]["messages"]] == expected
+
+
+def test_replies_without_text_are_not_sent(llm: LLMock) -> None:
+    ask(settings(llm.url), "one", "", "three")
+    [request] = llm.requests()
+    assert [message["content"] for message in request["body"]["messages"]] == ["one", "three"]
+
+
+# --- what may go wrong
+
+
+@pytest.mark.parametrize(
+    ("fail", "code", "advice"),
+    [
+        ({"status": 401}, "source_authentication", "OPENAI_API_KEY"),
+        ({"status": 403}, "source_authentication", "OPENAI_MODEL"),
+        ({"status": 404}, "source_failed", "OPENAI_MODEL"),
+        ({"status": 400}, "source_failed", "OPENAI_MODEL"),
+        ({"status": 400, "code": "context_length_exceeded"}, "source_failed", "OPENAI_HISTORY_CHARS"),
+        ({"status": 400, "code": "content_filter"}, "source_refused", "other words"),
+        ({"status": 429, "code": "insufficient_quota"}, "source_rate_limited", "no credit"),
+        ({"status": 429, "retry_after": 60}, "source_rate_limited", "in 60 s"),
+        ({"status": 503, "retry_after": 3600}, "source_unavailable", "in 3600 s"),
+    ],
+)
+def test_an_error_that_would_not_pass_soon_ends_the_reply_at_once(
+    llm: LLMock, fail: dict[str, Any], code: str, advice: str
+) -> None:
+    llm.script({"type": "fail", "times": None, "message": f"Wrong, Bearer {KEY}!", **fail})
+    outcome = ask(settings(llm.url))
+    assert outcome.error is not None
+    assert outcome.code == code
+    assert advice in outcome.error.message
+    assert KEY not in outcome.error.message
+    assert outcome.error.__suppress_context__, "the SDK's error holds the server's words"
+    assert outcome.text == ""
+    assert len(llm.requests()) == 1
+
+
+def test_retry_after_is_waited_for(llm: LLMock) -> None:
+    llm.script({"type": "fail", "status": 429, "retry_after": 1}, {"type": "reply", "text": STORY})
+    outcome = ask(settings(llm.url))
+    assert outcome.text == STORY
+    assert 1 <= outcome.seconds < 4
+    assert len(llm.requests()) == 2
+    assert llm.verdict() == []
+
+
+@pytest.mark.parametrize(("status", "code"), [(429, "source_rate_limited"), (500, "source_unavailable")])
+def test_a_few_attempts_are_made_with_growing_pauses(llm: LLMock, status: int, code: str) -> None:
+    llm.script({"type": "fail", "status": status, "retry_after": None, "times": 2}, {"type": "reply", "text": STORY})
+    assert ask(settings(llm.url)).text == STORY
+    assert len(llm.requests()) == 3
+    llm.script({"type": "fail", "status": status, "times": None, "message": KEY})
+    outcome = ask(settings(llm.url))
+    assert outcome.code == code
+    assert outcome.text == ""
+    assert len(llm.requests()) == 6
+    assert llm.verdict() == []
+
+
+def test_nobody_there_is_said_after_a_few_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "FIRST_WAIT_S", 0.01)
+    with socket.socket() as bound:  # to a port, but it does not listen
+        bound.bind(("127.0.0.1", 0))
+        outcome = ask(settings(f"http://127.0.0.1:{bound.getsockname()[1]}"))
+    assert outcome.error is not None
+    assert outcome.code == "source_unavailable"
+    assert "OPENAI_BASE_URL" in outcome.error.message
+
+
+def test_a_server_that_takes_no_connection_is_left_after_the_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "FIRST_WAIT_S", 0.01)
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):  # fill its queue, which nobody empties
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        outcome = ask(
+            settings(
+                f"http://127.0.0.1:{full.getsockname()[1]}", openai_connect_timeout_s=0.2, openai_read_timeout_s=60
+            )
+        )
+    assert outcome.code == "source_unavailable"
+    assert 0.6 <= outcome.seconds < 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [("disconnect", "source_cut"), ("truncate", "source_cut"), ("malformed", "source_invalid")]
+)
+def test_what_was_said_before_a_break_is_kept_and_nothing_is_asked_again(llm: LLMock, kind: str, code: str) -> None:
+    llm.script({"type": "reply", "text": STORY}, {"type": "stream_fault", "kind": kind, "after_chunks": 5})
+    outcome = ask(settings(llm.url))
+    assert outcome.code == code
+    assert outcome.text == "Once upon a time "  # the first chunk has no text
+    assert len(llm.requests()) == 1
+
+
+@pytest.mark.parametrize("kind", ["disconnect", "truncate"])
+def test_a_break_before_the_first_word_is_worth_another_attempt(llm: LLMock, kind: str) -> None:
+    llm.script(
+        {"type": "stream_fault", "kind": kind, "after_chunks": 1},
+        {"type": "reply", "text": STORY, "times": 2},
+    )
+    outcome = ask(settings(llm.url))
+    assert (outcome.text, outcome.error) == (STORY, None)
+    assert len(llm.requests()) == 2
+
+
+@pytest.mark.parametrize("after_chunks", [0, 3])
+def test_a_server_that_falls_silent_is_left(llm: LLMock, after_chunks: int) -> None:
+    llm.script(
+        {"type": "reply", "text": STORY},
+        {"type": "stream_fault", "kind": "stall", "after_chunks": after_chunks, "stall_seconds": 30},
+    )
+    outcome = ask(settings(llm.url, openai_read_timeout_s=0.5))
+    assert outcome.code == "source_timeout"
+    assert 0.5 <= outcome.seconds < 3
+    assert STORY.startswith(outcome.text)
+    [request] = llm.requests()
+    assert not request["completed"]
+
+
+@pytest.mark.parametrize(
+    ("finish", "code"),
+    [("content_filter", "source_refused"), ("length", "source_length"), ("tool_calls", "source_invalid")],
+)
+def test_an_end_that_is_no_end_of_a_whole_answer_is_an_error(llm: LLMock, finish: str, code: str) -> None:
+    llm.script({"type": "reply", "text": STORY, "finish_reason": finish})
+    outcome = ask(settings(llm.url))
+    assert outcome.code == code
+    assert outcome.text == STORY
+
+
+def test_an_empty_answer_is_an_error(llm: LLMock) -> None:
+    llm.script({"type": "reply", "text": ""})
+    assert ask(settings(llm.url)).code == "source_empty"
+    assert len(llm.requests()) == 1
+
+
+async def close_reply(source: OpenAI) -> None:
+    async with aclosing(source.reply(prompt("hello"))) as reply:
+        assert await anext(reply)
+
+
+async def cancel_reply(source: OpenAI) -> None:
+    speaking = asyncio.Event()
+
+    async def consume() -> None:
+        async for _ in source.reply(prompt("hello")):
+            speaking.set()
+
+    task = asyncio.create_task(consume())
+    await speaking.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+@pytest.mark.parametrize("leave", [close_reply, cancel_reply])
+def test_leaving_a_reply_ends_the_request_and_leaves_no_task(
+    llm: LLMock, leave: Callable[[OpenAI], Awaitable[None]]
+) -> None:
+    llm.script({"type": "reply", "text": STORY * 20, "times": None})
+
+    async def run() -> list[dict[str, Any]]:
+        async with opened(settings(llm.url)) as source:
+            await leave(source)
+            requests = await asyncio.to_thread(llm.requests)  # with the client still open
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            return requests
+
+    [request] = asyncio.run(run())
+    assert request["completed"] is False
+    assert request["chunks_sent"] < 100, "not to the end of some 400"
+
+
+# --- answers that neither mock gives, from a socket
+
+
+@dataclass
+class Raw:
+    """A server that answers each request with the bytes given, then keeps the line open or closes it."""
+
+    answer: bytes
+    keep: bool = False
+    url: str = ""
+    connections: int = 0
+    requests: int = 0
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator["Raw"]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server:
+            yield self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+                assert length is not None
+                await reader.readexactly(int(length[1]))
+                self.requests += 1
+                writer.write(self.answer)
+                await writer.drain()
+                if not self.keep:
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+
+
+def chunk(finish: str | None = None, **delta: Any) -> bytes:
+    data = {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+    return b"data: " + json.dumps(data).encode() + b"\n\n"
+
+
+def chunked(body: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(body), body)
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "text", "code"),
+    [
+        pytest.param(chunk(content="a") + chunk("stop") + DONE, "a", None, id="plain"),
+        pytest.param(chunk(content="a") + chunk("stop"), "a", None, id="closed-without-DONE"),
+        pytest.param(chunk(content="a") + chunk("stop") + b"data: {bro", "a", None, id="broken-after-its-end"),
+        pytest.param(chunk(content="a") + chunk("eos") + DONE, "a", None, id="end-by-another-name"),
+        pytest.param(chunk("stop", content="a") + DONE, "a", None, id="text-and-end-in-one"),
+        pytest.param(b": ping\n\n" + chunk(content="a") + chunk("stop"), "a", None, id="comment"),
+        pytest.param(
+            b'data: {"choices": []}\n\n'
+            + chunk(content="a")
+            + b'data: {"choices": [], "usage": {}}\n\n'
+            + chunk("stop"),
+            "a",
+            None,
+            id="chunks-of-figures",
+        ),
+        pytest.param(
+            chunk(content="a\ud83d") + chunk(content="\ude00b") + chunk("stop"), "a😀b", None, id="split-pair"
+        ),
+        pytest.param(
+            chunk(content="\ud83d") + chunk(content="") + chunk("stop"), "�", None, id="half-a-pair-at-the-end"
+        ),
+        pytest.param(chunk(content="\ude00") + chunk("stop"), "�", None, id="the-other-half"),
+        pytest.param(chunk(content="\ud83dx") + chunk("stop"), "�x", None, id="half-a-pair-before-a-letter"),
+        pytest.param(chunk(content="a") + DONE, "a", "source_cut", id="DONE-without-a-reason"),
+        pytest.param(chunk(content="a") + chunk("abort"), "a", "source_cut", id="aborted"),
+        pytest.param(chunk(content="a") + b"data: {]\n\n", "a", "source_invalid", id="no-JSON"),
+        pytest.param(chunk(content="a") + b"data: \xff\xfe\n\n", "a", "source_invalid", id="no-UTF-8"),
+        pytest.param(chunk(content="a") + b"data: 42\n\n", "a", "source_invalid", id="a-number"),
+        pytest.param(chunk(content="a") + b'data: {"choices": 1}\n\n', "a", "source_invalid", id="no-list-of-choices"),
+        pytest.param(chunk(content="a") + b'data: {"choices": [1]}\n\n', "a", "source_invalid", id="no-choice"),
+        pytest.param(chunk(content="a") + chunk(content=["b"]), "a", "source_invalid", id="text-that-is-none"),
+        pytest.param(
+            chunk(content="a") + b'data: {"error": {"message": "overloaded ' + KEY.encode() + b'"}}\n\n',
+            "a",
+            "source_failed",
+            id="an-error-in-the-stream",
+        ),
+        pytest.param(
+            chunk(refusal="I ") + chunk(refusal="won't.") + chunk("stop"), "", "source_refused", id="the-model-refuses"
+        ),
+    ],
+)
+def test_what_a_stream_may_hold(body: bytes, text: str, code: str | None) -> None:
+    async def run() -> Outcome:
+        async with Raw(HEAD + body).running() as server, opened(settings(server.url)) as source:
+            return await listen(source, prompt("hello"))
+
+    outcome = asyncio.run(run())
+    assert outcome.text == text
+    assert outcome.code == code
+    if outcome.error is not None:
+        assert KEY not in outcome.error.message
+    if code == "source_refused":
+        assert "I won't." in str(outcome.error)
+
+
+def test_a_page_instead_of_a_stream_says_which_setting_is_wrong() -> None:
+    async def run() -> Outcome:
+        page = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 9\r\n\r\n<p>Hello!"
+        async with Raw(page).running() as server, opened(settings(server.url)) as source:
+            return await listen(source, prompt("hello"))
+
+    outcome = asyncio.run(run())
+    assert outcome.code == "source_invalid"
+    assert "OPENAI_BASE_URL" in str(outcome.error)
+
+
+def test_a_connection_serves_one_reply_after_the_other() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = head + chunked(chunk(content="a")) + chunked(chunk("stop") + DONE) + b"0\r\n\r\n"
+
+    async def run() -> Raw:
+        async with Raw(answer, keep=True).running() as server, opened(settings(server.url)) as source:
+            for _ in range(3):
+                assert (await listen(source, prompt("hello"))).text == "a"
+        return server
+
+    server = asyncio.run(run())
+    assert (server.connections, server.requests) == (1, 3)
+
+
+def test_a_server_that_does_not_close_after_the_end_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "DRAIN_S", 0.1)
+
+    async def run() -> Outcome:
+        answer = HEAD + chunk(content="a") + chunk("stop")
+        async with Raw(answer, keep=True).running() as server, opened(settings(server.url)) as source:
+            return await listen(source, prompt("hello"))
+
+    outcome = asyncio.run(run())
+    assert (outcome.text, outcome.error) == ("a", None)
+    assert outcome.seconds < 2
+
+
+# --- how it is chosen
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:11434/v1", "ftp://example.org", "http://", "http://localhost:99999", "http://x:y"]
+)
+def test_an_address_that_is_none_is_said_at_the_start(url: str) -> None:
+    with pytest.raises(SetupError, match="OPENAI_BASE_URL"):
+        OpenAI(replace(Settings(), openai_api_key=KEY, openai_base_url=url))
+
+
+def test_the_official_server_gets_the_new_name_of_the_largest_length() -> None:
+    official = OpenAI(replace(Settings(), openai_api_key=KEY, openai_max_tokens=5))
+    assert official._options == {"max_completion_tokens": 5}
+    asyncio.run(official.close())
+
+
+def test_the_sdk_is_imported_only_when_it_is_chosen() -> None:
+    program = (
+        "import sys\n"
+        "from chatserver.settings import Settings\n"
+        "from chatserver.sources import make_source\n"
+        "source = make_source(Settings(reply_source=sys.argv[1], openai_api_key='sk-x'))\n"
+        "print(type(source).__name__, 'openai' in sys.modules, 'httpx2' in sys.modules)\n"
+    )
+
+    def run(name: str) -> str:
+        done = subprocess.run([sys.executable, "-c", program, name], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert run("simulated") == "Simulated False False"
+    assert run("openai") == "OpenAI True True"
+
+
+def test_the_comment_where_a_turn_picks_its_source_says_what_to_do() -> None:
+    code = Path(sys.modules[make_source.__module__].__file__ or "").read_text()
+    body = code[code.index("def make_source") :]
+    comment = re.findall(r"^ +# ?(.*)", body, re.MULTILINE)
+    assert 1 <= len(comment) <= 5
+    text = "\n".join(comment)
+    for words in ("OPENAI_API_KEY", "uncomment", "REPLY_SOURCE=openai", "sources/openai.py is the complete"):
+        assert words in text
+
+
+# --- the second server that was not written here
+
+FIXTURES: dict[str, dict[str, Any]] = {
+    "plain": {"response": {"content": "Café 😀👩‍🚀 ready"}, "chunkSize": 1},
+    "unauthorized": {"response": {"error": {"message": f"no {KEY}", "type": "invalid_request_error"}, "status": 401}},
+    "busy": {"response": {"error": {"message": "slow down", "type": "rate_limit_error"}, "status": 429}},
+    "broken": {"response": {"error": {"message": "oops", "type": "server_error"}, "status": 500}},
+    "cut": {"response": {"content": STORY}, "chunkSize": 10, "latency": 20, "truncateAfterChunks": 3},
+    "hang": {"response": {"content": STORY}, "chunkSize": 10, "latency": 20_000},
+    "malformed": {"response": {"content": STORY}, "chaos": {"malformedRate": 1}},
+    "dropped": {"response": {"content": STORY}, "chaos": {"disconnectRate": 1}},
+    "filtered": {"response": {"content": "Well", "finishReason": "content_filter"}},
+    "too-long": {"response": {"content": "Well", "finishReason": "length"}},
+    "empty": {"response": {"content": ""}},
+}
+
+
+@pytest.fixture(scope="module")
+def aimock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    fixtures = [{"match": {"userMessage": name}, **fixture} for name, fixture in FIXTURES.items()]
+    file = tmp_path_factory.mktemp("aimock") / "fixtures.json"
+    file.write_text(json.dumps({"fixtures": fixtures}))
+    command = ["node", str(AIMOCK), "--port", "0", "--fixtures", str(file)]
+    yield from started(command, r"listening on (http://127\.0\.0\.1:\d+)", AIMOCK_API_KEYS=KEY)
+
+
+@pytest.mark.needs("node")
+@pytest.mark.parametrize(
+    ("question", "text", "code"),
+    [
+        ("plain", "Café 😀👩‍🚀 ready", None),  # in chunks of one UTF-16 unit: each emoji comes in halves
+        ("unauthorized", "", "source_authentication"),
+        ("busy", "", "source_rate_limited"),
+        ("broken", "", "source_unavailable"),
+        ("malformed", "", "source_invalid"),
+        ("dropped", "", "source_unavailable"),
+        ("filtered", "Well", "source_refused"),
+        ("too-long", "Well", "source_length"),
+        ("empty", "", "source_empty"),
+    ],
+)
+def test_against_aimock(
+    aimock_url: str, monkeypatch: pytest.MonkeyPatch, question: str, text: str, code: str | None
+) -> None:
+    monkeypatch.setattr(source_module, "FIRST_WAIT_S", 0.02)
+    outcome = ask(settings(aimock_url), question)
+    assert outcome.text == text
+    assert outcome.code == code
+
+
+@pytest.mark.needs("node")
+def test_aimock_cuts(aimock_url: str) -> None:
+    outcome = ask(settings(aimock_url), "cut")
+    assert outcome.code == "source_cut"
+    assert outcome.text
+    assert STORY.startswith(outcome.text)
+
+
+@pytest.mark.needs("node")
+def test_aimock_hangs(aimock_url: str) -> None:
+    outcome = ask(settings(aimock_url, openai_read_timeout_s=0.5), "hang")
+    assert outcome.code == "source_timeout"
+    assert STORY.startswith(outcome.text)
+    assert outcome.seconds < 5
+
+
+@pytest.mark.needs("node")
+def test_aimock_refuses_another_key(aimock_url: str) -> None:
+    outcome = ask(settings(aimock_url, openai_api_key="sk-another-one"), "plain")
+    assert outcome.code == "source_authentication"

@@ -1,0 +1,118 @@
+"""`python -m chatserver`: settings, wiring, signals, and a shutdown in order."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+
+from tornado import autoreload
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+
+from chatserver import logs
+from chatserver.app import make_app
+from chatserver.chat import Chat
+from chatserver.errors import DatabaseUnavailable, SetupError
+from chatserver.handlers.stream import Streams
+from chatserver.hub import Hub
+from chatserver.mongod import Mongod
+from chatserver.settings import Settings, read_settings
+from chatserver.sources import make_source
+from chatserver.store import Store, connect, describe_uri, initiate_replica_set
+
+logger = logging.getLogger("chatserver")
+
+
+async def serve(settings: Settings, *, reload: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT, then shut down in order; a second signal exits at once.
+
+    :raises SetupError: if the server cannot be started as it is set up
+    """
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    mongod = None if settings.mongodb_uri else Mongod(settings.chat_data_dir)
+
+    def stop() -> None:
+        if stopping.is_set():
+            if mongod is not None:
+                mongod.kill()
+            os._exit(1)
+        logger.info("shutting down; again to exit at once")
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    try:
+        uri = settings.mongodb_uri
+        if mongod is not None:
+            uri = await mongod.start()
+            await initiate_replica_set(uri, mongod.host)
+        assert uri is not None
+        await _serve_on(settings, uri, stopping, alone=mongod is not None, reload=reload)
+    finally:
+        if mongod is not None:
+            await mongod.stop()
+
+
+async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, alone: bool, reload: bool) -> None:
+    address = describe_uri(uri)
+    try:
+        sockets = bind_sockets(settings.port, settings.host)
+    except OSError as error:
+        raise SetupError(f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}") from None
+    store = Store(
+        connect(uri, settings.database_timeout_s),
+        timeout_s=settings.database_timeout_s,
+        lease_ms=settings.lease_ms,
+        history=settings.history_messages,
+    )
+    try:
+        chat = Chat(settings, store, Hub(), make_source(settings), alone=alone)
+        try:
+            await chat.start()
+        except DatabaseUnavailable:
+            raise SetupError(f"No MongoDB answers at {address} (MONGODB_URI)") from None
+        streams = Streams(chat, settings)
+        server = HTTPServer(
+            make_app(chat, streams, settings),
+            max_header_size=settings.max_header_bytes,
+            body_timeout=settings.request_timeout_s,
+            idle_connection_timeout=settings.request_timeout_s,
+        )
+        server.add_sockets(sockets)
+        ticking = asyncio.create_task(streams.tick_for_ever())
+        host, port = sockets[0].getsockname()[:2]
+        print(f"chatserver listens on http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
+        print(f"conversations are in {address}", flush=True)
+        if reload:
+            autoreload.start()
+        await stopping.wait()
+        server.stop()
+        await chat.drain()
+        await streams.close()
+        ticking.cancel()
+        await chat.close()
+        await server.close_all_connections()
+    finally:
+        await store.close()
+
+
+def main() -> int:
+    """Run the server; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m chatserver", description="A chat backend that never loses a word.")
+    parser.add_argument("--reload", action="store_true", help="restart when the code changes")
+    arguments = parser.parse_args()
+    try:
+        settings = read_settings()
+        logs.set_up(settings)
+        asyncio.run(serve(settings, reload=arguments.reload))
+    except SetupError as error:
+        print(f"chatserver: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""The routing table."""
+
+from tornado.web import Application
+
+from chatserver.chat import Chat
+from chatserver.handlers.base import NoSuchRoute
+from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, RetryHandler, StopHandler
+from chatserver.handlers.ops import HealthHandler, ReadyHandler
+from chatserver.handlers.pages import PageHandler
+from chatserver.handlers.stream import StreamHandler, Streams
+from chatserver.settings import Settings
+
+
+def make_app(chat: Chat, streams: Streams, settings: Settings) -> Application:
+    """Return the application; every handler gets what it needs through its `initialize`."""
+    common = {"chat": chat, "settings": settings}
+    return Application(
+        [
+            (r"/chat", ConversationsHandler, common),
+            (r"/chat/stream/([^/]*)", StreamHandler, {**common, "streams": streams}),
+            (r"/chat/([^/]*)", ConversationHandler, common),
+            (r"/chat/([^/]*)/stop", StopHandler, common),
+            (r"/chat/([^/]*)/retry", RetryHandler, common),
+            (r"/healthz", HealthHandler, common),
+            (r"/readyz", ReadyHandler, common),
+            (r"/()", PageHandler, common),
+            (r"/web/(.*)", PageHandler, common),
+        ],
+        default_handler_class=NoSuchRoute,
+        default_handler_args=common,
+    )

@@ -1,0 +1,177 @@
+"""The errors that chatserver speaks of.
+
+Exception
+├── SetupError                 for whoever starts the server: printed, exit code 1
+├── SourceError                a reply's source gave up; stored with the reply and streamed as `error`
+└── ChatError                  an answer to the client: problem+json (RFC 9457), rendered in handlers/base.py
+    ├── InvalidRequest         400 invalid_request, invalid_json, invalid_id
+    ├── NotFound               404 not_found
+    ├── MethodNotAllowed       405 method_not_allowed
+    ├── ReplyInProgress        409 reply_in_progress
+    ├── ConversationFull       409 conversation_full
+    ├── NothingToRetry         409 nothing_to_retry
+    ├── PayloadTooLarge        413 payload_too_large
+    ├── UnsupportedMediaType   415 unsupported_media_type
+    ├── HostNotAllowed         421 host_not_allowed
+    ├── KeyReused              422 idempotency_key_reused
+    ├── TooManyStreams         429 too_many_streams        (Retry-After)
+    ├── TooManyReplies         503 too_many_replies        (Retry-After)
+    ├── DatabaseUnavailable    503 database_unavailable    (Retry-After)
+    │   └── OutcomeUnknown     the same to the client; the write may have reached the database
+    └── Draining               503 draining                (Retry-After)
+"""
+
+from typing import ClassVar, TypedDict
+
+
+class FieldError(TypedDict):
+    """One invalid place of a request: a JSON Pointer (RFC 6901) into the body, or the parameter's name, and what is wrong."""
+
+    pointer: str
+    detail: str
+
+
+class SetupError(Exception):
+    """The server cannot be started as it is set up; the message says what to change."""
+
+
+class SourceError(Exception):
+    """A source of replies failed in a way that it understands.
+
+    :param code: stable, for programs; starts with ``source_``
+    :param message: for people: what happened and what to do; no secrets
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class ChatError(Exception):
+    """An error that the client is told of.
+
+    :param detail: one sentence about this very case; the class's own if None
+    :param code: stable, for programs; the class's own if None
+    :param fields: the invalid places of the request
+    """
+
+    status: ClassVar[int] = 500
+    title: ClassVar[str] = "Internal server error"
+    default_detail: ClassVar[str] = "Something went wrong on our side; the log has the details."
+    retry_after_s: ClassVar[int | None] = None
+    code = "internal"
+
+    def __init__(
+        self, detail: str | None = None, *, code: str | None = None, fields: list[FieldError] | None = None
+    ) -> None:
+        self.detail = detail or self.default_detail
+        super().__init__(self.detail)
+        self.code = code or self.code
+        self.fields = fields or []
+
+
+class InvalidRequest(ChatError):
+    status = 400
+    title = "Invalid request"
+    default_detail = "The request is malformed or does not fit its schema."
+    code = "invalid_request"
+
+
+class NotFound(ChatError):
+    status = 404
+    title = "Not found"
+    default_detail = "There is nothing here."
+    code = "not_found"
+
+
+class MethodNotAllowed(ChatError):
+    status = 405
+    title = "Method not allowed"
+    default_detail = "This resource does not support that method; see the Allow header."
+    code = "method_not_allowed"
+
+
+class ReplyInProgress(ChatError):
+    status = 409
+    title = "Reply in progress"
+    default_detail = "This conversation is still being answered; wait for its end or stop it."
+    code = "reply_in_progress"
+
+
+class ConversationFull(ChatError):
+    status = 409
+    title = "Conversation full"
+    default_detail = "This conversation has no room for another turn; start a new one."
+    code = "conversation_full"
+
+
+class NothingToRetry(ChatError):
+    status = 409
+    title = "Nothing to retry"
+    default_detail = "Only a stopped, failed or interrupted reply at the end of a conversation can be retried."
+    code = "nothing_to_retry"
+
+
+class PayloadTooLarge(ChatError):
+    status = 413
+    title = "Payload too large"
+    default_detail = "The request's body is larger than this server accepts."
+    code = "payload_too_large"
+
+
+class UnsupportedMediaType(ChatError):
+    status = 415
+    title = "Unsupported media type"
+    default_detail = "The body must be JSON, sent with Content-Type: application/json."
+    code = "unsupported_media_type"
+
+
+class HostNotAllowed(ChatError):
+    status = 421
+    title = "Host not allowed"
+    default_detail = "This server does not answer under that host name; see ALLOWED_HOSTS."
+    code = "host_not_allowed"
+
+
+class KeyReused(ChatError):
+    status = 422
+    title = "Idempotency key reused"
+    default_detail = "This Idempotency-Key was already used with another body."
+    code = "idempotency_key_reused"
+
+
+class TooManyStreams(ChatError):
+    status = 429
+    title = "Too many streams"
+    default_detail = "Too many streams are open; close one or try again later."
+    retry_after_s = 5
+    code = "too_many_streams"
+
+
+class TooManyReplies(ChatError):
+    status = 503
+    title = "Too many replies"
+    default_detail = "This server is answering as many conversations as it may; try again in a moment."
+    retry_after_s = 2
+    code = "too_many_replies"
+
+
+class DatabaseUnavailable(ChatError):
+    status = 503
+    title = "Database unavailable"
+    default_detail = "The database does not answer; try again in a moment."
+    retry_after_s = 2
+    code = "database_unavailable"
+
+
+class OutcomeUnknown(DatabaseUnavailable):
+    """The database fell silent after a write went out: whoever asked for it must find out whether it was done."""
+
+
+class Draining(ChatError):
+    status = 503
+    title = "Shutting down"
+    default_detail = "This server is shutting down and starts no new replies."
+    retry_after_s = 5
+    code = "draining"

@@ -1,0 +1,214 @@
+"""What all handlers share: JSON in, JSON out, and the one place where errors become answers."""
+
+import json
+import re
+from collections.abc import Awaitable
+from http import HTTPStatus
+from typing import Any
+
+from tornado.web import HTTPError, RequestHandler, stream_request_body
+
+from chatserver import schemas
+from chatserver.chat import Chat
+from chatserver.errors import (
+    ChatError,
+    FieldError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+)
+from chatserver.settings import Settings
+
+_ID = re.compile(r"[0-9a-fA-F]{24}\Z", re.ASCII)
+_KEY = re.compile(r"[\x21-\x7e]{1,255}\Z", re.ASCII)
+
+
+@stream_request_body
+class BaseHandler(RequestHandler):
+    """A handler of this server.
+
+    Bodies are taken as they come, so that one that is too large is refused before it fills the memory.
+    """
+
+    def initialize(self, chat: Chat, settings: Settings) -> None:
+        self.chat = chat
+        self.limits = settings
+        self._body = bytearray()
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        for name, value in self.common_headers().items():
+            self.set_header(name, value)
+
+    def common_headers(self) -> dict[str, str]:
+        """Return the headers of every answer, streams and errors among them."""
+        return {"X-Content-Type-Options": "nosniff"}
+
+    def prepare(self) -> Awaitable[None] | None:
+        length = self.request.headers.get("Content-Length", "0")
+        if length.isdigit() and int(length) > self.limits.max_body_bytes:
+            raise PayloadTooLarge
+        return None
+
+    def data_received(self, chunk: bytes) -> None:
+        if self._finished:
+            return
+        self._body += chunk
+        if len(self._body) > self.limits.max_body_bytes:
+            # A chunked body that never said its length: answer now; what still comes is not read.
+            error = PayloadTooLarge()
+            self.send_error(error.status, exc_info=(PayloadTooLarge, error, None))
+
+    # -- in ------------------------------------------------------------------------------------------------------
+
+    def body(self, schema: str) -> Any:
+        """Return the request's JSON body.
+
+        :param schema: the name of its schema; for `empty`, no body at all will do
+        :raises UnsupportedMediaType, InvalidRequest: naming what is wrong
+        """
+        if schema == "empty" and not self._body:
+            return {}
+        media_type, _, parameters = self.request.headers.get("Content-Type", "").partition(";")
+        if media_type.strip().lower() != "application/json":
+            raise UnsupportedMediaType
+        charset = parameters.partition("charset=")[2].strip().strip('"').lower()
+        if charset not in ("", "utf-8", "utf8"):
+            raise UnsupportedMediaType("JSON is sent as UTF-8.")
+        value = _parse_json(bytes(self._body))
+        schemas.validate(schema, value, self.limits.max_input_chars)
+        return value
+
+    def query(self, schema: str) -> dict[str, Any]:
+        """Return the request's query parameters, whole numbers as such.
+
+        :raises InvalidRequest: naming what is wrong
+        """
+        wanted = schemas.load(schema)["properties"]
+        values: dict[str, Any] = {}
+        for name, rule in wanted.items():
+            text = self.get_query_argument(name, None, strip=False)
+            if text is not None:
+                values[name] = int(text) if rule["type"] == "integer" and re.fullmatch("[0-9]{1,9}", text) else text
+        schemas.validate(schema, values)
+        return values
+
+    def conversation_id(self, text: str) -> str:
+        """Return an id from the path, in lower case.
+
+        :raises InvalidRequest: if it is not 24 hex digits
+        """
+        if _ID.match(text) is None:
+            raise InvalidRequest("A conversation's id is 24 hex digits.", code="invalid_id")
+        return text.lower()
+
+    def idempotency_key(self) -> str | None:
+        """Return the Idempotency-Key header, if there is one.
+
+        :raises InvalidRequest: if it is not 1 to 255 visible ASCII characters
+        """
+        keys = self.request.headers.get_list("Idempotency-Key")
+        if not keys:
+            return None
+        if len(keys) > 1 or _KEY.match(keys[0]) is None:
+            raise InvalidRequest("The Idempotency-Key header must be 1 to 255 visible ASCII characters, once.")
+        return keys[0]
+
+    # -- out -----------------------------------------------------------------------------------------------------
+
+    def answer(self, value: object, status: int = 200) -> None:
+        """Send a value as JSON."""
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json")
+        self.set_header("Cache-Control", "no-store")
+        self.finish(json.dumps(value, ensure_ascii=False))
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Render every error of every route as problem+json (RFC 9457)."""
+        raised = kwargs.get("exc_info", (None, None, None))[1]
+        problem = _as_chat_error(raised, status_code)
+        status = problem.status if type(problem) is not ChatError else status_code
+        self.set_status(status)
+        self.set_header("Content-Type", "application/problem+json")
+        self.set_header("Cache-Control", "no-store")
+        if problem.retry_after_s is not None:
+            self.set_header("Retry-After", str(problem.retry_after_s))
+        if status == 405:
+            self.set_header("Allow", ", ".join(self.allowed_methods()))
+        body: dict[str, Any] = {
+            "type": "about:blank",
+            "title": problem.title if status == problem.status else HTTPStatus(status).phrase,
+            "status": status,
+            "detail": problem.detail,
+            "code": problem.code,
+        }
+        if problem.fields:
+            body["errors"] = problem.fields
+        self.finish(json.dumps(body))
+
+    def allowed_methods(self) -> list[str]:
+        """Return the methods that this resource supports."""
+        return [
+            name
+            for name in self.SUPPORTED_METHODS
+            if getattr(type(self), name.lower()) is not getattr(RequestHandler, name.lower())
+        ]
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        """Log what we did not expect, with its stack trace; the rest is in the access log."""
+        if not isinstance(value, ChatError | HTTPError):
+            super().log_exception(typ, value, tb)
+
+
+class NoSuchRoute(BaseHandler):
+    """Every path that is none of ours."""
+
+    def prepare(self) -> None:
+        raise NotFound
+
+
+def _as_chat_error(raised: BaseException | None, status: int) -> ChatError:
+    if isinstance(raised, ChatError):
+        return raised
+    if status == 404:
+        return NotFound()
+    if status == 405:
+        return MethodNotAllowed()
+    if 400 <= status < 500:
+        return InvalidRequest(raised.log_message if isinstance(raised, HTTPError) and raised.log_message else None)
+    return ChatError()
+
+
+def _parse_json(body: bytes) -> Any:
+    """Return the value of a JSON text (RFC 8259) in UTF-8.
+
+    :raises InvalidRequest: if it is none, nested too deeply, or holds half a surrogate pair
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=refuse)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError:
+        detail = "The body is not UTF-8."
+    except UnicodeEncodeError:
+        detail = "The body has an escape that is half a surrogate pair."
+    except RecursionError:
+        detail = "The body is nested too deeply."
+    except ValueError as error:
+        reason = (
+            f"{error.msg}, line {error.lineno} column {error.colno}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
+        detail = f"The body is not JSON: {reason}."
+    else:
+        return value
+    raise InvalidRequest(detail, code="invalid_json")
+
+
+__all__ = ["BaseHandler", "FieldError", "NoSuchRoute"]

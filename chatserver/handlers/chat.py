@@ -1,0 +1,138 @@
+"""Conversations over HTTP: JSON in, a use case, JSON out."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from chatserver.chat import iso
+from chatserver.errors import FieldError, InvalidRequest
+from chatserver.handlers.base import BaseHandler
+from chatserver.sse import Position
+from chatserver.store import Message, Summary, Turn
+
+TITLE_CHARS = 60
+
+
+class ConversationsHandler(BaseHandler):
+    """`/chat`"""
+
+    async def post(self) -> None:
+        """Say something: 202 as soon as it is durably stored."""
+        body = self.body("say")
+        known = body.get("conversationId")
+        turn = await self.chat.say(known.lower() if known else None, body["input"], self.idempotency_key())
+        self.answer(_accepted(turn), 202)
+
+    async def get(self) -> None:
+        """List the conversations, newest first."""
+        query = self.query("list")
+        limit = query.get("limit", 20)
+        after = _parse_cursor(query["cursor"]) if "cursor" in query else None
+        found = await self.chat.summaries(limit + 1, after)
+        page: dict[str, Any] = {"conversations": [_summary(each) for each in found[:limit]]}
+        if len(found) > limit:
+            page["nextCursor"] = _cursor(found[limit - 1])
+        self.answer(page)
+
+
+class ConversationHandler(BaseHandler):
+    """`/chat/:conversationId`"""
+
+    async def get(self, conversation_id: str) -> None:
+        """Give the history, a running reply included."""
+        conversation_id = self.conversation_id(conversation_id)
+        query = self.query("history")
+        before = query.get("before")
+        history = await self.chat.history(conversation_id, query.get("limit"), before.lower() if before else None)
+        messages = [_message(each) for each in history.messages]
+        if history.in_flight:
+            messages[-1]["status"] = "streaming"
+        value: dict[str, Any] = {
+            "conversationId": conversation_id,
+            "createdAt": iso(history.created_at),
+            "updatedAt": iso(history.updated_at),
+            "status": "streaming" if history.streaming else "idle",
+            "messages": messages,
+            "lastEventId": str(history.position),
+        }
+        if query:
+            value["hasMore"] = history.has_more
+        self.answer(value)
+
+    async def delete(self, conversation_id: str) -> None:
+        """Delete the conversation."""
+        await self.chat.delete(self.conversation_id(conversation_id))
+        self.set_status(204)
+        self.finish()
+
+
+class StopHandler(BaseHandler):
+    """`/chat/:conversationId/stop`"""
+
+    async def post(self, conversation_id: str) -> None:
+        """Stop the running reply."""
+        conversation_id = self.conversation_id(conversation_id)
+        self.body("empty")
+        reply_id = await self.chat.stop(conversation_id)
+        self.answer({"status": "stopping", "messageId": reply_id} if reply_id else {"status": "idle"}, 202)
+
+
+class RetryHandler(BaseHandler):
+    """`/chat/:conversationId/retry`"""
+
+    async def post(self, conversation_id: str) -> None:
+        """Have the last user message answered anew."""
+        conversation_id = self.conversation_id(conversation_id)
+        self.body("empty")
+        self.answer(_accepted(await self.chat.retry(conversation_id)), 202)
+
+
+def _accepted(turn: Turn) -> dict[str, str]:
+    return {
+        "conversationId": turn.conversation_id,
+        "status": "streaming",
+        "messageId": turn.message_id,
+        "replyId": turn.reply_id,
+        "lastEventId": str(Position(turn.reply_id, 0)),
+    }
+
+
+def _message(message: Message) -> dict[str, Any]:
+    value: dict[str, Any] = {
+        "id": message.id,
+        "role": message.role,
+        "content": message.content,
+        "createdAt": iso(message.created_at),
+        "status": message.status,
+    }
+    if message.error is not None:
+        value["error"] = message.error._asdict()
+    return value
+
+
+def _summary(summary: Summary) -> dict[str, Any]:
+    words = " ".join(summary.beginning.split())
+    if len(words) > TITLE_CHARS:
+        words = words[:TITLE_CHARS].rpartition(" ")[0] or words[:TITLE_CHARS]
+        words += "…"
+    return {
+        "conversationId": summary.id,
+        "title": words,
+        "createdAt": iso(summary.created_at),
+        "updatedAt": iso(summary.updated_at),
+        "messageCount": summary.message_count,
+        "status": "streaming" if summary.streaming else "idle",
+    }
+
+
+def _cursor(summary: Summary) -> str:
+    """Return the opaque place after a conversation: its creation time in milliseconds and its id."""
+    return f"{round(summary.created_at.timestamp() * 1000)}-{summary.id}"
+
+
+def _parse_cursor(cursor: str) -> tuple[datetime, str]:
+    milliseconds, _, conversation_id = cursor.partition("-")
+    try:
+        return datetime.fromtimestamp(int(milliseconds) / 1000, UTC), conversation_id
+    except (ValueError, OverflowError, OSError):
+        unknown: FieldError = {"pointer": "/cursor", "detail": "is no cursor of this list"}
+        raise InvalidRequest("The cursor is none of this list.", fields=[unknown]) from None

@@ -1,0 +1,31 @@
+"""The chat page and its files."""
+
+from pathlib import Path
+from typing import Any
+
+from tornado.web import HTTPError, StaticFileHandler
+
+from chatserver.handlers.base import BaseHandler
+
+WEB = Path(__file__).parent.parent / "web"
+
+
+class PageHandler(BaseHandler, StaticFileHandler):
+    """`/` and `/web/*`: files of `chatserver/web/`, and nothing outside it."""
+
+    def initialize(self, **kwargs: Any) -> None:  # type: ignore[override]
+        BaseHandler.initialize(self, kwargs["chat"], kwargs["settings"])
+        StaticFileHandler.initialize(self, str(WEB))
+
+    def set_extra_headers(self, path: str) -> None:
+        """Let nothing run on a page but its own scripts."""
+        self.set_header("Cache-Control", "no-cache")
+        self.set_header(
+            "Content-Security-Policy",
+            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+            "worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        )
+        self.set_header("Referrer-Policy", "no-referrer")
+
+
+__all__ = ["HTTPError", "PageHandler"]

@@ -1,0 +1,277 @@
+"""The stream: `GET /chat/stream/:conversationId`, Server-Sent Events.
+
+The response never ends by itself. First come `retry: 1000`, a comment and an `id:` alone, then events, each with the
+position right after it as its `id:`, its name as `event:` and JSON as `data:`:
+
+    token   {"text"}                          the next characters of the reply
+    done    {"messageId", "status"}           the reply has ended and is stored; status: complete, stopped
+    error   {"code", "message", "messageId"}  the reply failed or was interrupted; what was said is stored
+    input   {"messageId", "text", "createdAt"} what a user said
+    reset   {}                                the position is gone: fetch the history again; the stream ends
+
+A comment (`:`) comes whenever nothing else has for `KEEPALIVE_S`. The request is an ordinary one up to the headers; then
+its socket goes to an asyncio transport, whose protocol is the subscriber: `pause_writing` and `resume_writing` are the
+back-pressure, `connection_lost` the end. The body ends with the connection, which is valid in HTTP/1.0 and 1.1 alike.
+"""
+
+import asyncio
+import logging
+import random
+import socket
+from collections import Counter
+from collections.abc import Callable
+from typing import cast
+
+from tornado.httputil import HTTPHeaders
+
+from chatserver import sse
+from chatserver.chat import Chat
+from chatserver.errors import TooManyStreams
+from chatserver.handlers.base import BaseHandler
+from chatserver.hub import MAX_WRITE, Live
+from chatserver.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+_SEND_BUFFER = 128 * 1024
+"""The kernel's part of what a client that stops reading may cost us; bytes."""
+_PARTING_S = 2.0
+"""How long a connection may take for its last bytes when the process ends."""
+
+
+class Connection(asyncio.Protocol):
+    """A stream's connection: the one writer to its socket, and a `hub.Subscriber`.
+
+    :param head: the response's status line and headers
+    :param on_end: called once, when the connection is gone
+    """
+
+    def __init__(self, head: bytes, until_done: bool, on_end: Callable[["Connection"], None]) -> None:
+        self.cursor = 0
+        self.until_done = until_done
+        self.live: Live | None = None
+        self.expires_at: float | None = None
+        self._on_end: Callable[[Connection], None] | None = on_end
+        self._backlog = bytearray(head)
+        self._transport: asyncio.Transport | None = None
+        self._paused = False
+        self._ending = False
+        self._active = True
+        self._since = 0.0
+        self._unsent = 0
+
+    # -- what the hub sees ---------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        return self._transport is not None and not (self._paused or self._ending or self._backlog)
+
+    def replay(self, data: bytes) -> None:
+        self._backlog += data
+        self._pump()
+
+    def write(self, data: bytes) -> None:
+        assert self._transport is not None
+        self._active = True
+        self._transport.write(data)
+
+    def end(self, data: bytes = b"") -> None:
+        if not self._ending:
+            self._backlog += data
+            self._ending = True
+            self._pump()
+
+    # -- what the transport says ---------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        # Any byte that the kernel does not take at once pauses us: what is pending waits in the log, not in a buffer.
+        self._transport.set_write_buffer_limits(high=0)
+        self._pump()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._active = True
+        self._pump()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Let go of everything; the connection is gone, or never came up."""
+        self._transport = None
+        self._ending = True
+        self._backlog.clear()
+        if self._on_end is not None:
+            on_end, self._on_end = self._on_end, None
+            on_end(self)
+
+    def abort(self) -> None:
+        """Cut the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float, keepalive_s: float, slow_s: float) -> bool:
+        """Look after the connection, about once a second; return whether it was cut for taking nothing for `slow_s`."""
+        if self._transport is None:
+            return False
+        unsent = self._transport.get_write_buffer_size()
+        if self._active or unsent != self._unsent:
+            self._active, self._unsent, self._since = False, unsent, now
+        elif self._paused and now - self._since >= slow_s:
+            self.abort()
+            return True
+        elif self.ready and now - self._since >= keepalive_s - _TICK_S / 2:
+            # Ready means that all before is written to its last byte, so that a comment never lands inside a frame.
+            self.write(sse.KEEPALIVE)
+        if self.expires_at is not None and now >= self.expires_at:
+            self.end()
+        return False
+
+    def _pump(self) -> None:
+        """Write what comes before the live frames, piece by piece; then end, or go on with the conversation's log."""
+        if self._transport is None:
+            return
+        while self._backlog and not self._paused:
+            piece = bytes(self._backlog[:MAX_WRITE])
+            del self._backlog[:MAX_WRITE]
+            self.write(piece)
+        if self._backlog or self._paused:
+            return
+        if self._ending:
+            self._transport.close()
+        elif self.live is not None:
+            self.live.catch_up(self)
+
+
+class Streams:
+    """All open streams of this process: their limits, and the one timer that looks after them."""
+
+    def __init__(self, chat: Chat, settings: Settings) -> None:
+        self._chat = chat
+        self._settings = settings
+        self._open: dict[Connection, tuple[str, str]] = {}
+        self._conversations: Counter[str] = Counter()
+        self._addresses: Counter[str] = Counter()
+        self._gone = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, conversation_id: str, address: str, head: bytes, until_done: bool) -> Connection:
+        """Return a connection yet to be made, counted from now on.
+
+        :raises TooManyStreams: if there are as many as may be
+        """
+        limits = self._settings
+        if len(self._open) >= limits.max_streams:
+            raise TooManyStreams("This server has as many streams open as it may; try again later.")
+        if self._conversations[conversation_id] >= limits.max_streams_per_conversation:
+            raise TooManyStreams("This conversation has as many streams open as it may; close one.")
+        if 0 < limits.max_streams_per_address <= self._addresses[address]:
+            raise TooManyStreams("Your address has as many streams open as it may; close one.")
+        connection = Connection(head, until_done, self._closed)
+        if limits.stream_max_age_s:
+            age = limits.stream_max_age_s * random.uniform(0.5, 1.5)
+            connection.expires_at = asyncio.get_running_loop().time() + age
+        self._open[connection] = (conversation_id, address)
+        self._conversations[conversation_id] += 1
+        self._addresses[address] += 1
+        return connection
+
+    def _closed(self, connection: Connection) -> None:
+        conversation_id, address = self._open.pop(connection)
+        for counter, name in ((self._conversations, conversation_id), (self._addresses, address)):
+            counter[name] -= 1
+            if not counter[name]:
+                del counter[name]
+        self._chat.unsubscribe(connection)
+        if not self._open:
+            self._gone.set()
+
+    async def tick_for_ever(self) -> None:
+        """Send keep-alives, cut who takes nothing, end who has been here long enough."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_TICK_S)
+            now = loop.time()
+            for connection in list(self._open):
+                if connection.tick(now, self._settings.keepalive_s, self._settings.slow_client_timeout_s):
+                    conversation_id, _ = self._open[connection]
+                    logger.info("slow client cut", extra={"conversation": conversation_id})
+
+    async def close(self) -> None:
+        """End all streams in order, after what is still to be written; cut those that do not take it."""
+        for connection in list(self._open):
+            connection.end()
+        try:
+            async with asyncio.timeout(_PARTING_S):
+                while self._open:
+                    self._gone.clear()
+                    await self._gone.wait()
+        except TimeoutError:
+            for connection in list(self._open):
+                connection.abort()
+
+
+class StreamHandler(BaseHandler):
+    """`/chat/stream/:conversationId`"""
+
+    def initialize(self, chat: Chat, settings: Settings, streams: Streams) -> None:  # type: ignore[override]
+        super().initialize(chat, settings)
+        self.streams = streams
+
+    async def get(self, conversation_id: str) -> None:
+        """Stream the conversation from the client's position on."""
+        conversation_id = self.conversation_id(conversation_id)
+        query = self.query("stream")
+        asked = self.request.headers.get("Last-Event-ID") or query.get("lastEventId") or None
+        position = sse.parse_position(asked) if asked else None
+        address = self.request.remote_ip or ""
+        connection = self.streams.open(conversation_id, address, self._head(), query.get("until") == "done")
+        try:
+            if asked and position is None:
+                connection.end(sse.RESET)
+            else:
+                await self.chat.subscribe(conversation_id, position, connection)
+            await self._hand_over(connection)
+        except BaseException:
+            connection.leave()
+            raise
+
+    def _head(self) -> bytes:
+        headers = HTTPHeaders(self.common_headers())
+        headers["Content-Type"] = "text/event-stream"
+        headers["Cache-Control"] = "no-cache"
+        headers["Connection"] = "keep-alive"
+        headers["X-Accel-Buffering"] = "no"
+        lines = [f"{name}: {value}\r\n" for name, value in headers.get_all()]
+        return f"HTTP/1.1 200 OK\r\n{''.join(lines)}\r\n".encode("latin-1")
+
+    async def _hand_over(self, connection: Connection) -> None:
+        """Give the socket to a transport of the loop; this handler is done with it."""
+        stream = self.detach()
+        self.application.log_request(self)
+        if stream.closed():
+            connection.leave()
+            return
+        try:
+            accepted = stream.socket.dup()
+        finally:
+            stream.close()
+        accepted.setblocking(False)
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        if hasattr(socket, "TCP_USER_TIMEOUT") and accepted.family in (socket.AF_INET, socket.AF_INET6):
+            # A client that vanished acknowledges nothing: the kernel gives it up as long after a keep-alive.
+            milliseconds = int(self.limits.slow_client_timeout_s * 1000)
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, accepted)

@@ -1,0 +1,360 @@
+"""The hub: the live conversations, and the one coroutine that delivers them.
+
+A `Live` conversation is watched by somebody or is being answered. It keeps the frames of the turn that runs, encoded once,
+as one run of bytes (the log), and what it needs to find a client's position in it. A subscriber is a connection and a
+cursor into that log, never a queue: publishing marks the conversation and wakes `Hub.deliver`, which writes to each
+subscriber, in one write, all that lies after its cursor.
+"""
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import NamedTuple, Protocol
+
+from tornado.locks import Condition
+
+from chatserver import sse
+from chatserver.sse import Position
+
+MAX_WRITE = 128 * 1024
+"""Bytes handed to a connection at once: what a client that stops reading may cost us."""
+
+
+class Subscriber(Protocol):
+    """One connection that watches a conversation."""
+
+    cursor: int
+    """Offset in the conversation's log of the first byte not yet written to this connection."""
+    live: "Live | None"
+    """The conversation that it watches; whenever the connection is ready again, it has that one `catch_up`."""
+    until_done: bool
+    """Whether the connection ends after the first `done` or `error`."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a write would leave at once: the connection is up, not ending, and has no bytes in flight."""
+
+    def replay(self, data: bytes) -> None:
+        """Take what comes before the live frames; it is written first, in pieces if it is long."""
+
+    def write(self, data: bytes) -> None:
+        """Write to the connection; only while `ready`."""
+
+    def end(self, data: bytes = b"") -> None:
+        """Write `data`, if any, then end the connection in order."""
+
+
+class Place(NamedTuple):
+    """Where a position lies in a log: the offset to go on from, after sending `before` (the rest of a frame)."""
+
+    offset: int
+    before: bytes = b""
+
+
+class LiveReply:
+    """A reply that still grows, or has just ended: its text, and where in the log each of its frames ends."""
+
+    def __init__(self, message_id: str, created_at: datetime, offset: int) -> None:
+        self.message_id = message_id
+        self.created_at = created_at
+        self.chars = 0
+        self.size = 0
+        self._parts: list[str] = []
+        self._char_ends = array("Q", [0])
+        self._byte_ends = array("Q", [offset])
+
+    @property
+    def content(self) -> str:
+        """Return all that was said so far."""
+        if len(self._parts) > 1:
+            self._parts = ["".join(self._parts)]
+        return self._parts[0] if self._parts else ""
+
+    def append(self, text: str, size: int) -> bytes:
+        """Add text of `size` bytes (UTF-8) and return its frame."""
+        self._parts.append(text)
+        self.chars += len(text)
+        self.size += size
+        frame = sse.token_frame(self.message_id, self.chars, text)
+        self._char_ends.append(self.chars)
+        self._byte_ends.append(self._byte_ends[-1] + len(frame))
+        return frame
+
+    def locate(self, chars: int) -> Place:
+        """Return the place after so many code points; after the last one if there are fewer."""
+        if chars >= self.chars:
+            return Place(self._byte_ends[-1])
+        index = bisect_left(self._char_ends, chars)
+        offset, end = self._byte_ends[index], self._char_ends[index]
+        if end == chars:
+            return Place(offset)
+        return Place(offset, sse.token_frame(self.message_id, end, self.content[chars:end]))
+
+
+class _Entry(NamedTuple):
+    """A message in the log: from where to where, and the reply that it is (None: an input)."""
+
+    message_id: str
+    begin: int
+    end: int | None
+    reply: LiveReply | None
+
+
+class Live:
+    """One live conversation: the log of the turn that runs, and who watches it.
+
+    Every method is synchronous, so that whoever calls several of them without an `await` between sees one state.
+    """
+
+    def __init__(self, conversation_id: str) -> None:
+        self.conversation_id = conversation_id
+        self.subscribers: set[Subscriber] = set()
+        self.reply: LiveReply | None = None
+        self.version = 0
+        """Raised whenever a turn begins or ends: tells a reader of the database that what it read may be old."""
+        self.holders = 0
+        self.dirty = False
+        self._tail: Position | None = None
+        self._base = 0
+        self._log = bytearray()
+        self._entries: list[_Entry] = []
+        self._ahead: dict[Subscriber, Position] = {}
+        self._cut = (0, 0, b"")
+
+    # -- what the conversation says ------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> Position | None:
+        """The position at the log's end; None while nothing is known of the conversation."""
+        if self.reply is not None:
+            return Position(self.reply.message_id, self.reply.chars)
+        return Position(self._entries[-1].message_id, None) if self._entries else self._tail
+
+    @property
+    def _end(self) -> int:
+        return self._base + len(self._log)
+
+    def adopt(self, position: Position) -> None:
+        """Take the database's word for where the conversation stands, while no reply runs here.
+
+        Subscribers that stand elsewhere missed turns of another server: they are cut, and resume from the database.
+        """
+        if self.position not in (None, position):
+            self.cut()
+        self._drop(self._end, position)
+
+    def begin(self, previous: Position, said: tuple[str, bytes] | None, reply_id: str, created_at: datetime) -> None:
+        """Publish what was said (message id and `input` frame; None at a retry) and start its reply.
+
+        :param previous: the position right before, as the database has it
+        """
+        if self.reply is not None or self.position not in (None, previous):
+            self.reply = None
+            self.cut()
+            self._drop(self._end, previous)
+        elif self._tail is None:
+            self._tail = previous
+        else:
+            # The turn before last goes, whoever lags a whole turn behind: a slow client costs no memory.
+            self._forget_all_but_last_turn()
+        self.version += 1
+        if said is not None:
+            message_id, frame = said
+            self._entries.append(_Entry(message_id, self._end, self._end + len(frame), None))
+            self._log += frame
+        self.reply = LiveReply(reply_id, created_at, self._end)
+        self._entries.append(_Entry(reply_id, self._end, None, self.reply))
+        self.dirty = True
+
+    def append(self, text: str, size: int) -> None:
+        """Add the next characters of the running reply: `size` bytes in UTF-8."""
+        assert self.reply is not None
+        self._log += self.reply.append(text, size)
+        self.dirty = True
+
+    def finish(self, frame: bytes) -> None:
+        """End the running reply with its `done` or `error` frame."""
+        assert self.reply is not None
+        self._log += frame
+        self._entries[-1] = self._entries[-1]._replace(end=self._end)
+        self.reply = None
+        self.version += 1
+        self.dirty = True
+
+    def reset(self) -> None:
+        """Tell every subscriber that its position is gone, and end its stream."""
+        self.reply = None
+        for subscriber in [*self.subscribers, *self._ahead]:
+            subscriber.end(sse.RESET)
+        self._drop(self._end, None)
+
+    def cut(self) -> None:
+        """End every stream without a word: the clients resume from where they are."""
+        for subscriber in [*self.subscribers, *self._ahead]:
+            subscriber.end()
+
+    # -- who watches it ------------------------------------------------------------------------------------------
+
+    def locate(self, position: Position) -> Place | None:
+        """Return where a position lies in the log; None if it does not, or not yet."""
+        if position == self._tail:
+            return Place(self._base)
+        for entry in self._entries:
+            if entry.message_id != position.message_id:
+                continue
+            if position.chars is None:
+                return None if entry.end is None else Place(entry.end)
+            if entry.reply is None:
+                return Place(entry.begin) if position.chars == 0 else None
+            if entry.end is None and position.chars > entry.reply.chars:
+                return None
+            return entry.reply.locate(position.chars)
+        return None
+
+    def covers(self, position: Position) -> bool:
+        """Return whether all that follows a position is, or will be, in the log."""
+        if self.reply is not None and self.reply.message_id == position.message_id:
+            return True
+        return self.locate(position) is not None
+
+    def subscribe(self, subscriber: Subscriber, position: Position) -> None:
+        """Deliver to a subscriber what comes after a position, from now on.
+
+        A position that the log has not reached (the reply runs on another server, whose checkpoints lag behind what its
+        clients saw) waits until the log reaches it, or the reply ends.
+        """
+        subscriber.live = self
+        place = self.locate(position)
+        if place is None:
+            self._ahead[subscriber] = position
+            return
+        if place.before:
+            subscriber.replay(place.before)
+        subscriber.cursor = place.offset
+        self.subscribers.add(subscriber)
+        self.catch_up(subscriber)
+
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """Forget a subscriber, if it is one."""
+        self.subscribers.discard(subscriber)
+        self._ahead.pop(subscriber, None)
+
+    def deliver(self) -> None:
+        """Write to every ready subscriber what lies after its cursor."""
+        self.dirty = False
+        if self._ahead:
+            self._place_the_ahead()
+        end = self._end
+        for subscriber in self.subscribers:
+            if subscriber.cursor < end and subscriber.ready:
+                self.catch_up(subscriber)
+        if self.reply is None and self._log and all(each.cursor == end for each in self.subscribers):
+            self._drop(end, self.position)
+
+    def catch_up(self, subscriber: Subscriber) -> None:
+        """Write to one subscriber what lies after its cursor, for as long as its connection takes it."""
+        if subscriber in self._ahead:
+            return
+        while subscriber.ready and (cursor := subscriber.cursor) < self._end:
+            stop = min(self._end, cursor + MAX_WRITE)
+            if subscriber.until_done and (end := self._end_of_reply_after(cursor)) and end <= stop:
+                subscriber.cursor = end
+                subscriber.end(self._slice(cursor, end))
+                return
+            subscriber.cursor = stop
+            subscriber.write(self._slice(cursor, stop))
+
+    # -- the log -------------------------------------------------------------------------------------------------
+
+    def _end_of_reply_after(self, offset: int) -> int | None:
+        return next((each.end for each in self._entries if each.reply and each.end and each.end > offset), None)
+
+    def _slice(self, begin: int, stop: int) -> bytes:
+        """Return bytes of the log; subscribers that stand at one place share them."""
+        if self._cut[:2] != (begin, stop):
+            self._cut = (begin, stop, bytes(memoryview(self._log)[begin - self._base : stop - self._base]))
+        return self._cut[2]
+
+    def _place_the_ahead(self) -> None:
+        for subscriber, position in list(self._ahead.items()):
+            if self.locate(position) is not None:
+                del self._ahead[subscriber]
+                self.subscribe(subscriber, position)
+            elif self.reply is None:
+                subscriber.end()
+
+    def _forget_all_but_last_turn(self) -> None:
+        replies = [index for index, entry in enumerate(self._entries) if entry.reply]
+        if len(replies) < 2:
+            return
+        last = self._entries[replies[-2]]
+        assert last.end is not None
+        self._drop(last.end, Position(last.message_id, None))
+
+    def _drop(self, offset: int, tail: Position | None) -> None:
+        """Forget the log before an offset, at which the conversation stood at `tail`; cut who has not got that far."""
+        del self._log[: offset - self._base]
+        self._base, self._tail = offset, tail
+        self._entries = [entry for entry in self._entries if entry.begin >= offset]
+        self._cut = (0, 0, b"")
+        for subscriber in self.subscribers:
+            if subscriber.cursor < offset:
+                subscriber.end()
+        self.version += 1
+
+
+class Hub:
+    """All live conversations of this process."""
+
+    def __init__(self) -> None:
+        self._lives: dict[str, Live] = {}
+        self._marked: set[Live] = set()
+        self._wake = Condition()
+
+    def get(self, conversation_id: str) -> Live | None:
+        """Return a live conversation, or None."""
+        return self._lives.get(conversation_id)
+
+    @property
+    def lives(self) -> list[Live]:
+        """Return all live conversations."""
+        return list(self._lives.values())
+
+    @contextmanager
+    def hold(self, conversation_id: str) -> Iterator[Live]:
+        """Give the live conversation, made if need be, which is not forgotten inside the block."""
+        live = self._lives.get(conversation_id)
+        if live is None:
+            live = self._lives[conversation_id] = Live(conversation_id)
+        live.holders += 1
+        try:
+            yield live
+        finally:
+            live.holders -= 1
+            self.settle(live)
+
+    def unsubscribe(self, subscriber: Subscriber) -> None:
+        """Let a subscriber go, if it watches anything."""
+        if (live := subscriber.live) is not None:
+            live.unsubscribe(subscriber)
+            self.settle(live)
+
+    def settle(self, live: Live) -> None:
+        """Have what was published delivered; forget a conversation with no reply and nobody who watches."""
+        if live.dirty and live not in self._marked:
+            self._marked.add(live)
+            self._wake.notify()
+        if live.reply is None and not live.holders and not live.subscribers and not live._ahead:
+            if self._lives.get(live.conversation_id) is live:
+                del self._lives[live.conversation_id]
+
+    async def deliver(self) -> None:
+        """Deliver for ever: the one delivery coroutine. No await between the check and the wait, so no mark is missed."""
+        while True:
+            while not self._marked:
+                await self._wake.wait()
+            marked, self._marked = self._marked, set()
+            for live in marked:
+                live.deliver()

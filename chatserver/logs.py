@@ -1,0 +1,50 @@
+"""Logs: one line an event, to stderr; for people by default, as JSON by a setting. Never a message's text, never a key."""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+
+from chatserver.settings import Settings
+
+CONTEXT = ("request", "conversation", "reply", "method", "path", "status", "ms", "address")
+"""The fields that a record may carry beside its message, given as `extra`."""
+
+
+class HumanFormatter(logging.Formatter):
+    """`12:30:05.123 INFO reply started conversation=… reply=…`"""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3]
+        fields = "".join(f" {name}={value}" for name, value in _context(record).items())
+        line = f"{time} {record.levelname:<7} {record.getMessage()}{fields}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_context(record),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def set_up(settings: Settings) -> None:
+    """Send all logs to stderr in the format and from the level that the settings say."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else HumanFormatter())
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+    for noisy in ("pymongo", "httpx", "httpx2", "openai"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _context(record: logging.LogRecord) -> dict[str, object]:
+    return {name: value for name in CONTEXT if (value := getattr(record, name, None)) is not None}

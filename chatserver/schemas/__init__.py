@@ -1,0 +1,84 @@
+"""The JSON Schemas (draft 2020-12) of what clients send, one file each, and their validators."""
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+from chatserver.errors import FieldError, InvalidRequest
+
+Schema = dict[str, Any]
+
+
+def load(name: str) -> Schema:
+    """Return the schema in `schemas/<name>.json`."""
+    schema: Schema = json.loads(files(__package__).joinpath(f"{name}.json").read_text("utf-8"))
+    return schema
+
+
+@cache
+def _validator(name: str, max_input_chars: int) -> Draft202012Validator:
+    schema = load(name)
+    if "input" in schema.get("properties", {}):
+        schema["properties"]["input"]["maxLength"] = max_input_chars
+    return Draft202012Validator(schema)
+
+
+def validate(name: str, value: object, max_input_chars: int = 0) -> None:
+    """Check a value against a schema.
+
+    :raises InvalidRequest: with a JSON Pointer (RFC 6901) to each place that does not fit
+    """
+    errors = list(_validator(name, max_input_chars).iter_errors(value))
+    if errors:
+        fields = [field for error in errors for field in _fields(error)]
+        said = "; ".join(f"{field['pointer'] or 'the body'} {field['detail']}" for field in fields[:3])
+        raise InvalidRequest(f"{said}.", fields=fields)
+
+
+def _fields(error: ValidationError) -> list[FieldError]:
+    """Say what is wrong in words that do not repeat the value, which may be long or private."""
+    pointer = "".join(f"/{_escape(str(step))}" for step in error.absolute_path)
+    limit: Any = error.validator_value
+    schema: Any = error.schema
+    instance: Any = error.instance
+    match str(error.validator):
+        case "required":
+            return [
+                {"pointer": f"/{_escape(name)}", "detail": "is missing"} for name in limit if name not in error.instance
+            ]
+        case "additionalProperties":
+            known = schema.get("properties", {})
+            return [
+                {"pointer": f"/{_escape(name)}", "detail": "is not a known field"}
+                for name in list(instance)[:10]
+                if name not in known
+            ]
+        case "type":
+            detail = f"must be of type {limit}"
+        case "minLength":
+            detail = "must not be empty"
+        case "maxLength":
+            detail = f"must have at most {limit} characters"
+        case "pattern" if limit == "\\S":
+            detail = "must not be only white space"
+        case "pattern" if "{24}" in limit:
+            detail = "must be an id of 24 hex digits" if limit.startswith("^[0-9a-f") else f"must match {limit}"
+        case "not":
+            detail = "must not contain a NUL character"
+        case "minimum":
+            detail = f"must be at least {limit}"
+        case "maximum":
+            detail = f"must be at most {limit}"
+        case "enum":
+            detail = f"must be one of {', '.join(map(str, limit))}"
+        case _:
+            detail = f"does not fit its schema ({error.validator})"
+    return [{"pointer": pointer, "detail": detail}]
+
+
+def _escape(step: str) -> str:
+    return step[:100].replace("~", "~0").replace("/", "~1")

@@ -1,0 +1,147 @@
+"""The settings: the one reader of the environment and of `.env`.
+
+Each field of `Settings` is one variable, its name in capitals. An empty value counts as unset.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dotenv import dotenv_values
+
+from chatserver.errors import SetupError
+
+PLACEHOLDER_KEY = "your_api_key_here"
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise ValueError("not a whole number") from None
+        if not low <= number <= high:
+            raise ValueError(f"not between {low} and {high}")
+        return number
+
+    return parse
+
+
+def _decimal(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise ValueError("not a number") from None
+        if not low <= number <= high:
+            raise ValueError(f"not between {low:g} and {high:g}")
+        return number
+
+    return parse
+
+
+def _choice(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"not one of {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def _flag(text: str) -> bool:
+    return _choice("true", "false")(text.lower()) == "true"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _setting(default: Any, parse: Callable[[str], Any] = str, *, secret: bool = False) -> Any:
+    return field(default=default, repr=not secret, metadata={"parse": parse})
+
+
+_SECONDS = _decimal(0.05, 86_400)
+_COUNT = _whole(1, 10_000_000)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What whoever runs the server may set. Secrets do not appear in its repr."""
+
+    host: str = _setting("127.0.0.1")
+    port: int = _setting(3000, _whole(0, 65535))
+    allowed_hosts: tuple[str, ...] = _setting((), _names)
+    trusted_proxies: tuple[str, ...] = _setting((), _names)
+    cors_origins: tuple[str, ...] = _setting((), _names)
+    cors_credentials: bool = _setting(False, _flag)
+    log_format: str = _setting("human", _choice("human", "json"))
+    log_level: str = _setting("info", _choice("debug", "info", "warning", "error"))
+
+    mongodb_uri: str | None = _setting(None, secret=True)
+    chat_data_dir: Path = _setting(Path(".data"), Path)
+    database_timeout_s: float = _setting(4.0, _SECONDS)
+    checkpoint_ms: int = _setting(250, _whole(10, 60_000))
+    lease_ms: int = _setting(10_000, _whole(100, 3_600_000))
+
+    reply_source: str = _setting("simulated", _choice("simulated", "openai"))
+    history_messages: int = _setting(50, _whole(1, 10_000))
+    simulated_token_delay_ms: int = _setting(40, _whole(0, 60_000))
+    simulated_tokens: int | None = _setting(None, _whole(0, 10_000_000))
+    openai_api_key: str | None = _setting(None, secret=True)
+    openai_model: str = _setting("gpt-4.1-mini")
+    openai_base_url: str | None = _setting(None)
+    openai_system_prompt: str | None = _setting(None)
+    openai_temperature: float | None = _setting(None, _decimal(0, 2))
+    openai_max_tokens: int | None = _setting(None, _COUNT)
+    openai_history_chars: int = _setting(48_000, _COUNT)
+    openai_connect_timeout_s: float = _setting(5.0, _SECONDS)
+    openai_read_timeout_s: float = _setting(60.0, _SECONDS)
+
+    max_input_chars: int = _setting(32_000, _whole(1, 2_000_000))
+    max_header_bytes: int = _setting(16_384, _whole(1024, 1_048_576))
+    request_timeout_s: float = _setting(10.0, _SECONDS)
+    max_streams: int = _setting(10_000, _COUNT)
+    max_streams_per_conversation: int = _setting(2_000, _COUNT)
+    max_streams_per_address: int = _setting(0, _whole(0, 10_000_000))
+    max_replies: int = _setting(1_000, _COUNT)
+    keepalive_s: float = _setting(15.0, _SECONDS)
+    slow_client_timeout_s: float = _setting(30.0, _SECONDS)
+    stream_max_age_s: float = _setting(0.0, _decimal(0, 604_800))
+    drain_s: float = _setting(10.0, _decimal(0, 3600))
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest request body: an input whose every character is escaped as a surrogate pair, and its frame."""
+        return 12 * self.max_input_chars + 1024
+
+
+def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Path(".env")) -> Settings:
+    """Return the settings: the environment first, then the `.env` file, then the defaults.
+
+    :raises SetupError: naming the variable and its value, if it cannot be read
+    """
+    try:
+        file = dotenv_values(dotenv) if dotenv.is_file() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{dotenv} cannot be read: {error}") from None
+    values: dict[str, Any] = {}
+    for setting in fields(Settings):
+        name = setting.name.upper()
+        text = (environment.get(name) or file.get(name) or "").strip()
+        if not text:
+            continue
+        try:
+            values[setting.name] = setting.metadata["parse"](text)
+        except ValueError as error:
+            raise SetupError(f"{name} is {text!r}: {error}") from None
+    settings = Settings(**values)
+    if settings.reply_source == "openai" and settings.openai_api_key in (None, PLACEHOLDER_KEY):
+        raise SetupError("REPLY_SOURCE is 'openai', but OPENAI_API_KEY is not set to a real key (see .env.example)")
+    if settings.lease_ms < 3 * settings.checkpoint_ms:
+        raise SetupError(
+            f"LEASE_MS is '{settings.lease_ms}': less than three times CHECKPOINT_MS ({settings.checkpoint_ms})"
+        )
+    return settings

@@ -1,0 +1,693 @@
+"""The conversations in MongoDB: the only module that knows the driver.
+
+One document a conversation, in the collection `conversations`:
+
+    { _id, createdAt, updatedAt,
+      messages: [ { _id, role, content, createdAt, status?, error?: { code, message }, key? } ],
+      reply?: { _id, createdAt, content, renewedAt } }
+
+A turn is two atomic writes, *begin* and *finish*; both may be repeated safely, since each holds only while `reply` is
+absent, or is still the one that was begun. Nothing else changes `messages`, but that a retry marks the reply it supersedes.
+Every call is bounded in time and raises `DatabaseUnavailable` if MongoDB does not answer; while it is known to be away,
+calls fail at once, but for one every `_PROBE_S` that looks whether it is back.
+
+The calls used are those that Motor's and PyMongo's asynchronous clients share.
+"""
+
+import asyncio
+import hashlib
+import inspect
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit, urlunsplit
+
+import pymongo
+from bson import ObjectId
+from bson.codec_options import CodecOptions
+from motor.motor_asyncio import AsyncIOMotorClient
+from pymongo import ReturnDocument, UpdateOne
+from pymongo.errors import (
+    BulkWriteError,
+    ConfigurationError,
+    ConnectionFailure,
+    DuplicateKeyError,
+    ExecutionTimeout,
+    InvalidURI,
+    OperationFailure,
+    PyMongoError,
+    ServerSelectionTimeoutError,
+    WriteConcernError,
+)
+
+from chatserver.errors import (
+    ConversationFull,
+    DatabaseUnavailable,
+    KeyReused,
+    NothingToRetry,
+    NotFound,
+    OutcomeUnknown,
+    ReplyInProgress,
+    SetupError,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DATABASE = "chat-db"
+DOCUMENT_BYTES = 16 * 1024 * 1024
+REPLY_ROOM = 1024 * 1024
+"""Bytes kept free for a reply: a turn that would leave less is refused before it starts."""
+_MARGIN = 4096
+"""Bytes for the fields around two messages, an error and the document's own."""
+_PROBE_S = 0.5
+_CONCURRENT_CALLS = 10
+"""Motor runs each call on a thread of a pool of five a core: what waits shall wait here, where it can time out."""
+
+Status = Literal["complete", "stopped", "failed", "interrupted", "superseded"]
+Document = Mapping[str, Any]
+
+
+class ReplyError(NamedTuple):
+    """Why a reply failed or was interrupted."""
+
+    code: str
+    message: str
+
+
+INTERRUPTED = ReplyError("interrupted", "The server stopped while it wrote this reply; what was saved is kept.")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message as stored."""
+
+    id: str
+    role: str
+    content: str
+    created_at: datetime
+    status: Status = "complete"
+    error: ReplyError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredReply:
+    """A running reply as checkpointed."""
+
+    id: str
+    content: str
+    created_at: datetime
+    renewed_at: datetime | None
+    expired: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A conversation, or its messages from one on.
+
+    `first` is the number of messages before `messages`; `last_id` is the conversation's last message, whether it is
+    among them or not; `found` is whether the message asked for is there.
+    """
+
+    created_at: datetime
+    updated_at: datetime
+    messages: Sequence[Message]
+    reply: StoredReply | None
+    last_id: str | None
+    first: int
+    found: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The ids of a turn, all 24 hex digits."""
+
+    conversation_id: str
+    message_id: str
+    reply_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A turn that is stored and whose reply is to be written.
+
+    `said` is the user's message if it is new, None at a retry; `messages` are the newest ones, the last being the
+    user's; `number` counts the user's messages; `previous_id` is the message right before this turn, if any;
+    `reply_room` is how many bytes the reply may have.
+    """
+
+    turn: Turn
+    said: Message | None
+    messages: Sequence[Message]
+    number: int
+    previous_id: str | None
+    created_at: datetime
+    reply_room: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A conversation in the list."""
+
+    id: str
+    beginning: str
+    created_at: datetime
+    updated_at: datetime
+    message_count: int
+    streaming: bool
+
+
+def new_id() -> str:
+    """Return a fresh id, 24 hex digits."""
+    return str(ObjectId())
+
+
+def keyed_id(key: str) -> str:
+    """Return the id of the conversation that an idempotency key without a conversation stands for.
+
+    So two attempts meet at one document, by the index on `_id`, even at the same moment.
+    """
+    return hashlib.sha256(b"chatserver conversation\0" + key.encode()).hexdigest()[:24]
+
+
+def now() -> datetime:
+    """Return the time in UTC, to the millisecond, as BSON keeps it."""
+    time = datetime.now(UTC)
+    return time.replace(microsecond=time.microsecond // 1000 * 1000)
+
+
+def describe_uri(uri: str) -> str:
+    """Return a MongoDB URI with the database's name and without a password, as it may be shown and pasted."""
+    parts = urlsplit(uri)
+    user, at, hosts = parts.netloc.rpartition("@")
+    database = parts.path if parts.path.strip("/") else f"/{DEFAULT_DATABASE}"
+    return urlunsplit(parts._replace(netloc=user.partition(":")[0] + at + hosts, path=database))
+
+
+def connect(uri: str, timeout_s: float) -> "AsyncIOMotorClient[Any]":
+    """Return the one database client of a process.
+
+    :raises SetupError: if the URI is wrong
+    """
+    try:
+        return AsyncIOMotorClient(uri, **client_options(timeout_s))
+    except (InvalidURI, ConfigurationError, ValueError) as error:
+        raise SetupError(f"MONGODB_URI is no MongoDB URI: {error}") from None
+
+
+def client_options(timeout_s: float) -> dict[str, Any]:
+    """Return what a client needs for the promises made here: majority, journaled, bounded in time (seconds)."""
+    return {
+        "w": "majority",
+        "journal": True,
+        "readConcernLevel": "majority",
+        "tz_aware": True,
+        "appname": "chatserver",
+        "serverSelectionTimeoutMS": int(timeout_s * 500),
+        "connectTimeoutMS": int(timeout_s * 500),
+        "heartbeatFrequencyMS": 2000,
+    }
+
+
+async def initiate_replica_set(uri: str, host: str) -> None:
+    """Make a lone `mongod` the primary of a replica set of one, under the address it has now; repeatable.
+
+    :raises SetupError: if it does not become primary within 20 seconds
+    """
+    client: AsyncIOMotorClient[Any] = AsyncIOMotorClient(uri, directConnection=True, serverSelectionTimeoutMS=5000)
+    config = {"_id": "rs0", "members": [{"_id": 0, "host": host}]}
+    try:
+        try:
+            await client.admin.command("replSetInitiate", config)
+        except OperationFailure as error:
+            if error.code != 23:  # AlreadyInitialized
+                raise
+            current = (await client.admin.command("replSetGetConfig"))["config"]
+            if current["members"][0]["host"] != host:
+                current["members"] = config["members"]
+                current["version"] += 1
+                await client.admin.command("replSetReconfig", current, force=True)
+        async with asyncio.timeout(20):
+            while not (await client.admin.command("hello"))["isWritablePrimary"]:
+                await asyncio.sleep(0.02)
+    except (PyMongoError, TimeoutError) as error:
+        raise SetupError(f"The private MongoDB server does not become ready: {error}") from error
+    finally:
+        client.close()
+
+
+class Store:
+    """The conversations of one database.
+
+    :param client: a Motor client, or PyMongo's AsyncMongoClient
+    :param database: the database's name if the client's URI has none
+    :param timeout_s: the longest that a call may take, in seconds
+    :param lease_ms: how long after its last renewal a reply's server is taken for lost
+    :param history: how many of the newest messages a turn brings along
+    """
+
+    def __init__(
+        self, client: Any, *, database: str = DEFAULT_DATABASE, timeout_s: float, lease_ms: int, history: int
+    ) -> None:
+        self._client = client
+        self._conversations = client.get_default_database(database).get_collection(
+            "conversations", codec_options=CodecOptions(tz_aware=True, tzinfo=UTC)
+        )
+        self._timeout_s = timeout_s
+        self._slots = asyncio.Semaphore(_CONCURRENT_CALLS)
+        self._away_until = 0.0
+        self.observe: Callable[[str, float, bool], None] = lambda _operation, _seconds, _ok: None
+        """Called after each call: its name, its duration in seconds, whether the database answered."""
+        kept = {"$filter": {"input": "$messages", "cond": {"$ne": ["$$this.status", "superseded"]}}}
+        said = {"$filter": {"input": "$messages", "cond": {"$eq": ["$$this.role", "user"]}}}
+        self._turn_projection = {
+            "reply._id": 1,
+            "reply.createdAt": 1,
+            "size": {"$bsonSize": "$$ROOT"},
+            "turns": {"$size": said},
+            "last": {"$slice": ["$messages._id", -2]},
+            "messages": {"$slice": [kept, -history]},
+        }
+        """What a new turn needs, instead of the whole document; `messages` ends with the user's."""
+        age = {"$subtract": ["$$NOW", lease_ms]}
+        self._expired = {"$lt": ["$reply.renewedAt", age]}
+
+    async def prepare(self) -> None:
+        """Make the indexes: one for the list, one of the running replies."""
+        async with self._call("prepare"):
+            await self._conversations.create_index([("createdAt", -1), ("_id", -1)])
+            await self._conversations.create_index("reply._id", sparse=True)
+
+    async def ping(self) -> None:
+        """Return if the database answers."""
+        async with self._call("ping"):
+            await self._client.admin.command("ping")
+
+    async def close(self) -> None:
+        """Close the client."""
+        closing = self._client.close()
+        if inspect.isawaitable(closing):
+            await closing
+
+    # -- a turn --------------------------------------------------------------------------------------------------
+
+    async def begin(self, turn: Turn, content: str, key: str | None, *, new: bool = False) -> Begun:
+        """Store what the user said and that a reply to it runs.
+
+        :param new: whether the conversation's id was just made, so that it need not be looked for
+        :raises ReplyInProgress, ConversationFull: and nothing is stored
+        :raises KeyReused: if a message with this key is there already; see `find_keyed`
+        :raises OutcomeUnknown: if the database fell silent in the middle; see `find_begun`
+        """
+        time = now()
+        message = {"_id": ObjectId(turn.message_id), "role": "user", "content": content, "createdAt": time}
+        condition: dict[str, Any] = {"_id": ObjectId(turn.conversation_id), "reply": {"$exists": False}}
+        if key is not None:
+            message["key"] = key
+            condition["messages.key"] = {"$ne": key}
+        update = {
+            "$push": {"messages": message},
+            "$setOnInsert": {"createdAt": time},
+            **_reply_begins(turn.reply_id, time),
+        }
+        needed = len(content.encode()) + _MARGIN + REPLY_ROOM
+        async with self._call("begin", write=True):
+            for _ in range(3):
+                if not new and (begun := await self._begin(condition, update, needed)):
+                    return begun
+                try:
+                    await self._conversations.update_one(
+                        {"_id": condition["_id"], "messages": {"$exists": False}}, update, upsert=True
+                    )
+                except DuplicateKeyError:
+                    new = False
+                    await self._refuse(condition["_id"], key, needed)
+                    continue
+                said = Message(turn.message_id, "user", content, time)
+                return Begun(turn, said, [said], 1, None, time, DOCUMENT_BYTES - len(content.encode()) - 2 * _MARGIN)
+            raise ReplyInProgress
+
+    async def begin_retry(self, conversation_id: str, reply_id: str) -> Begun:
+        """Supersede a stopped, failed or interrupted reply at the conversation's end by a new one.
+
+        :raises NotFound, NothingToRetry, ReplyInProgress, ConversationFull, OutcomeUnknown: as `begin`
+        """
+        conversation = ObjectId(conversation_id)
+        needed = _MARGIN + REPLY_ROOM
+        async with self._call("begin", write=True):
+            document = await self._conversations.find_one(
+                {"_id": conversation}, {"reply._id": 1, "last": {"$slice": ["$messages", -1]}}
+            )
+            if document is None:
+                raise NotFound("There is no conversation with this id.")
+            if "reply" in document:
+                raise ReplyInProgress
+            last = document["last"][0]
+            if last.get("status") not in ("stopped", "failed", "interrupted"):
+                raise NothingToRetry
+            condition = {"_id": conversation, "reply": {"$exists": False}, "messages._id": last["_id"]}
+            update = _reply_begins(reply_id, now())
+            update["$set"]["messages.$.status"] = "superseded"
+            still_last = {"$eq": [{"$last": "$messages._id"}, last["_id"]]}
+            if begun := await self._begin(condition, update, needed, still_last):
+                return begun
+            await self._refuse(conversation, None, needed)
+            raise ReplyInProgress
+
+    async def find_begun(self, conversation_id: str, reply_id: str) -> Begun | None:
+        """Return a turn whose begin had an unknown outcome, if it was done and its reply still runs."""
+        async with self._call("find_begun"):
+            document = await self._conversations.find_one(
+                {"_id": ObjectId(conversation_id), "reply._id": ObjectId(reply_id)}, self._turn_projection
+            )
+        return _begun(document) if document else None
+
+    async def _begin(self, condition: Document, update: Document, needed: int, *also: Document) -> Begun | None:
+        fits = {"$lte": [{"$bsonSize": "$$ROOT"}, DOCUMENT_BYTES - needed]}
+        document = await self._conversations.find_one_and_update(
+            {**condition, "$expr": {"$and": [fits, *also]}},
+            update,
+            projection=self._turn_projection,
+            return_document=ReturnDocument.AFTER,
+        )
+        return _begun(document) if document else None
+
+    async def _refuse(self, conversation: ObjectId, key: str | None, needed: int) -> None:
+        """Raise why a turn could not begin; return if it no longer holds."""
+        projection: dict[str, Any] = {"reply._id": 1, "size": {"$bsonSize": "$$ROOT"}}
+        if key is not None:
+            projection["keyed"] = {"$in": [key, {"$ifNull": ["$messages.key", []]}]}
+        document = await self._conversations.find_one({"_id": conversation}, projection)
+        if document is None:
+            return
+        if document.get("keyed"):
+            raise KeyReused
+        if "reply" in document:
+            raise ReplyInProgress
+        if document["size"] > DOCUMENT_BYTES - needed:
+            raise ConversationFull
+
+    async def find_keyed(self, conversation_id: str, key: str, content: str) -> Turn | None:
+        """Return the turn that was begun with an idempotency key, or None.
+
+        :raises KeyReused: if it was begun with another content
+        """
+        keyed = {"$filter": {"input": "$messages", "cond": {"$eq": ["$$this.key", key]}}}
+        said_id = {"$first": {"$map": {"input": keyed, "in": "$$this._id"}}}
+        async with self._call("find_keyed"):
+            document = await self._conversations.find_one(
+                {"_id": ObjectId(conversation_id), "messages.key": key},
+                {"messages": _from_message(said_id, count=2), "reply._id": 1},
+            )
+        if document is None:
+            return None
+        said, *replies = document["messages"]
+        if said["content"] != content:
+            raise KeyReused
+        reply = replies[0] if replies else document["reply"]
+        return Turn(conversation_id, str(said["_id"]), str(reply["_id"]))
+
+    async def checkpoint(self, replies: Mapping[str, tuple[str, str]]) -> Collection[str]:
+        """Save what running replies have said so far and renew their leases, in one bulk write.
+
+        :param replies: reply id -> conversation id, content
+        :return: the ids of the replies that are no longer ours
+        """
+        writes = [
+            UpdateOne(
+                {"_id": ObjectId(conversation_id), "reply._id": ObjectId(reply_id)},
+                {"$set": {"reply.content": content}, "$currentDate": {"reply.renewedAt": True}},
+            )
+            for reply_id, (conversation_id, content) in replies.items()
+        ]
+        async with self._call("checkpoint"):
+            result = await self._conversations.bulk_write(writes, ordered=False)
+            if result.matched_count == len(writes):
+                return ()
+            held = await self._conversations.find(
+                {"reply._id": {"$in": [ObjectId(each) for each in replies]}}, {"reply._id": 1}
+            ).to_list(None)
+        return set(replies) - {str(each["reply"]["_id"]) for each in held}
+
+    async def finish(
+        self, conversation_id: str, message: Message, *, if_renewed_at: datetime | None = None
+    ) -> Message | None:
+        """Store a reply as a message and end it, if it still runs.
+
+        :param if_renewed_at: only if its lease was not renewed since
+        :return: the message as the database has it now, whoever stored it; None if it has none
+        """
+        conversation = ObjectId(conversation_id)
+        stored: dict[str, Any] = {
+            "_id": ObjectId(message.id),
+            "role": message.role,
+            "content": message.content,
+            "createdAt": message.created_at,
+        }
+        if message.status != "complete":
+            stored["status"] = message.status
+        if message.error is not None:
+            stored["error"] = message.error._asdict()
+        condition = {"_id": conversation, "reply._id": stored["_id"]}
+        if if_renewed_at is not None:
+            condition["reply.renewedAt"] = if_renewed_at
+        async with self._call("finish"):
+            result = await self._conversations.update_one(
+                condition, {"$push": {"messages": stored}, "$unset": {"reply": ""}, "$set": {"updatedAt": now()}}
+            )
+            if result.modified_count:
+                return message
+            document = await self._conversations.find_one(
+                {"_id": conversation}, {"messages": {"$elemMatch": {"_id": stored["_id"]}}}
+            )
+        return _message(document["messages"][0]) if document and document.get("messages") else None
+
+    async def find_lost(self, own: Collection[str], *, alone: bool = False) -> Sequence[tuple[str, StoredReply]]:
+        """Return conversation id and reply of each reply whose lease has run out, but for our `own`.
+
+        :param alone: whether no other server can be alive, so that every lease has run out
+        """
+        condition: dict[str, Any] = {"reply._id": {"$exists": True, "$nin": [ObjectId(each) for each in own]}}
+        if not alone:
+            condition["$expr"] = self._expired
+        async with self._call("find_lost"):
+            documents = await self._conversations.find(condition, {"reply": 1}).to_list(1000)
+        return [(str(each["_id"]), _reply(each["reply"], expired=True)) for each in documents]
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    async def read(
+        self,
+        conversation_id: str,
+        *,
+        since: str | None = None,
+        before: str | None = None,
+        last: int | None = None,
+    ) -> Record | None:
+        """Return a conversation (None if unknown): all its messages, those from one on, or the last ones (before one).
+
+        :param since: a message's id
+        :param before: a message's id
+        :param last: how many
+        """
+        projection: dict[str, Any] = {
+            "createdAt": 1,
+            "updatedAt": 1,
+            "reply": 1,
+            "count": {"$size": "$messages"},
+            "last": {"$slice": ["$messages._id", -1]},
+            "expired": self._expired,
+        }
+        asked = since or before
+        if asked:
+            projection["at"] = {"$indexOfArray": ["$messages._id", ObjectId(asked)]}
+        if since:
+            projection["messages"] = _from_message(ObjectId(since))
+        elif before:
+            projection["messages"] = _before_message(ObjectId(before), last or DOCUMENT_BYTES)
+        elif last:
+            projection["messages"] = {"$slice": ["$messages", -last]}
+        else:
+            projection["messages"] = 1
+        async with self._call("read"):
+            document = await self._conversations.find_one({"_id": ObjectId(conversation_id)}, projection)
+        if document is None:
+            return None
+        messages = [_message(each) for each in document["messages"]]
+        at = document.get("at", 0)
+        if before:
+            first = max(0, at - len(messages))
+        elif since:
+            first = max(0, at)
+        else:
+            first = document["count"] - len(messages)
+        reply = document.get("reply")
+        return Record(
+            document["createdAt"],
+            document["updatedAt"],
+            messages,
+            _reply(reply, expired=bool(document["expired"])) if reply else None,
+            str(document["last"][0]) if document["last"] else None,
+            first,
+            at >= 0,
+        )
+
+    async def summaries(self, limit: int, after: tuple[datetime, str] | None) -> Sequence[Summary]:
+        """Return up to `limit` conversations, newest first, older than `after` (creation time and id)."""
+        condition: dict[str, Any] = {}
+        if after is not None:
+            time, last = after
+            condition = {
+                "createdAt": {"$lte": time},
+                "$or": [{"createdAt": {"$lt": time}}, {"_id": {"$lt": ObjectId(last)}}],
+            }
+        projection = {
+            "createdAt": 1,
+            "updatedAt": 1,
+            "reply._id": 1,
+            "count": {"$size": "$messages"},
+            "beginning": {"$substrCP": [{"$first": "$messages.content"}, 0, 200]},
+        }
+        async with self._call("list"):
+            cursor = self._conversations.find(condition, projection)
+            documents = await cursor.sort([("createdAt", -1), ("_id", -1)]).limit(limit).to_list(limit)
+        return [
+            Summary(
+                str(each["_id"]),
+                each["beginning"],
+                each["createdAt"],
+                each["updatedAt"],
+                each["count"] + ("reply" in each),
+                "reply" in each,
+            )
+            for each in documents
+        ]
+
+    async def delete(self, conversation_id: str) -> bool:
+        """Delete a conversation; return whether there was one."""
+        async with self._call("delete"):
+            result = await self._conversations.delete_one({"_id": ObjectId(conversation_id)})
+        return bool(result.deleted_count)
+
+    # -- how calls are made --------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _call(self, operation: str, *, write: bool = False) -> AsyncIterator[None]:
+        """Bound a call in time and number, and turn the driver's words for a silent database into ours.
+
+        :param write: whether its outcome matters to the caller when the database falls silent
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        ok = False
+        try:
+            try:
+                async with asyncio.timeout(self._timeout_s / 2):
+                    await self._slots.acquire()
+            except TimeoutError:
+                raise DatabaseUnavailable from None
+            try:
+                if loop.time() < self._away_until:
+                    raise DatabaseUnavailable
+                with pymongo.timeout(started + self._timeout_s - loop.time()):
+                    yield
+                ok = True
+            finally:
+                self._slots.release()
+        except (ConnectionFailure, ExecutionTimeout, WriteConcernError, BulkWriteError) as error:
+            if isinstance(error, BulkWriteError) and error.details and error.details["writeErrors"]:
+                raise
+            if loop.time() >= self._away_until:
+                logger.warning("the database does not answer (%s): %s", operation, type(error).__name__)
+            self._away_until = loop.time() + _PROBE_S
+            never_sent = isinstance(error, ServerSelectionTimeoutError)
+            raise OutcomeUnknown if write and not never_sent else DatabaseUnavailable from error
+        finally:
+            self.observe(operation, loop.time() - started, ok)
+
+
+def _begun(document: Document) -> Begun:
+    messages = [_message(each) for each in document["messages"]]
+    last = [str(each) for each in document["last"]]
+    asked, reply = messages[-1], document["reply"]
+    said = asked if last[-1] == asked.id else None
+    before = last[:-1] if said else last
+    return Begun(
+        Turn(str(document["_id"]), asked.id, str(reply["_id"])),
+        said,
+        messages,
+        document["turns"],
+        before[-1] if before else None,
+        reply["createdAt"],
+        DOCUMENT_BYTES - document["size"] - _MARGIN,
+    )
+
+
+def _reply_begins(reply_id: str, time: datetime) -> dict[str, Any]:
+    return {
+        "$set": {
+            "updatedAt": time,
+            "reply._id": ObjectId(reply_id),
+            "reply.createdAt": time,
+            "reply.content": "",
+        },
+        "$currentDate": {"reply.renewedAt": True},
+    }
+
+
+def _from_message(message_id: ObjectId | Document, count: int | None = None) -> Document:
+    """Return the expression for the messages from one on; for none, if it is not there."""
+    return {
+        "$let": {
+            "vars": {"at": {"$indexOfArray": ["$messages._id", message_id]}},
+            "in": {
+                "$cond": [
+                    {"$lt": ["$$at", 0]},
+                    [],
+                    {"$slice": ["$messages", "$$at", count or {"$size": "$messages"}]},
+                ]
+            },
+        }
+    }
+
+
+def _before_message(message_id: ObjectId, count: int) -> Document:
+    """Return the expression for the newest messages before one."""
+    return {
+        "$let": {
+            "vars": {"at": {"$indexOfArray": ["$messages._id", message_id]}},
+            "in": {
+                "$cond": [
+                    {"$lt": ["$$at", 1]},
+                    [],
+                    {
+                        "$slice": [
+                            "$messages",
+                            {"$max": [0, {"$subtract": ["$$at", count]}]},
+                            {"$min": ["$$at", count]},
+                        ]
+                    },
+                ]
+            },
+        }
+    }
+
+
+def _message(document: Document) -> Message:
+    error = document.get("error")
+    return Message(
+        str(document.get("_id", "")),
+        document["role"],
+        document["content"],
+        document["createdAt"],
+        document.get("status", "complete"),
+        ReplyError(error["code"], error["message"]) if error else None,
+    )
+
+
+def _reply(document: Document, *, expired: bool) -> StoredReply:
+    return StoredReply(
+        str(document["_id"]), document["content"], document["createdAt"], document.get("renewedAt"), expired
+    )

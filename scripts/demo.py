@@ -1,0 +1,461 @@
+#!/usr/bin/env python3
+"""Chat in a terminal: the example of a client, in the order that loses nothing.
+
+1. Choose an id for the conversation, or take one that exists and fetch its history.
+2. Open the stream before the first post, so that no word comes too early; a thread of its own reads it.
+3. Post what the user says, with a key, so that it can be sent again if the answer gets lost.
+4. Print the tokens as they arrive. When the line drops, open the stream again with the last position seen.
+5. A reply that has ended is stored: compare it with the history.
+
+It needs nothing but Python's standard library. Ctrl-C stops a reply, Ctrl-D leaves; /stop and /retry do what they say.
+"""
+
+import argparse
+import http.client
+import json
+import os
+import queue
+import random
+import re
+import secrets
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+SILENCE_S = 45  # the server sends a comment every 15 s: a line without them is dead
+TIMEOUT_S = 15
+PATIENCE_S = 60  # how long a request is tried again
+
+
+@dataclass
+class Event:
+    """What the stream says, what becomes of it ("open", "lost", "refused") or what the user does ("typed", "eof")."""
+
+    name: str
+    data: dict[str, Any]
+
+
+class Refused(Exception):
+    """The server's answer was an error; the text is for the user."""
+
+    def __init__(self, status: int, problem: dict[str, Any]) -> None:
+        super().__init__(problem.get("detail") or problem.get("title") or f"the server answered {status}")
+        self.status = status
+        self.code = problem.get("code")
+
+
+class Conversation:
+    """One conversation, over HTTP; `notice` takes what the user should know while it tries again."""
+
+    def __init__(self, url: str, conversation_id: str, notice: Callable[[str], None]) -> None:
+        self.id = conversation_id
+        self.position = ""
+        self._url = urlsplit(url if "//" in url else f"http://{url}")
+        self._path = self._url.path.rstrip("/") + "/chat"
+        self._notice = notice
+
+    def history(self) -> dict[str, Any] | None:
+        """Return the conversation as it is stored, or None if there is none; the stream goes on from there."""
+        try:
+            answer = self._request("GET", f"/{self.id}")
+        except Refused as refusal:
+            if refusal.status == 404:
+                return None
+            raise
+        self.position = answer["lastEventId"]
+        return answer
+
+    def stored(self, message_id: str) -> str | None:
+        """Return the stored text of a message, or None if there is no such message."""
+        messages = self._request("GET", f"/{self.id}")["messages"]
+        return next((message["content"] for message in messages if message["id"] == message_id), None)
+
+    def say(self, text: str) -> dict[str, Any]:
+        """Post what the user says; return the ids of the message and of the reply to come."""
+        return self._request("POST", "", {"conversationId": self.id, "input": text})
+
+    def stop(self) -> None:
+        """End the running reply; what was said so far is kept."""
+        self._request("POST", f"/{self.id}/stop")
+
+    def retry(self) -> dict[str, Any]:
+        """Ask for another reply in place of one that was stopped or failed."""
+        return self._request("POST", f"/{self.id}/retry")
+
+    def events(self) -> Iterator[Event]:
+        """Return all events after `position`, for ever; open the stream again whenever it ends."""
+        while True:
+            pause_s = 1.0
+            connection = self._connect(SILENCE_S)
+            try:
+                headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": self.position} if self.position else {})
+                connection.request("GET", f"{self._path}/stream/{self.id}", headers=headers)
+                response = connection.getresponse()
+                if response.status == 200:
+                    pause_s = yield from self._read(response)
+                elif response.status in (429, 503):
+                    pause_s = float(response.headers.get("Retry-After", 5))
+                else:
+                    raise Refused(response.status, _problem(response))
+            except (OSError, http.client.HTTPException):
+                pass  # the line dropped, or there is no server just now
+            except Refused as refusal:
+                yield Event("refused", {"message": str(refusal)})
+                return
+            finally:
+                connection.close()
+            yield Event("lost", {})
+            time.sleep(pause_s * random.uniform(0.5, 1))  # so that not all clients come back in the same instant
+
+    def _read(self, response: http.client.HTTPResponse) -> Generator[Event, None, float]:
+        """Return the events of one connection, as https://html.spec.whatwg.org/#event-stream-interpretation has it."""
+        opened, pause_s = False, 1.0
+        name, data, position = "", "", self.position
+        for line in response:
+            field, _, value = line.decode().rstrip("\r\n").partition(":")
+            value = value.removeprefix(" ")
+            if field == "event":
+                name = value
+            elif field == "data":
+                data += value
+            elif field == "id":
+                position = value
+            elif field == "retry":
+                pause_s = int(value) / 1000
+            elif line in (b"\n", b"\r\n"):  # the end of an event, which counts only now that it is whole
+                self.position = position
+                if position and not opened:
+                    opened = True
+                    yield Event("open", {})
+                if name == "reset":  # our position is gone; the history says where to go on
+                    yield Event("reset", self.history() or {})
+                elif data:
+                    yield Event(name, json.loads(data))
+                name, data = "", ""
+        return pause_s
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the server's answer; try again while there is none, or while the server asks to come later."""
+        headers = {"Content-Type": "application/json"} if body else {}
+        if method == "POST":
+            headers["Idempotency-Key"] = secrets.token_hex(16)  # one for all attempts: said twice, stored once
+        give_up = time.monotonic() + PATIENCE_S
+        while True:
+            connection = self._connect(TIMEOUT_S)
+            try:
+                connection.request(method, self._path + path, json.dumps(body) if body else None, headers)
+                response = connection.getresponse()
+                if response.status < 300:
+                    return dict(json.loads(response.read()))
+                refusal = Refused(response.status, _problem(response))
+                pause_s = float(response.headers.get("Retry-After", 5))
+                if response.status not in (429, 503):
+                    raise refusal
+            except (OSError, http.client.HTTPException) as error:
+                refusal, pause_s = Refused(0, {"detail": f"no answer ({error or type(error).__name__})"}), 1.0
+            finally:
+                connection.close()
+            if time.monotonic() + pause_s > give_up:
+                raise refusal
+            self._notice(f"{refusal}; trying again in {pause_s:.0f} s")
+            time.sleep(pause_s)
+
+    def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+        return kind(self._url.hostname or "", self._url.port, timeout=timeout_s)
+
+
+def _problem(response: http.client.HTTPResponse) -> dict[str, Any]:
+    """Return what an error answer says, if it is one of chatserver's and not a proxy's page."""
+    text = response.read()
+    return dict(json.loads(text)) if "json" in response.headers.get("Content-Type", "") else {}
+
+
+class Screen:
+    """Prints a conversation: in colours on a terminal, as plain text elsewhere."""
+
+    def __init__(self, *, only_the_reply: bool = False) -> None:
+        self._only_the_reply = only_the_reply
+        self._terminal = sys.stdout.isatty()
+        self._colours = self._terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._asks = self._terminal and sys.stdin.isatty() and not only_the_reply
+        self._prompting = False
+        self._line_open = False
+
+    def prompt(self) -> None:
+        """Show that it is the user's turn."""
+        if self._asks and not self._prompting:
+            self._begin_line()
+            self._write(self._paint("1;36", "you › "))
+            self._prompting = True
+
+    def typed(self) -> None:
+        """Take note that the user has ended the line."""
+        self._prompting = self._line_open = False
+
+    def said(self, who: str, text: str) -> None:
+        """Print what a user said, unless it was typed here and so is to be seen already."""
+        if not self._only_the_reply and not (who == "you" and self._asks):
+            self._begin_line()
+            self._write(self._paint("1;36", f"{who} › ") + self._harmless(text) + "\n")
+
+    def past(self, message: dict[str, Any]) -> None:
+        """Print a message of the history."""
+        if self._only_the_reply:
+            return
+        self._begin_line()
+        who = self._paint("1;36", "you › ") if message["role"] == "user" else self._paint("1;32", "bot › ")
+        self._write(who + self._harmless(message["content"]))
+        if message["status"] == "streaming":
+            return
+        self._begin_line()
+        if message["status"] != "complete":
+            self.notice(message.get("error", {}).get("message") or message["status"])
+
+    def reply(self) -> None:
+        """Begin a reply."""
+        if not self._only_the_reply:
+            self._begin_line()
+            self._write(self._paint("1;32", "bot › "))
+
+    def token(self, text: str) -> None:
+        """Print the next piece of a reply."""
+        self._write(self._harmless(text))
+
+    def end_line(self) -> None:
+        """End the line, if one was begun."""
+        self._begin_line()
+
+    def notice(self, text: str) -> None:
+        """Tell the user something beside the conversation."""
+        self._begin_line()
+        if self._only_the_reply:
+            print(f"({text})", file=sys.stderr, flush=True)
+        else:
+            self._write(self._paint("2", f"({text})") + "\n")
+
+    def _begin_line(self) -> None:
+        if self._prompting:
+            self._write("\r\033[K")  # take the prompt back; it is shown again below
+            self.typed()
+        elif self._line_open:
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        print(text, end="", flush=True)
+        if text:
+            self._line_open = not text.endswith("\n")
+
+    def _paint(self, colour: str, text: str) -> str:
+        return f"\033[{colour}m{text}\033[0m" if self._colours else text
+
+    def _harmless(self, text: str) -> str:
+        """Return the text without what a terminal would obey; a file or a pipe gets it as it is."""
+        return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text) if self._terminal else text
+
+
+class Chat:
+    """Brings together what the user types and what the stream says, one after the other, in one thread."""
+
+    def __init__(self, conversation: Conversation, screen: Screen, once: str | None) -> None:
+        self._conversation = conversation
+        self._screen = screen
+        self._once = once is not None
+        self._unsent: deque[str] = deque([] if once is None else [once])
+        self._leaving = self._once
+        self._inbox: queue.Queue[Event] = queue.Queue()
+        self._question: str | None = None  # the ids of what we said and of the reply to it, while that is to come
+        self._answer: str | None = None
+        self._busy = False  # whether a reply runs, whoever asked for it
+        self._begun = False  # whether some of it is on the screen
+        self._streamed = ""
+        self._visible = not self._once  # with --once, the end of somebody else's reply is not shown
+        self._lost_at: float | None = None
+        self._stopping = False
+        self._good = True
+
+    def run(self) -> int:
+        """Chat until the user leaves; return the exit code: 0 if each reply was streamed as it is stored."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        while self._take(self._inbox.get()) != "open":
+            pass
+        if not self._once:
+            threading.Thread(target=self._read_lines, daemon=True).start()
+        while self._good or not self._once:
+            idle = self._answer is None and not self._busy
+            if idle and self._unsent:
+                self._send(self._unsent.popleft())
+            elif idle and self._leaving:
+                break
+            else:
+                if idle and not self._leaving:
+                    self._screen.prompt()
+                self._wait()
+        return 0 if self._good else 1
+
+    def show(self, history: dict[str, Any]) -> None:
+        """Print what was said so far; a running reply goes on where its text ends."""
+        self._busy = self._begun = False
+        self._streamed = ""
+        for message in history["messages"]:
+            self._screen.past(message)
+            if message["status"] == "streaming":
+                self._busy = self._begun = True
+                self._streamed = message["content"]
+
+    def _listen(self) -> None:
+        for event in self._conversation.events():
+            self._inbox.put(event)
+
+    def _read_lines(self) -> None:
+        for line in sys.stdin:
+            self._inbox.put(Event("typed", {"text": line.strip()}))
+        self._inbox.put(Event("eof", {}))
+
+    def _wait(self) -> None:
+        """Take the next event; Ctrl-C stops our reply, and leaves when there is none."""
+        try:
+            self._take(self._inbox.get())
+        except KeyboardInterrupt:
+            if self._answer is None or self._stopping:
+                raise
+            self._stopping = True
+            self._conversation.stop()
+
+    def _send(self, text: str) -> None:
+        """Say something, or do what a command says."""
+        try:
+            if text == "/stop":
+                self._conversation.stop()
+            elif text == "/retry":
+                self._expect(self._conversation.retry())
+            else:
+                self._screen.said("you", text)
+                self._expect(self._conversation.say(text))
+        except Refused as refusal:
+            if refusal.code == "reply_in_progress" and text != "/retry":
+                # Somebody was faster. Their words are on their way to us; ours wait until the reply to them has ended.
+                self._screen.notice("another reply runs; this is sent when it has ended")
+                self._unsent.appendleft(text)
+                self._busy = True
+            else:
+                self._screen.notice(f"✗ {refusal}")
+                self._good = self._good and not self._once
+
+    def _expect(self, answer: dict[str, Any]) -> None:
+        self._question, self._answer = answer.get("messageId"), answer["replyId"]
+        self._streamed, self._stopping = "", False
+
+    def _take(self, event: Event) -> str:
+        """Act on one event and return its name."""
+        data = event.data
+        match event.name:
+            case "typed":
+                self._screen.typed()
+                if data["text"] == "/stop":
+                    self._send("/stop")
+                elif data["text"]:
+                    self._unsent.append(data["text"])
+            case "eof":
+                self._leaving = True
+            case "open":
+                if self._lost_at is not None:
+                    self._screen.notice("connected again")
+                self._lost_at = None
+            case "lost":
+                if self._lost_at is None:
+                    self._screen.notice("no connection; trying again")
+                    self._lost_at = time.monotonic()
+                elif self._once and time.monotonic() - self._lost_at > PATIENCE_S:
+                    raise Refused(0, {"detail": "the connection does not come back"})
+            case "refused":
+                raise Refused(0, {"detail": data["message"]})
+            case "input":
+                self._streamed = ""
+                if data["messageId"] == self._question:
+                    self._visible = True
+                elif self._visible:
+                    self._screen.said("someone else", data["text"])
+                self._busy, self._begun = True, False
+            case "token":
+                self._busy = True
+                self._streamed += data["text"]
+                if self._visible:
+                    if not self._begun:
+                        self._screen.reply()
+                    self._begun = True
+                    self._screen.token(data["text"])
+            case "done" | "error":
+                self._end(event)
+            case "reset":
+                self._reset(data)
+        return event.name
+
+    def _end(self, event: Event) -> None:
+        """End a reply, and compare one that we asked for with what is stored."""
+        self._busy = self._begun = False
+        if self._visible:
+            self._screen.end_line()
+            if event.name == "error":
+                self._screen.notice(f"✗ {event.data['message']} /retry asks for another reply.")
+            elif event.data["status"] != "complete":
+                self._screen.notice(event.data["status"])
+        if event.data["messageId"] == self._answer:
+            whole = event.name == "done" and event.data["status"] == "complete"
+            same = self._conversation.stored(event.data["messageId"]) == self._streamed
+            if not same and event.name == "done":
+                self._screen.notice("✗ what is stored is not what was streamed")
+            if self._once:
+                self._good = whole and same
+            elif whole:
+                self._good = self._good and same
+            self._question = self._answer = None
+        self._streamed = ""
+
+    def _reset(self, history: dict[str, Any]) -> None:
+        """Begin again from the history, since our position in the conversation is gone."""
+        if history:
+            self._screen.notice("the conversation has changed; this is how it stands")
+            self.show(history)
+        else:
+            self._busy = self._begun = False
+            self._screen.notice("the conversation was deleted; what you say begins it anew")
+        if self._answer is not None and not self._busy:
+            self._question = self._answer = None
+            self._good = self._good and not self._once
+
+
+def main() -> int:
+    """Parse the arguments and chat."""
+    parser = argparse.ArgumentParser(description="Chat in a terminal. Ctrl-C stops a reply, Ctrl-D leaves.")
+    parser.add_argument("--url", default="http://127.0.0.1:3000", help="where the server is (%(default)s)")
+    parser.add_argument("--conversation", metavar="ID", help="go on with a conversation: its id, 24 hex digits")
+    parser.add_argument("--once", metavar="TEXT", help="one turn: print the reply; exit code 0 only if it is stored so")
+    arguments = parser.parse_args()
+
+    screen = Screen(only_the_reply=arguments.once is not None)
+    conversation = Conversation(arguments.url, arguments.conversation or secrets.token_hex(12), screen.notice)
+    chat = Chat(conversation, screen, arguments.once)
+    try:
+        screen.notice(f"conversation {conversation.id}")
+        if arguments.conversation and (history := conversation.history()):
+            chat.show(history)
+        return chat.run()
+    except Refused as refusal:
+        screen.notice(f"✗ {refusal}")
+        return 1
+    except KeyboardInterrupt:
+        screen.end_line()
+        return 130
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""A TCP proxy that cuts lines, for tests of clients that must get over it."""
+
+import asyncio
+from contextlib import suppress
+from types import TracebackType
+from typing import Self
+
+
+class CuttingProxy:
+    """Passes bytes on between its clients and a server on 127.0.0.1, and breaks off when told to."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.refuse = False
+        """Whether new connections are closed at once."""
+        self.connections = 0
+        """How many connections were passed on so far; those that were refused do not count."""
+        self.refused = 0
+        self.cuts = 0
+        self._limit: int | None = None
+        self._target = 0
+        self._server: asyncio.Server | None = None
+        self._lines: set[asyncio.WriteTransport] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Condition()
+
+    async def start(self, target_port: int, port: int = 0) -> int:
+        """Listen on `port` (0: one that is free), pass on to `target_port` and return the port."""
+        self._target = target_port
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self.port
+
+    def aim(self, target_port: int) -> None:
+        """Pass new connections on to another port from now on."""
+        self._target = target_port
+
+    def cut(self) -> int:
+        """Cut all open lines in both directions at once, what is on its way included, and return how many."""
+        lines = list(self._lines)
+        for line in lines:
+            line.abort()
+        self.cuts += len(lines)
+        return len(lines)
+
+    def cut_after(self, n_bytes: int | None) -> None:
+        """Cut each new connection after it has passed `n_bytes` to the client (its headers count); None: no more."""
+        self._limit = n_bytes
+
+    async def wait_for(self, *, connections: int = 0, refused: int = 0) -> None:
+        """Return once so many connections in all have been passed on and refused."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.connections >= connections and self.refused >= refused)
+
+    async def close(self) -> None:
+        """Stop listening and drop all lines."""
+        if self._server is not None:
+            self._server.close()
+            self.cut()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self._server.wait_closed()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            if self.refuse:
+                await self._count(refused=1)
+            else:
+                await self._pass_on(reader, writer)
+        except OSError:
+            pass  # one of the two has left; that ends both
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", self._target)
+        self._lines.add(writer.transport)
+        limit = self._limit
+        try:
+            await self._count(connections=1)
+            up = asyncio.create_task(_pump(reader, upstream, None))
+            down = asyncio.create_task(_pump(upstream_reader, writer, limit))
+            try:
+                await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
+                if down.done() and down.exception() is None and down.result():
+                    self.cuts += 1
+            finally:
+                up.cancel()
+                down.cancel()
+                await asyncio.gather(up, down, return_exceptions=True)
+        finally:
+            self._lines.discard(writer.transport)
+            upstream.close()
+
+    async def _count(self, *, connections: int = 0, refused: int = 0) -> None:
+        async with self._changed:
+            self.connections += connections
+            self.refused += refused
+            self._changed.notify_all()
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int | None) -> bool:
+    """Pass bytes on to the end, or `limit` of them; tell whether the limit was what ended it."""
+    passed = 0
+    with suppress(OSError):
+        while data := await reader.read(65536):
+            part = data if limit is None else data[: limit - passed]
+            writer.write(part)
+            await writer.drain()
+            passed += len(part)
+            if limit is not None and passed == limit:
+                return True
+    return False

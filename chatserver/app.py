@@ -3,15 +3,16 @@
 from tornado.web import Application
 
 from chatserver.chat import Chat
-from chatserver.handlers.base import NoSuchRoute
+from chatserver.handlers.base import NoSuchRoute, log_request
 from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, RetryHandler, StopHandler
-from chatserver.handlers.ops import HealthHandler, ReadyHandler
+from chatserver.handlers.ops import HealthHandler, MetricsHandler, ReadyHandler
 from chatserver.handlers.pages import PageHandler
 from chatserver.handlers.stream import StreamHandler, Streams
+from chatserver.metrics import Metrics
 from chatserver.settings import Settings
 
 
-def make_app(chat: Chat, streams: Streams, settings: Settings) -> Application:
+def make_app(chat: Chat, streams: Streams, metrics: Metrics, settings: Settings) -> Application:
     """Return the application; every handler gets what it needs through its `initialize`."""
     common = {"chat": chat, "settings": settings}
     return Application(
@@ -23,9 +24,11 @@ def make_app(chat: Chat, streams: Streams, settings: Settings) -> Application:
             (r"/chat/([^/]*)/retry", RetryHandler, common),
             (r"/healthz", HealthHandler, common),
             (r"/readyz", ReadyHandler, common),
+            (r"/metrics", MetricsHandler, {**common, "metrics": metrics}),
             (r"/()", PageHandler, common),
             (r"/web/(.*)", PageHandler, common),
         ],
+        log_function=log_request,
         default_handler_class=NoSuchRoute,
         default_handler_args=common,
     )

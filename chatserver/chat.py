@@ -8,9 +8,10 @@ Whatever happens, what subscribers are told of a reply's end is what the databas
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -28,6 +29,7 @@ from chatserver.errors import (
     TooManyReplies,
 )
 from chatserver.hub import Hub, Live, LiveReply, Subscriber
+from chatserver.metrics import Metrics
 from chatserver.settings import Settings
 from chatserver.sources import Message as Said
 from chatserver.sources import Prompt, Source
@@ -61,6 +63,10 @@ class History:
     has_more: bool
 
 
+def _now() -> float:
+    return time.monotonic()
+
+
 @dataclass(eq=False, slots=True)
 class _Running:
     """A reply that this process writes."""
@@ -68,6 +74,7 @@ class _Running:
     begun: Begun
     live: Live
     reply: LiveReply
+    started_at: float = field(default_factory=_now)
     started: bool = False
     generating: bool = True
     ending: tuple[Status, ReplyError | None] | None = None
@@ -85,11 +92,14 @@ class Chat:
     :param alone: whether the database is private, so that a reply found running at start-up has lost its server
     """
 
-    def __init__(self, settings: Settings, store: Store, hub: Hub, source: Source, *, alone: bool = False) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, hub: Hub, source: Source, metrics: Metrics, *, alone: bool = False
+    ) -> None:
         self._settings = settings
         self._store = store
         self._hub = hub
         self._source = source
+        self._metrics = metrics
         self._alone = alone
         self._running: dict[str, _Running] = {}
         self._beginning: dict[str, asyncio.Event] = {}
@@ -259,6 +269,8 @@ class Chat:
         Without a position: the running reply from its start, if there is one. A position that does not exist is
         answered by `reset`.
         """
+        if position is not None:
+            self._metrics.resumes.inc()
         with self._hub.hold(conversation_id) as live:
             at = position or _where_a_stream_begins(live)
             missed = _Missed()
@@ -270,6 +282,7 @@ class Chat:
                 if not live.covers(at):
                     found = _missed(record, at, conversation_id, subscriber.until_done)
                     if found is None:
+                        self._metrics.resets.inc()
                         subscriber.end(sse.RESET)
                         return
                     missed = found
@@ -298,7 +311,7 @@ class Chat:
                 return record
 
     def _align(self, live: Live, record: Record | None) -> None:
-        """Give a live conversation what the database knows and it does not: where it stands, a reply of another server."""
+        """Give a live conversation what only the database knows: where it stands, a reply of another server."""
         end = sse.start(live.conversation_id)
         if record is not None and record.last_id is not None:
             end = Position(record.last_id, None)
@@ -411,15 +424,17 @@ class Chat:
         message = Message(reply.message_id, "assistant", reply.content, reply.created_at, status, error)
         try:
             stored = await self._finish(begun.turn.conversation_id, message)
-        except BaseException:
-            # It cannot be stored as it is: its lease runs out, its last checkpoint stands, and the subscribers are told so.
+        except Exception:
+            # It cannot be stored as it is: its lease runs out, its checkpoint stands, and its subscribers are told so.
             self._spawn(self._follow(running.live, reply))
             raise
         finally:
             del self._running[reply.message_id]
         if running.live.reply is reply:
             self._publish_end(running.live, reply, stored)
-        logger.info("reply %s", stored.status if stored else "deleted", extra=_ids(begun.turn))
+        ended = stored.status if stored else "deleted"
+        self._metrics.reply_duration.labels(ended).observe(_now() - running.started_at)
+        logger.info("reply %s", ended, extra=_ids(begun.turn))
 
     async def _generate(self, running: _Running) -> tuple[Status, ReplyError | None]:
         """Publish what the source says; return how it ended."""
@@ -428,6 +443,7 @@ class Chat:
         if running.ending is not None:
             return running.ending
         running.started = True
+        said = False
         try:
             async with aclosing(self._source.reply(prompt)) as pieces:
                 async for piece in pieces:
@@ -436,6 +452,9 @@ class Chat:
                     if not _append(live, reply, piece, begun.reply_room):
                         return "failed", FULL
                     self._hub.settle(live)
+                    if not said:
+                        said = True
+                        self._metrics.first_token.observe(_now() - running.started_at)
         except SourceError as failure:
             return "failed", ReplyError(failure.code, failure.message)
         except asyncio.CancelledError:

@@ -25,7 +25,7 @@ from typing import ClassVar, TypedDict
 
 
 class FieldError(TypedDict):
-    """One invalid place of a request: a JSON Pointer (RFC 6901) into the body, or the parameter's name, and what is wrong."""
+    """One invalid place of a request: a JSON Pointer (RFC 6901) into its body or its parameters, and what is wrong."""
 
     pointer: str
     detail: str

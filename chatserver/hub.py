@@ -1,15 +1,16 @@
 """The hub: the live conversations, and the one coroutine that delivers them.
 
-A `Live` conversation is watched by somebody or is being answered. It keeps the frames of the turn that runs, encoded once,
-as one run of bytes (the log), and what it needs to find a client's position in it. A subscriber is a connection and a
-cursor into that log, never a queue: publishing marks the conversation and wakes `Hub.deliver`, which writes to each
-subscriber, in one write, all that lies after its cursor.
+A `Live` conversation is watched by somebody or is being answered. It keeps the frames of the turn that runs, each
+encoded once, as one run of bytes (the log), and what it needs to find a client's position in it. A subscriber is a
+connection and a cursor into that log, never a queue: publishing marks the conversation and wakes `Hub.deliver`, which
+writes to each subscriber, in one write, all that lies after its cursor.
 """
 
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
@@ -20,6 +21,9 @@ from chatserver.sse import Position
 
 MAX_WRITE = 128 * 1024
 """Bytes handed to a connection at once: what a client that stops reading may cost us."""
+
+
+_NO_SLICE = (0, 0, b"", 0)
 
 
 class Subscriber(Protocol):
@@ -44,6 +48,15 @@ class Subscriber(Protocol):
 
     def end(self, data: bytes = b"") -> None:
         """Write `data`, if any, then end the connection in order."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What was published and delivered since the start."""
+
+    tokens: int = 0
+    events: int = 0
+    writes: int = 0
 
 
 class Place(NamedTuple):
@@ -108,7 +121,7 @@ class Live:
     Every method is synchronous, so that whoever calls several of them without an `await` between sees one state.
     """
 
-    def __init__(self, conversation_id: str) -> None:
+    def __init__(self, conversation_id: str, counts: Counts) -> None:
         self.conversation_id = conversation_id
         self.subscribers: set[Subscriber] = set()
         self.reply: LiveReply | None = None
@@ -116,12 +129,13 @@ class Live:
         """Raised whenever a turn begins or ends: tells a reader of the database that what it read may be old."""
         self.holders = 0
         self.dirty = False
+        self._counts = counts
         self._tail: Position | None = None
         self._base = 0
         self._log = bytearray()
         self._entries: list[_Entry] = []
         self._ahead: dict[Subscriber, Position] = {}
-        self._cut = (0, 0, b"")
+        self._cut = _NO_SLICE
 
     # -- what the conversation says ------------------------------------------------------------------------------
 
@@ -172,6 +186,7 @@ class Live:
         """Add the next characters of the running reply: `size` bytes in UTF-8."""
         assert self.reply is not None
         self._log += self.reply.append(text, size)
+        self._counts.tokens += 1
         self.dirty = True
 
     def finish(self, frame: bytes) -> None:
@@ -272,9 +287,12 @@ class Live:
         return next((each.end for each in self._entries if each.reply and each.end and each.end > offset), None)
 
     def _slice(self, begin: int, stop: int) -> bytes:
-        """Return bytes of the log; subscribers that stand at one place share them."""
-        if self._cut[:2] != (begin, stop):
-            self._cut = (begin, stop, bytes(memoryview(self._log)[begin - self._base : stop - self._base]))
+        """Return bytes of the log, to be written to one subscriber; those that stand at one place share them."""
+        if self._cut[0] != begin or self._cut[1] != stop:
+            data = bytes(memoryview(self._log)[begin - self._base : stop - self._base])
+            self._cut = (begin, stop, data, data.count(b"\n\n"))
+        self._counts.writes += 1
+        self._counts.events += self._cut[3]
         return self._cut[2]
 
     def _place_the_ahead(self) -> None:
@@ -298,7 +316,7 @@ class Live:
         del self._log[: offset - self._base]
         self._base, self._tail = offset, tail
         self._entries = [entry for entry in self._entries if entry.begin >= offset]
-        self._cut = (0, 0, b"")
+        self._cut = _NO_SLICE
         for subscriber in self.subscribers:
             if subscriber.cursor < offset:
                 subscriber.end()
@@ -312,6 +330,7 @@ class Hub:
         self._lives: dict[str, Live] = {}
         self._marked: set[Live] = set()
         self._wake = Condition()
+        self.counts = Counts()
 
     def get(self, conversation_id: str) -> Live | None:
         """Return a live conversation, or None."""
@@ -327,7 +346,7 @@ class Hub:
         """Give the live conversation, made if need be, which is not forgotten inside the block."""
         live = self._lives.get(conversation_id)
         if live is None:
-            live = self._lives[conversation_id] = Live(conversation_id)
+            live = self._lives[conversation_id] = Live(conversation_id, self.counts)
         live.holders += 1
         try:
             yield live
@@ -347,11 +366,14 @@ class Hub:
             self._marked.add(live)
             self._wake.notify()
         if live.reply is None and not live.holders and not live.subscribers and not live._ahead:
-            if self._lives.get(live.conversation_id) is live:
-                del self._lives[live.conversation_id]
+            self._forget(live)
+
+    def _forget(self, live: Live) -> None:
+        if self._lives.get(live.conversation_id) is live:
+            del self._lives[live.conversation_id]
 
     async def deliver(self) -> None:
-        """Deliver for ever: the one delivery coroutine. No await between the check and the wait, so no mark is missed."""
+        """Deliver for ever; no await between the check and the wait, so that no mark is missed."""
         while True:
             while not self._marked:
                 await self._wake.wait()

@@ -1,4 +1,4 @@
-"""Logs: one line an event, to stderr; for people by default, as JSON by a setting. Never a message's text, never a key."""
+"""Logs: one line an event, to stderr, for people or as JSON. Never a message's text, never a key."""
 
 import json
 import logging
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from chatserver.settings import Settings
 
-CONTEXT = ("request", "conversation", "reply", "method", "path", "status", "ms", "address")
+CONTEXT = ("status", "ms", "conversation", "reply", "address", "request")
 """The fields that a record may carry beside its message, given as `extra`."""
 
 

@@ -3,6 +3,7 @@
 Each field of `Settings` is one variable, its name in capitals. An empty value counts as unset.
 """
 
+import ipaddress
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -59,6 +60,12 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _networks(text: str) -> tuple[str, ...]:
+    for name in _names(text):
+        ipaddress.ip_network(name)
+    return _names(text)
+
+
 def _setting(default: Any, parse: Callable[[str], Any] = str, *, secret: bool = False) -> Any:
     return field(default=default, repr=not secret, metadata={"parse": parse})
 
@@ -74,7 +81,7 @@ class Settings:
     host: str = _setting("127.0.0.1")
     port: int = _setting(3000, _whole(0, 65535))
     allowed_hosts: tuple[str, ...] = _setting((), _names)
-    trusted_proxies: tuple[str, ...] = _setting((), _names)
+    trusted_proxies: tuple[str, ...] = _setting((), _networks)
     cors_origins: tuple[str, ...] = _setting((), _names)
     cors_credentials: bool = _setting(False, _flag)
     log_format: str = _setting("human", _choice("human", "json"))
@@ -102,7 +109,7 @@ class Settings:
 
     max_input_chars: int = _setting(32_000, _whole(1, 2_000_000))
     max_header_bytes: int = _setting(16_384, _whole(1024, 1_048_576))
-    request_timeout_s: float = _setting(10.0, _SECONDS)
+    request_timeout_s: float = _setting(30.0, _SECONDS)
     max_streams: int = _setting(10_000, _COUNT)
     max_streams_per_conversation: int = _setting(2_000, _COUNT)
     max_streams_per_address: int = _setting(0, _whole(0, 10_000_000))
@@ -140,6 +147,10 @@ def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Pa
     settings = Settings(**values)
     if settings.reply_source == "openai" and settings.openai_api_key in (None, PLACEHOLDER_KEY):
         raise SetupError("REPLY_SOURCE is 'openai', but OPENAI_API_KEY is not set to a real key (see .env.example)")
+    if settings.cors_credentials and "*" in settings.cors_origins:
+        raise SetupError(
+            "CORS_CREDENTIALS is 'true', but CORS_ORIGINS is '*': name the origins that may use credentials"
+        )
     if settings.lease_ms < 3 * settings.checkpoint_ms:
         raise SetupError(
             f"LEASE_MS is '{settings.lease_ms}': less than three times CHECKPOINT_MS ({settings.checkpoint_ms})"

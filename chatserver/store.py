@@ -7,7 +7,7 @@ One document a conversation, in the collection `conversations`:
       reply?: { _id, createdAt, content, renewedAt } }
 
 A turn is two atomic writes, *begin* and *finish*; both may be repeated safely, since each holds only while `reply` is
-absent, or is still the one that was begun. Nothing else changes `messages`, but that a retry marks the reply it supersedes.
+absent, or is still the one that was begun. Nothing else changes `messages`, but for the mark on a superseded reply.
 Every call is bounded in time and raises `DatabaseUnavailable` if MongoDB does not answer; while it is known to be away,
 calls fail at once, but for one every `_PROBE_S` that looks whether it is back.
 
@@ -47,8 +47,8 @@ from chatserver.errors import (
     ConversationFull,
     DatabaseUnavailable,
     KeyReused,
-    NothingToRetry,
     NotFound,
+    NothingToRetry,
     OutcomeUnknown,
     ReplyInProgress,
     SetupError,

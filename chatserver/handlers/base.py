@@ -1,10 +1,12 @@
 """What all handlers share: JSON in, JSON out, and the one place where errors become answers."""
 
 import json
+import logging
 import re
-from collections.abc import Awaitable
+from functools import cached_property
 from http import HTTPStatus
 from typing import Any
+from uuid import uuid4
 
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
@@ -12,16 +14,20 @@ from chatserver import schemas
 from chatserver.chat import Chat
 from chatserver.errors import (
     ChatError,
-    FieldError,
+    HostNotAllowed,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
     PayloadTooLarge,
     UnsupportedMediaType,
 )
+from chatserver.handlers.access import client_address, cors_headers, host_is_allowed
 from chatserver.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 _ID = re.compile(r"[0-9a-fA-F]{24}\Z", re.ASCII)
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z", re.ASCII)
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z", re.ASCII)
 
 
@@ -36,6 +42,21 @@ class BaseHandler(RequestHandler):
         self.chat = chat
         self.limits = settings
         self._body = bytearray()
+        # Tornado asks for the default headers before it calls this, when the settings are not known yet.
+        self.set_default_headers()
+
+    @cached_property
+    def request_id(self) -> str:
+        """The request's X-Request-Id, or one made for it."""
+        given = self.request.headers.get("X-Request-Id", "")
+        return given if _REQUEST_ID.match(given) else uuid4().hex
+
+    @cached_property
+    def address(self) -> str:
+        """The client's address: behind a proxy that the settings name, the one that it says."""
+        return client_address(
+            self.request.remote_ip or "", self.request.headers.get("X-Forwarded-For", ""), self.limits.trusted_proxies
+        )
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -44,13 +65,29 @@ class BaseHandler(RequestHandler):
 
     def common_headers(self) -> dict[str, str]:
         """Return the headers of every answer, streams and errors among them."""
-        return {"X-Content-Type-Options": "nosniff"}
+        headers = {"X-Content-Type-Options": "nosniff", "X-Request-Id": self.request_id}
+        if hasattr(self, "limits"):
+            headers |= cors_headers(self.request.headers.get("Origin"), self.limits)
+        return headers
 
-    def prepare(self) -> Awaitable[None] | None:
+    def options(self, *_: str) -> None:
+        """Answer a preflight (Fetch standard, "CORS protocol"), or say what is supported."""
+        self.set_header("Allow", ", ".join(self.allowed_methods()))
+        if "Access-Control-Allow-Origin" in self.common_headers():
+            self.set_header("Access-Control-Allow-Methods", ", ".join(self.allowed_methods()))
+            self.set_header(
+                "Access-Control-Allow-Headers", "Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id"
+            )
+            self.set_header("Access-Control-Max-Age", "600")
+        self.set_status(204)
+        self.finish()
+
+    def prepare(self) -> None:
+        if not host_is_allowed(self.request.host_name, self.limits):
+            raise HostNotAllowed
         length = self.request.headers.get("Content-Length", "0")
         if length.isdigit() and int(length) > self.limits.max_body_bytes:
             raise PayloadTooLarge
-        return None
 
     def data_received(self, chunk: bytes) -> None:
         if self._finished:
@@ -116,6 +153,10 @@ class BaseHandler(RequestHandler):
             raise InvalidRequest("The Idempotency-Key header must be 1 to 255 visible ASCII characters, once.")
         return keys[0]
 
+    def compute_etag(self) -> str | None:
+        """Make no ETag: answers are not to be stored."""
+        return None
+
     # -- out -----------------------------------------------------------------------------------------------------
 
     def answer(self, value: object, status: int = 200) -> None:
@@ -143,13 +184,14 @@ class BaseHandler(RequestHandler):
             "status": status,
             "detail": problem.detail,
             "code": problem.code,
+            "requestId": self.request_id,
         }
         if problem.fields:
             body["errors"] = problem.fields
         self.finish(json.dumps(body))
 
     def allowed_methods(self) -> list[str]:
-        """Return the methods that this resource supports."""
+        """Return the methods that this resource supports, as a 405 must say (RFC 9110, 15.5.6)."""
         return [
             name
             for name in self.SUPPORTED_METHODS
@@ -159,13 +201,28 @@ class BaseHandler(RequestHandler):
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
         """Log what we did not expect, with its stack trace; the rest is in the access log."""
         if not isinstance(value, ChatError | HTTPError):
-            super().log_exception(typ, value, tb)
+            logger.error("unexpected error", exc_info=(typ, value, tb), extra={"request": self.request_id})
+
+
+def log_request(handler: RequestHandler) -> None:
+    """Log one answered request: the application's `log_function`."""
+    assert isinstance(handler, BaseHandler)
+    request = handler.request
+    context = {
+        "status": handler.get_status(),
+        "ms": round(1000 * request.request_time(), 1),
+        "address": handler.address,
+        "request": handler.request_id,
+    }
+    # What is unexpected is logged where it happens; here it is one of many answers.
+    logger.info("%s %s", request.method, request.path, extra=context)
 
 
 class NoSuchRoute(BaseHandler):
     """Every path that is none of ours."""
 
     def prepare(self) -> None:
+        super().prepare()
         raise NotFound
 
 
@@ -177,7 +234,7 @@ def _as_chat_error(raised: BaseException | None, status: int) -> ChatError:
     if status == 405:
         return MethodNotAllowed()
     if 400 <= status < 500:
-        return InvalidRequest(raised.log_message if isinstance(raised, HTTPError) and raised.log_message else None)
+        return InvalidRequest()
     return ChatError()
 
 
@@ -209,6 +266,3 @@ def _parse_json(body: bytes) -> Any:
     else:
         return value
     raise InvalidRequest(detail, code="invalid_json")
-
-
-__all__ = ["BaseHandler", "FieldError", "NoSuchRoute"]

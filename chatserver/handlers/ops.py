@@ -1,6 +1,9 @@
-"""For whoever runs the server: is it up, is it ready."""
+"""For whoever runs the server: is it up, is it ready, how is it doing."""
 
+from chatserver import metrics
+from chatserver.chat import Chat
 from chatserver.handlers.base import BaseHandler
+from chatserver.settings import Settings
 
 
 class HealthHandler(BaseHandler):
@@ -18,3 +21,16 @@ class ReadyHandler(BaseHandler):
         """New turns can be taken: MongoDB answers, and no shutdown is under way."""
         await self.chat.ping()
         self.answer({"status": "ready"})
+
+
+class MetricsHandler(BaseHandler):
+    """`/metrics`"""
+
+    def initialize(self, chat: Chat, settings: Settings, metrics: metrics.Metrics) -> None:  # type: ignore[override]
+        super().initialize(chat, settings)
+        self.metrics = metrics
+
+    def get(self) -> None:
+        """Everything in Prometheus's text format."""
+        self.set_header("Content-Type", metrics.CONTENT_TYPE)
+        self.finish(self.metrics.render())

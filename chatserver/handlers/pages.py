@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tornado.web import HTTPError, StaticFileHandler
+from tornado.web import StaticFileHandler
 
 from chatserver.handlers.base import BaseHandler
 
@@ -15,7 +15,11 @@ class PageHandler(BaseHandler, StaticFileHandler):
 
     def initialize(self, **kwargs: Any) -> None:  # type: ignore[override]
         BaseHandler.initialize(self, kwargs["chat"], kwargs["settings"])
-        StaticFileHandler.initialize(self, str(WEB))
+        StaticFileHandler.initialize(self, str(WEB), default_filename="index.html")
+
+    def compute_etag(self) -> str | None:
+        """Return the file's."""
+        return StaticFileHandler.compute_etag(self)
 
     def set_extra_headers(self, path: str) -> None:
         """Let nothing run on a page but its own scripts."""
@@ -26,6 +30,3 @@ class PageHandler(BaseHandler, StaticFileHandler):
             "worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         )
         self.set_header("Referrer-Policy", "no-referrer")
-
-
-__all__ = ["HTTPError", "PageHandler"]

@@ -1,17 +1,17 @@
 """The stream: `GET /chat/stream/:conversationId`, Server-Sent Events.
 
 The response never ends by itself. First come `retry: 1000`, a comment and an `id:` alone, then events, each with the
-position right after it as its `id:`, its name as `event:` and JSON as `data:`:
+position right after it as its `id:`, its name as `event:` and JSON as its `data:`:
 
     token   {"text"}                          the next characters of the reply
     done    {"messageId", "status"}           the reply has ended and is stored; status: complete, stopped
     error   {"code", "message", "messageId"}  the reply failed or was interrupted; what was said is stored
-    input   {"messageId", "text", "createdAt"} what a user said
+    input   {"messageId", "text", "createdAt"}  what a user said
     reset   {}                                the position is gone: fetch the history again; the stream ends
 
-A comment (`:`) comes whenever nothing else has for `KEEPALIVE_S`. The request is an ordinary one up to the headers; then
-its socket goes to an asyncio transport, whose protocol is the subscriber: `pause_writing` and `resume_writing` are the
-back-pressure, `connection_lost` the end. The body ends with the connection, which is valid in HTTP/1.0 and 1.1 alike.
+A comment (`:`) comes whenever nothing else has for `KEEPALIVE_S`. The request is an ordinary one up to the headers;
+then its socket goes to an asyncio transport, whose protocol is the subscriber: `pause_writing` and `resume_writing` are
+the back-pressure, `connection_lost` the end. The body ends with the connection, which is valid in HTTP/1.0 and 1.1.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ from chatserver.chat import Chat
 from chatserver.errors import TooManyStreams
 from chatserver.handlers.base import BaseHandler
 from chatserver.hub import MAX_WRITE, Live
+from chatserver.metrics import Metrics
 from chatserver.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -156,8 +157,9 @@ class Connection(asyncio.Protocol):
 class Streams:
     """All open streams of this process: their limits, and the one timer that looks after them."""
 
-    def __init__(self, chat: Chat, settings: Settings) -> None:
+    def __init__(self, chat: Chat, settings: Settings, metrics: Metrics) -> None:
         self._chat = chat
+        self._metrics = metrics
         self._settings = settings
         self._open: dict[Connection, tuple[str, str]] = {}
         self._conversations: Counter[str] = Counter()
@@ -188,6 +190,11 @@ class Streams:
         self._addresses[address] += 1
         return connection
 
+    def refuse(self, connection: Connection) -> None:
+        """Tell a client that its position does not exist, and end its stream."""
+        self._metrics.resets.inc()
+        connection.end(sse.RESET)
+
     def _closed(self, connection: Connection) -> None:
         conversation_id, address = self._open.pop(connection)
         for counter, name in ((self._conversations, conversation_id), (self._addresses, address)):
@@ -202,10 +209,13 @@ class Streams:
         """Send keep-alives, cut who takes nothing, end who has been here long enough."""
         loop = asyncio.get_running_loop()
         while True:
+            due = loop.time() + _TICK_S
             await asyncio.sleep(_TICK_S)
             now = loop.time()
+            self._metrics.loop_lag.observe(max(0.0, now - due))
             for connection in list(self._open):
                 if connection.tick(now, self._settings.keepalive_s, self._settings.slow_client_timeout_s):
+                    self._metrics.slow_clients.inc()
                     conversation_id, _ = self._open[connection]
                     logger.info("slow client cut", extra={"conversation": conversation_id})
 
@@ -236,11 +246,10 @@ class StreamHandler(BaseHandler):
         query = self.query("stream")
         asked = self.request.headers.get("Last-Event-ID") or query.get("lastEventId") or None
         position = sse.parse_position(asked) if asked else None
-        address = self.request.remote_ip or ""
-        connection = self.streams.open(conversation_id, address, self._head(), query.get("until") == "done")
+        connection = self.streams.open(conversation_id, self.address, self._head(), query.get("until") == "done")
         try:
             if asked and position is None:
-                connection.end(sse.RESET)
+                self.streams.refuse(connection)
             else:
                 await self.chat.subscribe(conversation_id, position, connection)
             await self._hand_over(connection)

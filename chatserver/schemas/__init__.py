@@ -47,9 +47,7 @@ def _fields(error: ValidationError) -> list[FieldError]:
     instance: Any = error.instance
     match str(error.validator):
         case "required":
-            return [
-                {"pointer": f"/{_escape(name)}", "detail": "is missing"} for name in limit if name not in error.instance
-            ]
+            return [{"pointer": f"/{_escape(name)}", "detail": "is missing"} for name in limit if name not in instance]
         case "additionalProperties":
             known = schema.get("properties", {})
             return [

@@ -1,0 +1,64 @@
+"""Who may talk to this server, from where: host names, origins, proxies. Pure functions of a request's headers."""
+
+import ipaddress
+from collections.abc import Sequence
+
+from chatserver.settings import Settings
+
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+_ANY_ADDRESS = ("", "0.0.0.0", "::")
+
+
+def host_is_allowed(name: str, settings: Settings) -> bool:
+    """Return whether the server answers under a host name (without port).
+
+    A web page that has its own name resolve to this server (DNS rebinding) comes with that name and is refused. By
+    default `localhost` and the bound host are right; one that is bound to every address answers to any address.
+    """
+    name = name.lower().strip("[]")
+    allowed = [each.lower().strip("[]") for each in settings.allowed_hosts]
+    if "*" in allowed or name in allowed:
+        return True
+    if allowed:
+        return False
+    return name in _LOCAL or name == settings.host or (settings.host in _ANY_ADDRESS and _is_address(name))
+
+
+def cors_headers(origin: str | None, settings: Settings) -> dict[str, str]:
+    """Return the headers that let pages of an origin read an answer (Fetch standard, "CORS protocol")."""
+    if not settings.cors_origins:
+        return {}
+    headers = {"Vary": "Origin"}
+    if origin is not None and (origin in settings.cors_origins or "*" in settings.cors_origins):
+        headers["Access-Control-Allow-Origin"] = origin
+        headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-Id"
+        if settings.cors_credentials:
+            headers["Access-Control-Allow-Credentials"] = "true"
+    return headers
+
+
+def client_address(peer: str, forwarded: str, proxies: Sequence[str]) -> str:
+    """Return a client's address: the peer's, or the last one in `X-Forwarded-For` that is none of our proxies.
+
+    :param proxies: addresses or networks whose word is taken
+    """
+    address = peer
+    for said in reversed([each.strip() for each in forwarded.split(",") if each.strip()]):
+        if not _is_one_of(address, proxies) or not _is_address(said):
+            break
+        address = said
+    return address
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_one_of(address: str, networks: Sequence[str]) -> bool:
+    return _is_address(address) and any(
+        ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in networks
+    )

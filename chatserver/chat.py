@@ -384,7 +384,7 @@ class Chat:
                     begun.set()
 
     async def _settle(self, conversation_id: str, reply_id: str, begun: asyncio.Event) -> None:
-        """Find out, once the database answers, whether a begin was done: then its reply runs, else nothing is left of it.
+        """Find out, once the database answers, whether a begin was done: its reply runs, or nothing is left of it.
 
         A write that was on its way may arrive a moment after the database is back, hence the second and third look.
         """

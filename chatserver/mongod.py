@@ -104,7 +104,7 @@ class Mongod:
     def _take_folder(self) -> None:
         try:
             (self._folder / "db").mkdir(parents=True, exist_ok=True)
-            self._lock = open(self._folder / "lock", "a+")  # noqa: SIM115 (held until the end)
+            self._lock = (self._folder / "lock").open("a+")
         except OSError as error:
             raise SetupError(f"CHAT_DATA_DIR {self._folder} cannot be used: {error.strerror}") from None
         try:

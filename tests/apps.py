@@ -1,0 +1,135 @@
+"""The application inside the test's process: everything real, and within reach."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pymongo.database import Database as PyMongoDatabase
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+
+from chatserver.app import make_app
+from chatserver.chat import Chat
+from chatserver.handlers.stream import Streams
+from chatserver.hub import Hub
+from chatserver.metrics import Metrics
+from chatserver.settings import Settings
+from chatserver.sources import Prompt, Source
+from chatserver.sources.simulated import Simulated
+from chatserver.store import Store, connect
+from tests.clients import Client
+
+
+@dataclass
+class Database:
+    """A test's database: where the server finds it, and a client of its own."""
+
+    uri: str
+    db: "PyMongoDatabase[dict[str, Any]]"
+
+    @property
+    def conversations(self) -> Any:
+        return self.db["conversations"]
+
+
+class Script:
+    """A source that says just what a test tells it to; an exception among the pieces is raised.
+
+    `gate`, if given, is waited for before each piece.
+    """
+
+    def __init__(self, *pieces: str | BaseException, gate: asyncio.Semaphore | None = None) -> None:
+        self.pieces = pieces
+        self.gate = gate
+        self.prompts: list[Prompt] = []
+        self.closed = 0
+
+    async def reply(self, prompt: Prompt) -> AsyncIterator[str]:  # type: ignore[override]
+        self.prompts.append(prompt)
+        try:
+            for piece in self.pieces:
+                if self.gate is not None:
+                    await self.gate.acquire()
+                else:
+                    await asyncio.sleep(0)
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            self.closed += 1
+
+    async def close(self) -> None:
+        pass
+
+
+class App:
+    """The application on a socket of this process.
+
+    :param source: what replies; by default the simulated one, without delay
+    :param settings: fields of `Settings`
+    """
+
+    def __init__(self, database: Database, source: Source | Script | None = None, **settings: Any) -> None:
+        self.database = database
+        settings = {"checkpoint_ms": 20, "drain_s": 0.0, **settings}
+        self.settings = Settings(mongodb_uri=database.uri, chat_data_dir=Path("unused"), **settings)
+        self.source: Any = source or Simulated(
+            self.settings.simulated_token_delay_ms / 1000, settings.get("simulated_tokens")
+        )
+
+    async def start(self) -> None:
+        settings = self.settings
+        self.store = Store(
+            connect(self.database.uri, settings.database_timeout_s),
+            timeout_s=settings.database_timeout_s,
+            lease_ms=settings.lease_ms,
+            history=settings.history_messages,
+        )
+        self.hub, self.metrics = Hub(), Metrics()
+        self.chat = Chat(settings, self.store, self.hub, self.source, self.metrics)
+        await self.chat.start()
+        self.streams = Streams(self.chat, settings, self.metrics)
+        self._ticking = asyncio.create_task(self.streams.tick_for_ever())
+        self.server = HTTPServer(make_app(self.chat, self.streams, self.metrics, settings))
+        sock, self.port = bind_unused_port()
+        self.server.add_socket(sock)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = Client(self.url)
+
+    async def stop(self) -> None:
+        self.server.stop()
+        await self.client.close()
+        await self.chat.drain()
+        await self.streams.close()
+        self._ticking.cancel()
+        await self.chat.close()
+        await self.server.close_all_connections()
+        await self.store.close()
+
+    async def until(self, condition: Any, seconds: float = 10.0) -> None:
+        """Wait until a condition of this process holds."""
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.005)
+
+    async def until_idle(self) -> None:
+        """Wait until no reply runs and every live conversation is forgotten."""
+        await self.until(lambda: not self.chat.running and not self.hub.lives)
+
+
+@asynccontextmanager
+async def running(app: App) -> AsyncIterator[App]:
+    """Start an application that a test makes in its own time, and stop it."""
+    await app.start()
+    try:
+        yield app
+    finally:
+        await app.stop()
+
+
+def texts(pieces: Sequence[str]) -> str:
+    """Return what pieces say together."""
+    return "".join(pieces)

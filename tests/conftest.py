@@ -1,0 +1,182 @@
+"""Fixtures: a real MongoDB, a database for each test, the application on a real socket, and no unseen warning."""
+
+import asyncio
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pymongo
+import pytest
+from tornado.ioloop import IOLoop
+
+from chatserver.mongod import Mongod
+from chatserver.store import initiate_replica_set
+from tests.apps import App, Database
+from tests.servers import Server
+
+TOOLS = {"node": "node", "npm": "npm", "chromium": "chromium", "nginx": "nginx", "cc": "cc", "openssl": "openssl"}
+NODE_MODULES = Path(__file__).parent / "node" / "node_modules"
+
+
+# -- what is not run is said ---------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-all", action="store_true", help="a test that is not run is a failure")
+
+
+def _is_there(tool: str) -> bool:
+    return shutil.which(TOOLS[tool]) is not None and (tool != "node" or NODE_MODULES.is_dir())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        missing = [tool for mark in item.iter_markers("needs") for tool in mark.args if not _is_there(tool)]
+        if missing:
+            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if skipped and session.config.getoption("--require-all"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if skipped:
+        print("NOT RUN: " + ", ".join(sorted({report.nodeid for report in skipped})))
+
+
+# -- logs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def no_unexpected_logs(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail a test that logs above INFO, unless it says so with `expects_log`."""
+    yield
+    expected = [pattern for mark in request.node.iter_markers("expects_log") for pattern in mark.args]
+    records = [*caplog.get_records("setup"), *caplog.get_records("call")]
+    unexpected = [
+        f"{record.name}: {record.getMessage()}"
+        for record in records
+        if record.levelno > logging.INFO
+        and record.name.split(".")[0] in ("chatserver", "tornado", "asyncio")
+        and not any(re.search(pattern, record.getMessage()) for pattern in expected)
+    ]
+    assert not unexpected, "unexpected log records: " + "; ".join(unexpected)
+
+
+# -- MongoDB -------------------------------------------------------------------------------------------------------
+
+
+def _mongod(folder: Path, *, replica_set: bool) -> Iterator[str]:
+    mongod = Mongod(folder, replica_set=replica_set)
+
+    async def start() -> str:
+        uri = await mongod.start()
+        if replica_set:
+            await initiate_replica_set(uri, mongod.host)
+        return uri
+
+    uri = asyncio.run(start())
+    yield uri
+    mongod.kill()
+    asyncio.run(mongod.stop())
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def replica_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URI of a MongoDB replica set of one."""
+    yield from _mongod(tmp_path_factory.mktemp("replica-set"), replica_set=True)
+
+
+@pytest.fixture(scope="session")
+def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URI of a MongoDB server that is no member of a replica set."""
+    yield from _mongod(tmp_path_factory.mktemp("standalone"), replica_set=False)
+
+
+def _database(uri: str) -> Iterator[Database]:
+    name = f"test-{uuid4().hex}"
+    with pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True) as client:
+        yield Database(uri.replace("/?", f"/{name}?"), client[name])
+        client.drop_database(name)
+
+
+@pytest.fixture
+def database(replica_set: str) -> Iterator[Database]:
+    """A fresh database of the replica set."""
+    yield from _database(replica_set)
+
+
+@pytest.fixture
+def standalone_database(standalone: str) -> Iterator[Database]:
+    """A fresh database of the server that is no member of a replica set."""
+    yield from _database(standalone)
+
+
+# -- servers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def io_loop() -> Iterator[IOLoop]:
+    """Give pytest-tornado a loop of this test's own."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    io_loop = IOLoop.current()
+    yield io_loop
+    io_loop.close(all_fds=True)
+    asyncio.set_event_loop(None)
+
+
+@pytest.fixture
+def make_app(io_loop: IOLoop, database: Database) -> Iterator[Callable[..., App]]:
+    """Return a function that makes the application, on a real socket of the test's loop; see `App`."""
+    apps: list[App] = []
+
+    def make(**options: Any) -> App:
+        app = App(options.pop("database", database), **options)
+        io_loop.run_sync(app.start)
+        apps.append(app)
+        return app
+
+    yield make
+    for app in apps:
+        io_loop.run_sync(app.stop)
+
+
+@pytest.fixture
+def app(make_app: Callable[..., App]) -> App:
+    """The application as it is set by default, but quick."""
+    return make_app()
+
+
+@pytest.fixture
+def make_server(database: Database, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Return a function that makes `python -m chatserver` on this test's database; see `Server`."""
+    servers: list[Server] = []
+
+    def make(**settings: object) -> Server:
+        folder = tmp_path / f"server-{len(servers)}"
+        folder.mkdir()
+        servers.append(Server(folder, **{"MONGODB_URI": database.uri, **settings}))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture
+def server(make_server: Callable[..., Server]) -> Server:
+    """A started `python -m chatserver`, on this test's database."""
+    return make_server().start()

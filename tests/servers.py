@@ -1,0 +1,96 @@
+"""The server as its users have it: `python -m chatserver`, a process."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class Server:
+    """`python -m chatserver` in a folder of its own, without any of the settings of whoever runs the tests.
+
+    :param folder: its working directory: `.env` and `.data` are there
+    :param settings: variables of its environment; those that are None are unset
+    """
+
+    def __init__(self, folder: Path, *, command: list[str] | None = None, **settings: object) -> None:
+        self.folder = folder
+        self.settings: dict[str, object] = {"PORT": 0, "SIMULATED_TOKEN_DELAY_MS": 5, **settings}
+        self.command = command or [sys.executable, "-X", "dev", "-W", "ignore", "-m", "chatserver"]
+        self.port = 0
+        self.stdout: list[str] = []
+        self.stderr: list[str] = []
+        self.process: subprocess.Popen[str] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def spawn(self, *options: str) -> "Server":
+        """Start the process; return at once."""
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+        given = {name: str(value) for name, value in self.settings.items() if value is not None}
+        if self.port:
+            given["PORT"] = str(self.port)
+        self.stdout, self.stderr = [], []
+        self._listening = threading.Event()
+        self.process = subprocess.Popen(
+            [*self.command, *options],
+            cwd=self.folder,
+            env={**kept, "PYTHONPATH": str(ROOT), **given},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("stdout", "stderr"):
+            threading.Thread(target=self._collect, args=(self.process, name, getattr(self, name)), daemon=True).start()
+        return self
+
+    def start(self, *options: str) -> "Server":
+        """Start the process and wait until it listens."""
+        self.spawn(*options)
+        self.wait_until_listening()
+        return self
+
+    def wait_until_listening(self, seconds: float = 30.0) -> None:
+        assert self._listening.wait(seconds) and self.port, self.output
+        self._listening.clear()
+
+    @property
+    def output(self) -> str:
+        """All that it has printed."""
+        return "".join([*self.stdout, *self.stderr])
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def wait(self, seconds: float = 30.0) -> int:
+        """Wait for its end; return its exit code."""
+        assert self.process is not None
+        return self.process.wait(seconds)
+
+    def stop(self) -> int:
+        """End it in order; return its exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def kill(self) -> None:
+        """End it at once, if it runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def _collect(self, process: "subprocess.Popen[str]", name: str, lines: list[str]) -> None:
+        with getattr(process, name) as pipe:
+            for line in pipe:
+                lines.append(line)
+                if name == "stdout" and (match := re.search(r"http://[^ ]*:(\d+)/", line)):
+                    self.port = int(match[1])
+                    self._listening.set()
+        self._listening.set()

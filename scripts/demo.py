@@ -233,10 +233,10 @@ class Screen:
 
     def notice(self, text: str) -> None:
         """Tell the user something beside the conversation."""
-        self._begin_line()
         if self._only_the_reply:
             print(f"({text})", file=sys.stderr, flush=True)
         else:
+            self._begin_line()
             self._write(self._paint("2", f"({text})") + "\n")
 
     def _begin_line(self) -> None:
@@ -275,6 +275,7 @@ class Chat:
         self._begun = False  # whether some of it is on the screen
         self._streamed = ""
         self._visible = not self._once  # with --once, the end of somebody else's reply is not shown
+        self._open = False  # whether the stream is open: if not, nothing is posted whose reply might be missed
         self._lost_at: float | None = None
         self._stopping = False
         self._good = True
@@ -282,15 +283,15 @@ class Chat:
     def run(self) -> int:
         """Chat until the user leaves; return the exit code: 0 if each reply was streamed as it is stored."""
         threading.Thread(target=self._listen, daemon=True).start()
-        while self._take(self._inbox.get()) != "open":
-            pass
+        while not self._open:
+            self._take(self._inbox.get())
         if not self._once:
             threading.Thread(target=self._read_lines, daemon=True).start()
         while self._good or not self._once:
             idle = self._answer is None and not self._busy
-            if idle and self._unsent:
+            if idle and self._unsent and self._open:
                 self._send(self._unsent.popleft())
-            elif idle and self._leaving:
+            elif idle and self._leaving and not self._unsent:
                 break
             else:
                 if idle and not self._leaving:
@@ -351,8 +352,8 @@ class Chat:
         self._question, self._answer = answer.get("messageId"), answer["replyId"]
         self._streamed, self._stopping = "", False
 
-    def _take(self, event: Event) -> str:
-        """Act on one event and return its name."""
+    def _take(self, event: Event) -> None:
+        """Act on one event."""
         data = event.data
         match event.name:
             case "typed":
@@ -364,10 +365,12 @@ class Chat:
             case "eof":
                 self._leaving = True
             case "open":
+                self._open = True
                 if self._lost_at is not None:
                     self._screen.notice("connected again")
                 self._lost_at = None
             case "lost":
+                self._open = False
                 if self._lost_at is None:
                     self._screen.notice("no connection; trying again")
                     self._lost_at = time.monotonic()
@@ -394,7 +397,6 @@ class Chat:
                 self._end(event)
             case "reset":
                 self._reset(data)
-        return event.name
 
     def _end(self, event: Event) -> None:
         """End a reply, and compare one that we asked for with what is stored."""
@@ -418,7 +420,8 @@ class Chat:
         self._streamed = ""
 
     def _reset(self, history: dict[str, Any]) -> None:
-        """Begin again from the history, since our position in the conversation is gone."""
+        """Begin again from the history, since our position in the conversation is gone; the stream is closed."""
+        self._open = False
         if history:
             self._screen.notice("the conversation has changed; this is how it stands")
             self.show(history)

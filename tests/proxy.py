@@ -17,6 +17,7 @@ class CuttingProxy:
         """How many connections were passed on so far; those that were refused do not count."""
         self.refused = 0
         self.cuts = 0
+        """How many lines were cut, by `cut` and at the limit of `cut_after`."""
         self._limit: int | None = None
         self._target = 0
         self._server: asyncio.Server | None = None
@@ -47,10 +48,12 @@ class CuttingProxy:
         """Cut each new connection after it has passed `n_bytes` to the client (its headers count); None: no more."""
         self._limit = n_bytes
 
-    async def wait_for(self, *, connections: int = 0, refused: int = 0) -> None:
-        """Return once so many connections in all have been passed on and refused."""
+    async def wait_for(self, *, connections: int = 0, refused: int = 0, cuts: int = 0) -> None:
+        """Return once so many connections in all have been passed on, refused and cut by a limit."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self.connections >= connections and self.refused >= refused)
+            await self._changed.wait_for(
+                lambda: self.connections >= connections and self.refused >= refused and self.cuts >= cuts
+            )
 
     async def close(self) -> None:
         """Stop listening and drop all lines."""
@@ -96,7 +99,7 @@ class CuttingProxy:
             try:
                 await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
                 if down.done() and down.exception() is None and down.result():
-                    self.cuts += 1
+                    await self._count(cuts=1)
             finally:
                 up.cancel()
                 down.cancel()
@@ -105,10 +108,11 @@ class CuttingProxy:
             self._lines.discard(writer.transport)
             upstream.close()
 
-    async def _count(self, *, connections: int = 0, refused: int = 0) -> None:
+    async def _count(self, *, connections: int = 0, refused: int = 0, cuts: int = 0) -> None:
         async with self._changed:
             self.connections += connections
             self.refused += refused
+            self.cuts += cuts
             self._changed.notify_all()
 
 

@@ -25,7 +25,7 @@ from chatserver.sources import openai as source_module
 from chatserver.sources.openai import OpenAI
 
 KEY = "sk-test-4f9d2c7b8a1e6035"
-AIMOCK = Path(__file__).parent / "node_modules/@copilotkit/aimock/dist/cli.js"
+AIMOCK = Path(__file__).parent / "node/node_modules/@copilotkit/aimock/dist/cli.js"
 STORY = "Once upon a time there was a server that never lost a word, and everybody who listened heard it all."
 
 
@@ -70,7 +70,7 @@ async def listen(source: OpenAI, question: Prompt) -> Outcome:
     try:
         async with aclosing(source.reply(question)) as reply:
             async for piece in reply:
-                pieces.append(piece)  # noqa: PERF401 - what came before an error counts, too
+                pieces.append(piece)
     except SourceError as failure:
         error = failure
     return Outcome(pieces, error, time.monotonic() - started)

@@ -166,7 +166,7 @@ def test_a_stall_is_not_made_good_by_a_burst() -> None:
         async for _ in Simulated(0.03, 8).reply(prompt("hello")):
             times.append(time.monotonic())
             if len(times) == 2:
-                time.sleep(0.15)  # noqa: ASYNC251 - blocks the loop, as a stalled machine would
+                time.sleep(0.15)
         return times
 
     times = asyncio.run(run())

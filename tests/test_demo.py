@@ -1,0 +1,520 @@
+"""The demo client, as its users run it: a process of its own, against a real server, over lines that are cut."""
+
+import asyncio
+import os
+import pty
+import re
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tornado.httpserver import HTTPServer
+from tornado.testing import bind_unused_port
+from tornado.web import Application, RequestHandler
+
+from tests.proxy import CuttingProxy
+from tests.servers import ROOT, Server
+
+PATIENCE_S = 30
+
+
+def served(folder: Path, replica_set: str, **settings: Any) -> Iterator[str]:
+    """Start a server on a database of its own and give its address; end it afterwards."""
+    uri = replica_set.replace("/?", f"/{folder.name}?")
+    server = Server(folder, {"MONGODB_URI": uri, **settings}).start()
+    yield server.url
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory, replica_set: str) -> Iterator[str]:
+    """The address of a server whose replies take a second."""
+    yield from served(tmp_path_factory.mktemp("demo-quick"), replica_set)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory, replica_set: str) -> Iterator[str]:
+    """The address of a server whose replies take a second for each word, and which writes only two at a time."""
+    folder = tmp_path_factory.mktemp("demo-slow")
+    yield from served(folder, replica_set, SIMULATED_TOKEN_DELAY_MS=1000, MAX_REPLIES=2, DRAIN_S=0)
+
+
+class Demo:
+    """A running demo client."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.output = ""
+
+    async def say(self, line: str) -> None:
+        """Type a line."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n".encode())
+        await self.process.stdin.drain()
+
+    async def until(self, text: str) -> str:
+        """Return what was printed, once `text` has been printed."""
+        assert self.process.stdout is not None
+        while text not in self.output:
+            data = await asyncio.wait_for(self.process.stdout.read(65536), PATIENCE_S)
+            assert data, self.output
+            self.output += data.decode()
+        return self.output
+
+    async def end(self) -> tuple[int, str, str]:
+        """Type Ctrl-D and return the exit code, what was printed and what was complained of."""
+        output, errors = await asyncio.wait_for(self.process.communicate(b""), PATIENCE_S)
+        assert self.process.returncode is not None
+        self.output += output.decode()
+        return self.process.returncode, self.output, errors.decode()
+
+
+@asynccontextmanager
+async def demo(url: str, *arguments: str) -> AsyncIterator[Demo]:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "scripts/demo.py", "--url", url, *arguments, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe
+    )
+    try:
+        yield Demo(process)
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.communicate()
+
+
+@asynccontextmanager
+async def proxied(url: str) -> AsyncIterator[tuple[CuttingProxy, str]]:
+    async with CuttingProxy() as proxy:
+        port = await proxy.start(int(url.rpartition(":")[2]))
+        yield proxy, f"http://127.0.0.1:{port}"
+
+
+async def history(url: str, conversation_id: str) -> list[dict[str, Any]]:
+    async with httpx.AsyncClient() as client:
+        answer = await client.get(f"{url}/chat/{conversation_id}")
+        messages: list[dict[str, Any]] = answer.raise_for_status().json()["messages"]
+        return messages
+
+
+async def post(url: str, path: str = "", **body: str) -> dict[str, Any]:
+    async with httpx.AsyncClient() as client:
+        answer = await client.post(f"{url}/chat{path}", json=body or None)
+        result: dict[str, Any] = answer.raise_for_status().json()
+        return result
+
+
+def new_id() -> str:
+    return secrets.token_hex(12)
+
+
+def said(message: dict[str, Any]) -> str:
+    """Return how a reply stands in what was printed."""
+    return f"bot › {message['content']}\n"
+
+
+# --- one turn
+
+
+def test_once_prints_the_reply_and_nothing_else(quick: str) -> None:
+    async def run() -> None:
+        async with demo(quick, "--once", "¿Qué tal? 😀") as client:
+            code, output, errors = await client.end()
+        found = re.search(r"conversation ([0-9a-f]{24})", errors)
+        assert found
+        question, reply = await history(quick, found[1])
+        assert question["content"] == "¿Qué tal? 😀"
+        assert output == reply["content"] + "\n"
+        assert code == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("n_bytes", [3_000, 3_333])
+def test_once_loses_nothing_when_the_line_is_cut_again_and_again(
+    make_server: Callable[..., Server], n_bytes: int
+) -> None:
+    server = make_server(SIMULATED_TOKEN_DELAY_MS=20).start()
+
+    async def run() -> None:
+        conversation = new_id()
+        async with proxied(server.url) as (proxy, url):
+            proxy.cut_after(n_bytes)
+            async with demo(url, "--conversation", conversation, "--once", "hello") as client:
+                code, output, _ = await client.end()
+            assert proxy.cuts >= 2
+        [_, reply] = await history(server.url, conversation)
+        assert output == reply["content"] + "\n"
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_once_waits_for_a_server_that_is_away_for_a_moment(quick: str) -> None:
+    async def run() -> None:
+        async with proxied(quick) as (proxy, url):
+            proxy.refuse = True
+            async with demo(url, "--once", "hello") as client:
+                await proxy.wait_for(refused=2)
+                proxy.refuse = False
+                code, output, errors = await client.end()
+        assert code == 0
+        assert output
+        assert "no connection" in errors
+        assert "connected again" in errors
+
+    asyncio.run(run())
+
+
+def test_once_says_no_to_a_reply_that_was_stopped(slow: str) -> None:
+    async def run() -> None:
+        async with demo(slow, "--once", "hello") as client:
+            await client.until(" ")  # the first words
+            client.process.send_signal(signal.SIGINT)
+            code, output, errors = await client.end()
+        found = re.search(r"conversation ([0-9a-f]{24})", errors)
+        assert found
+        [_, reply] = await history(slow, found[1])
+        assert reply["status"] == "stopped"
+        assert output.strip() == reply["content"].strip()
+        assert code == 1
+        assert "(stopped)" in errors
+
+    asyncio.run(run())
+
+
+class LyingServer(RequestHandler):
+    """Streams a reply of which it has stored something else."""
+
+    stored = "Hallo!"
+
+    def initialize(self) -> None:
+        self.left = asyncio.Event()
+
+    def post(self, path: str) -> None:
+        self.write({"messageId": "a" * 24, "replyId": "b" * 24, "lastEventId": "x"})
+        self.set_status(202)
+
+    async def get(self, path: str) -> None:
+        if not path.startswith("/stream/"):
+            reply = {"id": "b" * 24, "role": "assistant", "content": self.stored, "status": "complete"}
+            self.finish({"messages": [reply], "lastEventId": "x"})
+            return
+        self.set_header("Content-Type", "text/event-stream")
+        self.write('id: x-0\n\nevent: input\nid: x-1\ndata: {"messageId": "%s", "text": "hi"}\n\n' % ("a" * 24))
+        self.write('event: token\nid: x-2\ndata: {"text": "Hello!"}\n\n')
+        self.write('event: done\nid: x-3\ndata: {"messageId": "%s", "status": "complete"}\n\n' % ("b" * 24))
+        await self.flush()
+        await self.left.wait()
+
+    def on_connection_close(self) -> None:
+        self.left.set()
+
+
+@pytest.mark.parametrize(("stored", "code"), [("Hallo!", 1), ("Hello", 1), ("Hello!", 0)])
+def test_once_says_no_to_a_server_that_has_stored_something_else(stored: str, code: int) -> None:
+    """That the exit code depends on the comparison; no honest server can show it."""
+
+    async def run() -> None:
+        sock, port = bind_unused_port()
+        lying = type("Lying", (LyingServer,), {"stored": stored})
+        server = HTTPServer(Application([(r"/chat(.*)", lying)], log_function=lambda handler: None))
+        server.add_sockets([sock])
+        try:
+            async with demo(f"http://127.0.0.1:{port}", "--once", "hi") as client:
+                result, output, errors = await client.end()
+        finally:
+            server.stop()
+            await server.close_all_connections()
+        assert output == "Hello!\n"
+        assert result == code
+        assert ("not what was streamed" in errors) == (code == 1)
+
+    asyncio.run(run())
+
+
+def test_once_into_a_pipe_that_closes_early_is_quiet(quick: str) -> None:
+    command = f"{sys.executable} scripts/demo.py --url {quick} --once hello | head -c 3"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert len(done.stdout.encode()) == 3
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [(["--conversation", "nonsense"], "24 hex digits"), (["--once", "  "], "input")],
+)
+def test_what_the_server_refuses_is_said(quick: str, arguments: list[str], complaint: str) -> None:
+    async def run() -> None:
+        async with demo(quick, *arguments) as client:
+            code, output, errors = await client.end()
+        assert code == 1
+        assert "✗" in output + errors
+        assert complaint in output + errors
+
+    asyncio.run(run())
+
+
+# --- a conversation
+
+
+def test_a_conversation_is_chatted_and_reopened_by_its_id(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("one")
+            await client.say("two")
+            code, output, _ = await client.end()
+        messages = await history(quick, conversation)
+        assert [message["content"] for message in messages][::2] == ["one", "two"]
+        transcript = f"you › one\n{said(messages[1])}you › two\n{said(messages[3])}"
+        assert output == f"(conversation {conversation})\n{transcript}"
+        assert code == 0
+        async with demo(quick, "--conversation", conversation) as client:
+            assert await client.end() == (0, output, "")
+
+    asyncio.run(run())
+
+
+def test_a_reply_that_runs_is_taken_up_where_it_is(quick: str) -> None:
+    async def run() -> None:
+        conversation = (await post(quick, input="hello"))["conversationId"]
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("and more")
+            code, output, _ = await client.end()
+        messages = await history(quick, conversation)
+        assert len(messages) == 4
+        assert output.endswith(f"you › hello\n{said(messages[1])}you › and more\n{said(messages[3])}")
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_what_somebody_else_says_is_shown_with_the_reply(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with (
+            demo(quick, "--conversation", conversation) as one,
+            demo(quick, "--conversation", conversation) as two,
+        ):
+            await one.say("from one")
+            await one.until("bot › ")
+            await two.until("someone else › from one\nbot › ")
+            await two.say("from two")  # waits for the reply to the first
+            await one.until("someone else › from two\nbot › ")
+            (_, first, _), (_, second, _) = await asyncio.gather(one.end(), two.end())
+        messages = await history(quick, conversation)
+        replies = [said(message) for message in messages[1::2]]
+        assert first.endswith(f"you › from one\n{replies[0]}someone else › from two\n{replies[1]}")
+        assert second.endswith(f"someone else › from one\n{replies[0]}you › from two\n{replies[1]}")
+
+    asyncio.run(run())
+
+
+def test_a_post_whose_answer_was_lost_is_said_once(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with proxied(quick) as (proxy, url), demo(url, "--conversation", conversation) as client:
+            await proxy.wait_for(connections=2)  # the history, the stream
+            proxy.cut_after(1)
+            await client.say("hello")
+            await proxy.wait_for(cuts=1)
+            proxy.cut_after(None)
+            code, output, _ = await client.end()
+        messages = await history(quick, conversation)
+        assert [message["role"] for message in messages] == ["user", "assistant"]
+        assert "trying again" in output
+        assert output.endswith(said(messages[1]))
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_a_line_that_drops_in_the_middle_of_a_reply_is_taken_up_again(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with proxied(quick) as (proxy, url), demo(url, "--conversation", conversation) as client:
+            await client.say("hello")
+            await client.until("bot › ")
+            proxy.refuse = True
+            assert proxy.cut() >= 1
+            await proxy.wait_for(refused=2)
+            proxy.refuse = False
+            code, output, _ = await client.end()
+        [_, reply] = await history(quick, conversation)
+        before, notices, after = re.split(r"\n(\(no connection; trying again\)\n\(connected again\))\n", output)
+        assert (before + after).endswith(said(reply)), notices
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_words_wait_while_another_reply_runs(slow: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(slow, "--conversation", conversation) as client:
+            await client.say("first")
+            await client.until("bot › ")
+            await post(slow, f"/{conversation}/stop")
+            await client.until("(stopped)")
+            await post(slow, f"/{conversation}/retry")  # is not to be seen for a second
+            await client.say("second")
+            await client.until("another reply runs")
+            await post(slow, f"/{conversation}/stop")
+            await client.until("you › second\nbot › ")
+            client.process.send_signal(signal.SIGINT)
+            code, _, _ = await client.end()
+        messages = await history(slow, conversation)
+        assert [message["content"] for message in messages if message["role"] == "user"] == ["first", "second"]
+        assert messages[-1]["status"] == "stopped"
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_a_busy_server_is_asked_again_when_it_says(slow: str) -> None:
+    async def run() -> None:
+        others = [(await post(slow, input="hello"))["conversationId"] for _ in range(2)]
+        async with demo(slow) as client:
+            await client.say("hello")
+            await client.until("trying again in")
+            for other in others:
+                await post(slow, f"/{other}/stop")
+            await client.until("bot › ")
+            client.process.send_signal(signal.SIGINT)
+            code, output, _ = await client.end()
+        assert output.count("you › hello\n") == 1
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_stop_and_retry(slow: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(slow, "--conversation", conversation) as client:
+            await client.say("hello")
+            await client.until("bot › ")
+            await client.say("/stop")
+            await client.until("(stopped)")
+            await client.say("/retry")
+            assert await wait_until(lambda: has_statuses(slow, conversation, ["complete", "superseded", "streaming"]))
+            await client.say("/stop")
+            await client.end()
+        assert await has_statuses(slow, conversation, ["complete", "superseded", "stopped"])
+
+    asyncio.run(run())
+
+
+async def has_statuses(url: str, conversation_id: str, statuses: list[str]) -> bool:
+    return [message["status"] for message in await history(url, conversation_id)] == statuses
+
+
+async def wait_until(condition: Callable[[], Awaitable[bool]]) -> bool:
+    async with asyncio.timeout(PATIENCE_S):
+        while not await condition():
+            await asyncio.sleep(0.02)
+    return True
+
+
+def test_a_conversation_that_is_deleted_begins_anew(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("one")
+            await client.until("bot › ")
+            async with httpx.AsyncClient() as deleter:
+                (await deleter.delete(f"{quick}/chat/{conversation}")).raise_for_status()
+            await client.until("was deleted")
+            await client.say("two")
+            code, output, _ = await client.end()
+        messages = await history(quick, conversation)
+        assert [message["content"] for message in messages][::2] == ["two"]
+        assert output.endswith(f"you › two\n{said(messages[1])}")
+        assert code == 0
+
+    asyncio.run(run())
+
+
+# --- on a terminal
+
+
+def on_terminal(url: str, conversation: str, *, typed: bytes, until: bytes, **environment: str) -> tuple[bytes, int]:
+    """Type into a demo on a terminal; return all that it shows until, after the last key, it shows `until` and ends."""
+    main, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "scripts/demo.py", "--url", url, "--conversation", conversation],
+        cwd=ROOT,
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        env={**os.environ, "TERM": "xterm", **environment},
+        start_new_session=True,
+    )
+    os.close(end)
+    shown = b""
+
+    def show(text: bytes) -> None:
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(main, 65536)
+
+    try:
+        show("you › ".encode())
+        os.write(main, typed)
+        show(until)
+        os.write(main, b"\x04")
+        with suppress(OSError):  # what a terminal without a process on it answers
+            while data := os.read(main, 65536):
+                shown += data
+        return shown, process.wait(PATIENCE_S)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)
+
+
+def test_a_terminal_gets_colours_and_a_prompt(quick: str) -> None:
+    conversation = new_id()
+    asyncio.run(post_and_wait(quick, conversation, "before"))
+    reply = asyncio.run(history(quick, conversation))[-1]["content"]
+    last_words = reply.split("\n")[-1].encode()
+    shown, code = on_terminal(quick, conversation, typed=b"", until=last_words)
+    assert "\x1b[1;36myou › \x1b[0mbefore".encode() in shown
+    assert "\x1b[1;32mbot › \x1b[0m".encode() in shown
+    assert code == 0
+    plain, _ = on_terminal(quick, conversation, typed=b"", until=last_words, NO_COLOR="1")
+    assert b"\x1b[1" not in plain
+    assert "you › before".encode() in plain
+
+
+def test_a_terminal_is_not_at_the_mercy_of_what_others_say(quick: str) -> None:
+    conversation = new_id()
+    asyncio.run(post_and_wait(quick, conversation, "\x1b]0;owned\x07 \x9b31m"))
+    shown, _ = on_terminal(quick, conversation, typed=b"", until=b"owned")
+    assert b"\x1b]0" not in shown
+    assert b"\x07" not in shown
+    assert "\x9b".encode() not in shown
+
+
+def test_typing_on_a_terminal_shows_each_line_once(quick: str) -> None:
+    conversation = new_id()
+    shown, code = on_terminal(quick, conversation, typed=b"hello there\n", until=b"bot", NO_COLOR="1")
+    reply = asyncio.run(history(quick, conversation))[-1]["content"]
+    assert shown.count(b"hello there\r\n") == 2, "as typed, and in the reply's quote"
+    assert reply.replace("\n", "\r\n").encode() in shown
+    assert code == 0
+
+
+async def post_and_wait(url: str, conversation: str, text: str) -> None:
+    async with demo(url, "--conversation", conversation, "--once", text) as client:
+        code, _, errors = await client.end()
+        assert code == 0, errors

@@ -47,7 +47,7 @@ class Script:
         self.prompts: list[Prompt] = []
         self.closed = 0
 
-    async def reply(self, prompt: Prompt) -> AsyncIterator[str]:  # type: ignore[override]
+    async def reply(self, prompt: Prompt) -> AsyncIterator[str]:
         self.prompts.append(prompt)
         try:
             for piece in self.pieces:
@@ -76,9 +76,7 @@ class App:
         self.database = database
         settings = {"checkpoint_ms": 20, "drain_s": 0.0, **settings}
         self.settings = Settings(mongodb_uri=database.uri, chat_data_dir=Path("unused"), **settings)
-        self.source: Any = source or Simulated(
-            self.settings.simulated_token_delay_ms / 1000, settings.get("simulated_tokens")
-        )
+        self.source: Any = source or Simulated(settings.get("simulated_token_delay_ms", 0) / 1000, None)
 
     async def start(self) -> None:
         settings = self.settings
@@ -108,6 +106,11 @@ class App:
         await self.chat.close()
         await self.server.close_all_connections()
         await self.store.close()
+
+    @property
+    def subscribers(self) -> int:
+        """How many streams are being delivered to."""
+        return sum(len(live.subscribers) for live in self.hub.lives)
 
     async def until(self, condition: Any, seconds: float = 10.0) -> None:
         """Wait until a condition of this process holds."""

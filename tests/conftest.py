@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -139,13 +139,13 @@ def io_loop() -> Iterator[IOLoop]:
 
 
 @pytest.fixture
-def make_app(io_loop: IOLoop, database: Database) -> Iterator[Callable[..., App]]:
-    """Return a function that makes the application, on a real socket of the test's loop; see `App`."""
+def make_app(io_loop: IOLoop, database: Database) -> Iterator[Callable[..., Awaitable[App]]]:
+    """Return a function that starts the application, on a real socket of the test's loop; see `App`."""
     apps: list[App] = []
 
-    def make(**options: Any) -> App:
+    async def make(**options: Any) -> App:
         app = App(options.pop("database", database), **options)
-        io_loop.run_sync(app.start)
+        await app.start()
         apps.append(app)
         return app
 
@@ -155,9 +155,10 @@ def make_app(io_loop: IOLoop, database: Database) -> Iterator[Callable[..., App]
 
 
 @pytest.fixture
-def app(make_app: Callable[..., App]) -> App:
+def app(io_loop: IOLoop, make_app: Callable[..., Awaitable[App]]) -> App:
     """The application as it is set by default, but quick."""
-    return make_app()
+    app: App = io_loop.run_sync(make_app)
+    return app
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def make_server(database: Database, tmp_path: Path) -> Iterator[Callable[..., Se
     def make(**settings: object) -> Server:
         folder = tmp_path / f"server-{len(servers)}"
         folder.mkdir()
-        servers.append(Server(folder, **{"MONGODB_URI": database.uri, **settings}))
+        servers.append(Server(folder, {"MONGODB_URI": database.uri, **settings}))
         return servers[-1]
 
     yield make

@@ -15,12 +15,13 @@ class Server:
     """`python -m chatserver` in a folder of its own, without any of the settings of whoever runs the tests.
 
     :param folder: its working directory: `.env` and `.data` are there
-    :param settings: variables of its environment; those that are None are unset
+    :param variables: of its environment; those that are None are unset
+    :param command: what to run instead
     """
 
-    def __init__(self, folder: Path, *, command: list[str] | None = None, **settings: object) -> None:
+    def __init__(self, folder: Path, variables: dict[str, object], command: list[str] | None = None) -> None:
         self.folder = folder
-        self.settings: dict[str, object] = {"PORT": 0, "SIMULATED_TOKEN_DELAY_MS": 5, **settings}
+        self.variables = {"PORT": 0, "SIMULATED_TOKEN_DELAY_MS": 5, **variables}
         self.command = command or [sys.executable, "-X", "dev", "-W", "ignore", "-m", "chatserver"]
         self.port = 0
         self.stdout: list[str] = []
@@ -34,7 +35,7 @@ class Server:
     def spawn(self, *options: str) -> "Server":
         """Start the process; return at once."""
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-        given = {name: str(value) for name, value in self.settings.items() if value is not None}
+        given = {name: str(value) for name, value in self.variables.items() if value is not None}
         if self.port:
             given["PORT"] = str(self.port)
         self.stdout, self.stderr = [], []

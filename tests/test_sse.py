@@ -1,0 +1,69 @@
+"""Positions and frames: the pure part of the stream."""
+
+import json
+
+import pytest
+
+from chatserver import sse
+from chatserver.sse import Position
+
+ID = "0123456789abcdef01234567"
+
+
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [
+        (f"{ID}-0", Position(ID, 0)),
+        (f"{ID}-17", Position(ID, 17)),
+        (f"{ID}-done", Position(ID, None)),
+    ],
+)
+def test_position_and_its_text_are_each_other(text: str, position: Position) -> None:
+    assert sse.parse_position(text) == position
+    assert str(position) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ID,
+        f"{ID}-",
+        f"{ID}--1",
+        f"{ID}-01",
+        f"{ID}-1.5",
+        f"{ID}-٣",
+        f"{ID}-done\n",
+        f"{ID}-DONE",
+        f"{ID[:-1]}-3",
+        f"{ID}0-3",
+        f"{ID.upper()}-3",
+        f" {ID}-3",
+        f"{ID}-9999999999",
+        f"{ID}-3-4",
+    ],
+)
+def test_text_that_is_no_position_is_refused(text: str) -> None:
+    assert sse.parse_position(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb", "a\rb", "a\r\nb", "\u2028\u2029\x85", '"\\', "🙂é̂", "\x00", "", ": data", "\n\n"]
+)
+def test_text_never_breaks_a_frame(text: str) -> None:
+    frame = sse.token_frame(ID, 3, text)
+    assert frame == sse.frame("token", Position(ID, 3), {"text": text})
+    lines = frame.split(b"\n")
+    assert lines[3:] == [b"", b""] and b"\r" not in frame
+    assert lines[:2] == [f"id: {ID}-3".encode(), b"event: token"]
+    assert json.loads(lines[2].removeprefix(b"data: ")) == {"text": text}
+
+
+def test_preamble_sets_a_position_and_is_no_event() -> None:
+    lines = sse.preamble(1000, Position(ID, None)).decode().split("\n")
+    assert lines[0] == "retry: 1000" and lines[1].startswith(":")
+    assert lines[2:] == [f"id: {ID}-done", "", ""]
+
+
+def test_reset_takes_the_position_away() -> None:
+    assert sse.RESET.split(b"\n") == [b"event: reset", b"id:", b"data: {}", b"", b""]

@@ -1,0 +1,277 @@
+"""The store, with both clients and both kinds of server; the shape of what is in the database."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import pymongo
+import pytest
+from bson import ObjectId
+
+from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
+from chatserver.store import (
+    DOCUMENT_BYTES,
+    INTERRUPTED,
+    REPLY_ROOM,
+    Message,
+    Store,
+    Turn,
+    client_options,
+    connect,
+    new_id,
+)
+from tests.apps import Database
+
+pytestmark = pytest.mark.gen_test
+
+CLIENTS: dict[str, Callable[[str], Any]] = {
+    "motor": lambda uri: connect(uri, 4.0),
+    "pymongo": lambda uri: pymongo.AsyncMongoClient(uri, **client_options(4.0)),
+}
+
+
+class Stores:
+    """Opens stores on the test's database, by one of the clients."""
+
+    def __init__(self, database: Database, client: str) -> None:
+        self.database, self._client = database, client
+
+    @asynccontextmanager
+    async def open(self, **options: Any) -> AsyncIterator[Store]:
+        client = CLIENTS[self._client](self.database.uri)
+        store = Store(client, **{"timeout_s": 4.0, "lease_ms": 10_000, "history": 50, **options})
+        await store.prepare()
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+@pytest.fixture(params=["motor", "pymongo"])
+def client(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["database", "standalone_database"])
+def stores(request: pytest.FixtureRequest, client: str) -> Stores:
+    return Stores(request.getfixturevalue(request.param), client)
+
+
+def turn(conversation_id: str | None = None) -> Turn:
+    return Turn(conversation_id or new_id(), new_id(), new_id())
+
+
+def reply_of(begun: Turn, content: str, **options: Any) -> Message:
+    return Message(begun.reply_id, "assistant", content, datetime.now(UTC), **options)
+
+
+async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
+    async with stores.open() as store:
+        first = turn()
+        begun = await store.begin(first, "Hello", None, new=True)
+        assert (begun.number, begun.previous_id, begun.turn) == (1, None, first)
+        document = stores.database.conversations.find_one()
+        assert set(document) == {"_id", "createdAt", "updatedAt", "messages", "reply"}
+        assert set(document["reply"]) == {"_id", "createdAt", "content", "renewedAt"}
+        assert isinstance(document["reply"]["renewedAt"], datetime)
+        await store.checkpoint({first.reply_id: (first.conversation_id, "He")})
+        assert stores.database.conversations.find_one()["reply"]["content"] == "He"
+        message = reply_of(first, "Hey")
+        assert await store.finish(first.conversation_id, message) == message
+        document = stores.database.conversations.find_one()
+        assert set(document) == {"_id", "createdAt", "updatedAt", "messages"}
+        user, reply = document["messages"]
+        assert set(user) == set(reply) == {"_id", "role", "content", "createdAt"}
+        for each in (document, user, reply):
+            assert isinstance(each["_id"], ObjectId) and isinstance(each["createdAt"], datetime)
+        assert (user["role"], reply["role"], reply["content"]) == ("user", "assistant", "Hey")
+        second = turn(first.conversation_id)
+        begun = await store.begin(second, "More", None)
+        assert (begun.number, begun.previous_id) == (2, first.reply_id)
+        assert [each.content for each in begun.messages] == ["Hello", "Hey", "More"]
+
+
+async def test_finish_may_be_repeated_and_is_done_once(stores: Stores) -> None:
+    async with stores.open() as store:
+        begun = turn()
+        await store.begin(begun, "Hello", None)
+        message = reply_of(begun, "Hey")
+        await store.finish(begun.conversation_id, message)
+        other = reply_of(begun, "Other", status="interrupted", error=INTERRUPTED)
+        assert (await store.finish(begun.conversation_id, other)).content == "Hey"  # type: ignore[union-attr]
+        assert len(stores.database.conversations.find_one()["messages"]) == 2
+        await store.delete(begun.conversation_id)
+        assert await store.finish(begun.conversation_id, message) is None
+        assert stores.database.conversations.count_documents({}) == 0
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_of_many_posts_at_one_moment_one_is_begun(stores: Stores, known: bool) -> None:
+    async with stores.open() as store:
+        conversation_id = new_id()
+        if known:
+            first = turn(conversation_id)
+            await store.begin(first, "Hello", None)
+            await store.finish(conversation_id, reply_of(first, "Hey"))
+        results = await asyncio.gather(
+            *(store.begin(turn(conversation_id), f"{n}", None) for n in range(10)), return_exceptions=True
+        )
+        assert sum(isinstance(each, ReplyInProgress) for each in results) == 9
+        messages = stores.database.conversations.find_one()["messages"]
+        assert len(messages) == (3 if known else 1)
+
+
+async def test_key_is_found_with_the_first_answer_and_never_used_twice(stores: Stores) -> None:
+    async with stores.open() as store:
+        first = turn()
+        await store.begin(first, "Hello", "k")
+        assert await store.find_keyed(first.conversation_id, "k", "Hello") == first
+        with pytest.raises(KeyReused):
+            await store.find_keyed(first.conversation_id, "k", "Other")
+        await store.finish(first.conversation_id, reply_of(first, "Hey", status="failed"))
+        retried = await store.begin_retry(first.conversation_id, new_id())
+        assert await store.find_keyed(first.conversation_id, "k", "Hello") == first
+        await store.finish(first.conversation_id, reply_of(retried.turn, "Hey again"))
+        with pytest.raises(KeyReused):
+            await store.begin(turn(first.conversation_id), "Hello", "k")
+        assert await store.find_keyed(first.conversation_id, "other", "Hello") is None
+        assert await store.find_keyed(new_id(), "k", "Hello") is None
+        elsewhere = turn()
+        await store.begin(elsewhere, "Hello", "k")
+        assert await store.find_keyed(elsewhere.conversation_id, "k", "Hello") == elsewhere
+
+
+async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: Stores) -> None:
+    async with stores.open(history=1) as store:
+        first = turn()
+        await store.begin(first, "Hello", None)
+        for status in ("failed", "stopped", "interrupted"):
+            current = stores.database.conversations.find_one()["reply"]["_id"]
+            last = Message(str(current), "assistant", "x", datetime.now(UTC), status)  # type: ignore[arg-type]
+            await store.finish(first.conversation_id, last)
+            begun = await store.begin_retry(first.conversation_id, new_id())
+            assert begun.said is None and begun.number == 1 and begun.previous_id == str(current)
+            assert [(each.role, each.content) for each in begun.messages] == [("user", "Hello")]
+            assert begun.turn.message_id == first.message_id
+        with pytest.raises(ReplyInProgress):
+            await store.begin_retry(first.conversation_id, new_id())
+        await store.finish(first.conversation_id, reply_of(begun.turn, "done"))
+        with pytest.raises(NothingToRetry):
+            await store.begin_retry(first.conversation_id, new_id())
+        statuses = [each.get("status") for each in stores.database.conversations.find_one()["messages"]]
+        assert statuses == [None, "superseded", "superseded", "superseded", None]
+
+
+async def test_lost_replies_are_those_whose_lease_has_run_out_but_for_our_own(stores: Stores) -> None:
+    async with stores.open(lease_ms=300) as store:
+        ours, theirs, alive = turn(), turn(), turn()
+        for each in (ours, theirs, alive):
+            await store.begin(each, "Hello", None)
+        assert await store.find_lost([]) == []
+        assert len(await store.find_lost([], alone=True)) == 3
+        async with asyncio.timeout(5):
+            while not (lost := await store.find_lost([ours.reply_id])):
+                await store.checkpoint({alive.reply_id: (alive.conversation_id, "alive")})
+                await asyncio.sleep(0.02)
+        assert [conversation_id for conversation_id, _ in lost] == [theirs.conversation_id]
+        message = reply_of(theirs, lost[0][1].content, status="interrupted", error=INTERRUPTED)
+        await store.checkpoint({theirs.reply_id: (theirs.conversation_id, "renewed")})
+        assert await store.finish(theirs.conversation_id, message, if_renewed_at=lost[0][1].renewed_at) is None
+        assert "reply" in stores.database.conversations.find_one({"_id": ObjectId(theirs.conversation_id)})
+
+
+async def test_checkpoint_says_which_replies_are_no_longer_ours(stores: Stores) -> None:
+    async with stores.open() as store:
+        kept, lost = turn(), turn()
+        for each in (kept, lost):
+            await store.begin(each, "Hello", None)
+        await store.finish(lost.conversation_id, reply_of(lost, "taken over"))
+        replies = {each.reply_id: (each.conversation_id, "text") for each in (kept, lost)}
+        assert set(await store.checkpoint(replies)) == {lost.reply_id}
+
+
+async def test_conversation_without_room_is_refused_before_the_turn(database: Database) -> None:
+    async with Stores(database, "motor").open() as store:
+        first = turn()
+        await store.begin(first, "Hello", None)
+        await store.finish(first.conversation_id, reply_of(first, "x" * (DOCUMENT_BYTES - REPLY_ROOM - 20_000)))
+        second = turn(first.conversation_id)
+        begun = await store.begin(second, "fits", None)
+        assert REPLY_ROOM <= begun.reply_room < REPLY_ROOM + 20_000
+        # The room is real: a reply of just that size is checkpointed and stored.
+        await store.checkpoint({second.reply_id: (second.conversation_id, "y" * begun.reply_room)})
+        failed = reply_of(second, "y" * begun.reply_room, status="failed", error=INTERRUPTED)
+        assert await store.finish(second.conversation_id, failed) == failed
+        with pytest.raises(ConversationFull):
+            await store.begin(turn(first.conversation_id), "no more", None)
+        with pytest.raises(ConversationFull):
+            await store.begin_retry(first.conversation_id, new_id())
+        assert len(database.conversations.find_one()["messages"]) == 4
+
+
+async def test_only_the_messages_asked_for_are_read(stores: Stores) -> None:
+    async with stores.open() as store:
+        conversation_id = new_id()
+        ids = []
+        for number in range(3):
+            each = turn(conversation_id)
+            await store.begin(each, f"u{number}", None)
+            await store.finish(conversation_id, reply_of(each, f"a{number}"))
+            ids += [each.message_id, each.reply_id]
+
+        async def read(**what: Any) -> tuple[list[str], int, bool]:
+            record = await store.read(conversation_id, **what)
+            assert record is not None and record.last_id == ids[-1]
+            return [message.content for message in record.messages], record.first, record.found
+
+        assert await read() == (["u0", "a0", "u1", "a1", "u2", "a2"], 0, True)
+        assert await read(since=ids[3]) == (["a1", "u2", "a2"], 3, True)
+        assert await read(since=new_id()) == ([], 0, False)
+        assert await read(last=2) == (["u2", "a2"], 4, True)
+        assert await read(last=100) == (["u0", "a0", "u1", "a1", "u2", "a2"], 0, True)
+        assert await read(before=ids[3], last=2) == (["a0", "u1"], 1, True)
+        assert await read(before=ids[1], last=5) == (["u0"], 0, True)
+        assert await read(before=ids[0], last=5) == ([], 0, True)
+        assert await read(before=ids[3]) == (["u0", "a0", "u1"], 0, True)
+        assert (await read(before=new_id(), last=5))[2] is False
+        assert await store.read(new_id()) is None
+
+
+async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:
+    """Conversations that other code has written in the same shape are ours, too."""
+    time = datetime(2025, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
+    message = {"_id": ObjectId(), "role": "user", "content": "from Node", "createdAt": time}
+    conversation = {"_id": ObjectId(), "createdAt": time, "updatedAt": time, "messages": [message], "__v": 0}
+    stores.database.conversations.insert_one(conversation)
+    async with stores.open() as store:
+        record = await store.read(str(conversation["_id"]))
+        assert record is not None and record.messages[0].content == "from Node" and record.created_at == time
+        begun = await store.begin(turn(str(conversation["_id"])), "from Python", None)
+        assert begun.number == 2
+
+
+async def test_list_and_running_replies_are_found_by_an_index(database: Database) -> None:
+    async with Stores(database, "motor").open() as store:
+        for _ in range(3):
+            await store.begin(turn(), "Hello", None)
+    plans = [
+        database.conversations.find().sort([("createdAt", -1), ("_id", -1)]).limit(2).explain(),
+        database.conversations.find({"reply._id": {"$exists": True, "$nin": [ObjectId()]}}).explain(),
+        database.conversations.find({"_id": ObjectId(), "messages.key": "k"}).explain(),
+    ]
+    for plan in plans:
+        assert "COLLSCAN" not in str(plan["queryPlanner"]["winningPlan"])
+
+
+@pytest.mark.expects_log("database does not answer")
+async def test_silent_database_is_told_in_time_and_then_at_once() -> None:
+    client = connect("mongodb://127.0.0.1:1/?directConnection=true", 1.0)
+    store = Store(client, timeout_s=1.0, lease_ms=1000, history=1)
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    results = await asyncio.gather(*(store.ping() for _ in range(100)), return_exceptions=True)
+    assert all(isinstance(each, DatabaseUnavailable) for each in results)
+    assert loop.time() - started < 5
+    await store.close()

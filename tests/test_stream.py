@@ -1,0 +1,363 @@
+"""The promise: whoever joins, whenever, and however often cut off, has each character once."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import httpx
+import httpx_sse
+import pytest
+
+from chatserver.errors import SourceError
+from chatserver.sources import Prompt
+from tests.apps import App, Database, Script, running
+from tests.clients import Client, Event, RawStream, Transcript, new_id, text_of
+
+NASTY = [
+    "Zwei\n",
+    "",
+    "Zeilen\r\n",
+    "🙂",
+    "👩‍👩‍👧",
+    "e",
+    "\u0301",
+    "\r",
+    "\u2028",
+    "\u2029",
+    "\x85",
+    '"\\"',
+    "\x00",
+    "नी",
+    " end",
+]
+
+pytestmark = pytest.mark.gen_test
+
+
+class Endless:
+    """A source that never ends, as fast as the loop allows."""
+
+    async def reply(self, prompt: Prompt) -> AsyncIterator[str]:
+        while True:
+            await asyncio.sleep(0)
+            yield "x"
+
+    async def close(self) -> None:
+        pass
+
+
+async def resume_at_random(client: Client, conversation_id: str, dice: random.Random, replies: int) -> Transcript:
+    """Watch a conversation, cut off at random points and resuming, until so many replies have ended."""
+    seen, position, in_query = Transcript(), "", dice.random() < 0.5
+    while len(seen.ended) < replies:
+        left = dice.choice([1, 2, 3, 7, 20, 1000])
+        stream = client.stream(conversation_id, position, in_query=in_query)
+        async for event in stream:
+            assert event.name != "reset"
+            seen.take(event)
+            position = event.id
+            left -= 1
+            if left == 0 or len(seen.ended) == replies:
+                break
+        await stream.aclose()  # type: ignore[attr-defined]
+    return seen
+
+
+def our_tasks() -> list[str]:
+    """Return what runs on the loop, but for the connections that the test's own client keeps alive."""
+    names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+    return sorted(name for name in names if "_server_request_loop" not in name)
+
+
+def stored(history: dict[str, Any]) -> dict[str, str]:
+    return {message["id"]: message["content"] for message in history["messages"]}
+
+
+@pytest.mark.parametrize("delay_ms", [0, 2])
+async def test_fifty_clients_cut_off_at_random_points_have_the_stored_text(
+    make_app: Callable[..., Awaitable[App]], delay_ms: int
+) -> None:
+    app = await make_app(simulated_token_delay_ms=delay_ms)
+    conversation_id = new_id()
+    dice = random.Random(7)
+
+    async def join(after: float) -> Transcript:
+        await asyncio.sleep(after)
+        return await resume_at_random(app.client, conversation_id, random.Random(dice.random()), 1)
+
+    before = [asyncio.create_task(join(0)) for _ in range(25)]
+    await app.until(lambda: app.subscribers >= 25)
+    answer = await app.client.say("Tell me a story", conversation_id)
+    during = [asyncio.create_task(join(dice.random() * 0.2)) for _ in range(20)]
+    seen = await asyncio.gather(*before, *during)
+    texts = stored(await app.client.history(conversation_id))
+    for transcript in seen:
+        assert transcript.said[answer["replyId"]] == texts[answer["replyId"]]
+    for transcript in seen[:25]:
+        assert transcript.said == texts and transcript.order == list(texts)
+    # After the reply: from positions of every kind, the rest and nothing but the rest.
+    reply = texts[answer["replyId"]]
+    for chars in (0, 1, len(reply) // 2, len(reply) - 1, len(reply)):
+        events = await app.client.events(conversation_id, f"{answer['replyId']}-{chars}")
+        assert text_of(events) == reply[chars:] and events[-1].name == "done"
+
+
+async def test_text_that_is_hard_to_carry_arrives_unchanged(make_app: Callable[..., Awaitable[App]]) -> None:
+    app = await make_app(source=Script(*NASTY))
+    conversation_id = new_id()
+    watchers = [
+        asyncio.create_task(resume_at_random(app.client, conversation_id, random.Random(n), 1)) for n in range(10)
+    ]
+    await app.until(lambda: app.subscribers == 10)
+    answer = await app.client.say("Zwei\r\nZeilen \u2028 🙂", conversation_id)
+    for transcript in await asyncio.gather(*watchers):
+        assert transcript.said[answer["replyId"]] == "".join(NASTY)
+        assert transcript.said[answer["messageId"]] == "Zwei\r\nZeilen \u2028 🙂"
+    assert stored(await app.client.history(conversation_id))[answer["replyId"]] == "".join(NASTY)
+
+
+async def test_half_a_surrogate_pair_from_a_source_is_replaced(make_app: Callable[..., Awaitable[App]]) -> None:
+    app = await make_app(source=Script("a\ud83d", "b"))
+    answer, events = await app.client.turn("hi")
+    assert (
+        text_of(events) == "a\ufffdb" == stored(await app.client.history(answer["conversationId"]))[answer["replyId"]]
+    )
+
+
+@pytest.mark.parametrize("stops", [1, 2])
+async def test_resume_after_a_restart_and_missed_turns(database: Database, stops: int) -> None:
+    conversation_id = new_id()
+    async with running(App(database, simulated_token_delay_ms=1)) as app:
+        first = await app.client.say("one", conversation_id)
+        events: list[Event] = []
+        async for event in app.client.stream(conversation_id, first["lastEventId"]):
+            events.append(event)
+            if len(events) == 9:
+                break
+    # The restart ends the reply; its rest and its end come from MongoDB.
+    for _ in range(stops - 1):
+        async with running(App(database)) as app:
+            await app.client.turn("missed", conversation_id)
+    async with running(App(database)) as app:
+        last, _ = await app.client.turn("two", conversation_id)
+        seen = Transcript()
+        for event in events:
+            seen.take(event)
+        async for event in app.client.stream(conversation_id, events[-1].id):
+            seen.take(event)
+            if last["replyId"] in seen.ended:
+                break
+        texts = stored(await app.client.history(conversation_id))
+        del texts[first["messageId"]]
+        assert seen.said == texts and seen.order == list(texts)
+        assert seen.ended[first["replyId"]] == "interrupted"
+
+
+async def test_history_and_the_stream_from_its_position_make_the_stored_text_at_every_moment(
+    make_app: Callable[..., Awaitable[App]],
+) -> None:
+    gate = asyncio.Semaphore(0)
+    app = await make_app(source=Script(*NASTY, gate=gate))
+    answer = await app.client.say("hi")
+    conversation_id = answer["conversationId"]
+    joined = []
+    for said in range(len(NASTY)):
+        await app.until(lambda: gate.locked())
+        history = await app.client.history(conversation_id)
+        assert history["status"] == "streaming" and history["messages"][-1]["status"] == "streaming"
+        assert history["messages"][-1]["content"] == "".join(NASTY[:said])
+        joined.append((history, asyncio.create_task(app.client.events(conversation_id, history["lastEventId"]))))
+        await app.until(lambda: app.subscribers == len(joined))
+        gate.release()
+    for history, events in joined:
+        assert history["messages"][-1]["content"] + text_of(await events) == "".join(NASTY)
+    history = await app.client.history(conversation_id)
+    assert history["status"] == "idle" and history["lastEventId"] == f"{answer['replyId']}-done"
+
+
+async def test_tokens_leave_one_by_one_when_there_is_time(make_app: Callable[..., Awaitable[App]]) -> None:
+    app = await make_app(source=None, simulated_token_delay_ms=40)
+    conversation_id = new_id()
+    raw = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
+    await app.client.say("hi", conversation_id)
+    reads = []
+    while sum(read.count(b"event: token") for read in reads) < 20:
+        reads.append(await raw.reader.read(65536))
+    assert [read.count(b"event: token") for read in reads if b"event: token" in read] == [1] * 20
+    raw.close()
+
+
+async def test_headers_and_first_bytes_leave_at_once(app: App) -> None:
+    raw = await RawStream(app.port, f"/chat/stream/{new_id()}").open()
+    assert (await raw.reader.readline()) == b"retry: 1000\n"
+    assert (await raw.reader.readline()).startswith(b":")
+    head = raw.head.split("\r\n")
+    assert head[0] == "HTTP/1.1 200 OK"
+    for line in (
+        "Content-Type: text/event-stream",
+        "Cache-Control: no-cache",
+        "Connection: keep-alive",
+        "X-Accel-Buffering: no",
+    ):
+        assert line in head
+    assert "encoding" not in raw.head.lower()
+    raw.close()
+
+
+async def test_http_1_0_client_reads_the_stream(app: App) -> None:
+    conversation_id = new_id()
+    raw = await RawStream(app.port, f"/chat/stream/{conversation_id}?until=done", version="1.0").open()
+    answer = await app.client.say("hi", conversation_id)
+    events = [event async for event in raw.events()]
+    assert text_of(events) == stored(await app.client.history(conversation_id))[answer["replyId"]]
+    raw.close()
+
+
+async def test_stream_without_a_position_begins_with_the_reply_in_flight(
+    make_app: Callable[..., Awaitable[App]],
+) -> None:
+    gate = asyncio.Semaphore(2)
+    app = await make_app(source=Script("a", "b", "c", gate=gate))
+    answer = await app.client.say("hi")
+    await app.until(lambda: gate.locked())
+    events = asyncio.create_task(app.client.events(answer["conversationId"]))
+    await app.until(lambda: app.subscribers == 1)
+    gate.release()
+    gate.release()
+    assert [event.name for event in await events] == ["token", "token", "token", "done"]
+
+
+async def test_stream_stays_open_across_turns_and_shows_what_others_say(app: App) -> None:
+    conversation_id = new_id()
+    seen = Transcript()
+    answers = []
+    stream = app.client.stream(conversation_id)
+    first = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
+    await app.until(lambda: app.subscribers == 1)
+    answers.append(await app.client.say("turn 0", conversation_id))
+    seen.take(await first)
+    async for event in stream:
+        seen.take(event)
+        if len(seen.ended) == 3:
+            break
+        if event.name == "done":
+            answers.append(await app.client.say(f"turn {len(seen.ended)}", conversation_id))
+    texts = stored(await app.client.history(conversation_id))
+    assert seen.said == texts and seen.order == list(texts) and len(texts) == 6
+    await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_stream_from_the_start_of_an_unknown_conversation_resumes_without_a_gap(app: App) -> None:
+    """Guards: a line cut before the first event left an EventSource with nothing to resume from."""
+    conversation_id = new_id()
+    raw = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
+    block = (await raw.reader.readuntil(b"\n\n")).decode()
+    raw.close()
+    position = block.partition("id: ")[2].strip()
+    await app.client.turn("missed", conversation_id)
+    seen = Transcript()
+    for event in await app.client.events(conversation_id, position):
+        seen.take(event)
+    assert seen.said == stored(await app.client.history(conversation_id))
+
+
+@pytest.mark.parametrize("kind", ["malformed", "foreign", "too-far-user", "foreign-start"])
+async def test_position_that_does_not_exist_is_answered_by_reset(app: App, kind: str) -> None:
+    answer, _ = await app.client.turn("hi")
+    conversation_id = answer["conversationId"]
+    position = {
+        "malformed": "42",
+        "foreign": f"{new_id()}-3",
+        "too-far-user": f"{answer['messageId']}-1",
+        "foreign-start": f"{new_id()}-0",
+    }[kind]
+    for in_query in (False, True):
+        events = [event async for event in app.client.stream(conversation_id, position, in_query=in_query)]
+        assert [(event.name, event.id, event.data) for event in events] == [("reset", "", {})]
+    assert [event.name async for event in app.client.stream(new_id(), position)] == ["reset"]
+
+
+async def test_source_that_fails_at_once_tells_early_and_late_clients(make_app: Callable[..., Awaitable[App]]) -> None:
+    app = await make_app(source=Script(SourceError("source_failed", "Out of paper.")))
+    conversation_id = new_id()
+    early = asyncio.create_task(app.client.events(conversation_id))
+    await app.until(lambda: app.subscribers == 1)
+    answer = await app.client.say("hi", conversation_id)
+    expected = {"code": "source_failed", "message": "Out of paper.", "messageId": answer["replyId"]}
+    late = await app.client.events(conversation_id, answer["lastEventId"])
+    for events in (await early, late):
+        assert (events[-1].name, events[-1].data) == ("error", expected)
+    message = (await app.client.history(conversation_id))["messages"][-1]
+    assert message["status"] == "failed" and message["content"] == ""
+    assert message["error"] == {"code": "source_failed", "message": "Out of paper."}
+
+
+@pytest.mark.expects_log("source of replies crashed")
+async def test_source_that_crashes_ends_its_reply(make_app: Callable[..., Awaitable[App]]) -> None:
+    app = await make_app(source=Script("half", ZeroDivisionError("secret")))
+    answer, events = await app.client.turn("hi")
+    assert text_of(events) == "half" and events[-1].data["code"] == "source_failed"
+    assert "secret" not in str(events)
+    assert (await app.client.history(answer["conversationId"]))["messages"][-1]["content"] == "half"
+
+
+async def test_reply_is_generated_and_stored_with_nobody_connected(app: App) -> None:
+    answer = await app.client.say("hi")
+    await app.until_idle()
+    message = (await app.client.history(answer["conversationId"]))["messages"][-1]
+    assert message["status"] == "complete" and len(message["content"].split()) > 40
+
+
+async def test_client_that_goes_away_leaves_nothing_behind(make_app: Callable[..., Awaitable[App]]) -> None:
+    app = await make_app(simulated_token_delay_ms=2)
+    tasks = our_tasks()
+    answer = await app.client.say("hi")
+    streams = [await RawStream(app.port, f"/chat/stream/{answer['conversationId']}").open() for _ in range(10)]
+    for stream in streams:
+        await stream.reader.readuntil(b"event: token")
+        stream.writer.transport.abort()
+    await app.until(lambda: len(app.streams) == 0)
+    await app.until_idle()
+    assert our_tasks() == tasks
+
+
+async def test_hundred_conversations_at_once_keep_their_tokens_apart(app: App) -> None:
+    async def chat(number: int) -> None:
+        answer, events = await app.client.turn(f"I am number {number:03}.")
+        assert text_of(events) == stored(await app.client.history(answer["conversationId"]))[answer["replyId"]]
+        assert f"I am number {number:03}." in text_of(events)
+
+    await asyncio.gather(*(chat(number) for number in range(100)))
+
+
+async def test_others_advance_while_two_hundred_replies_stream_without_delay(
+    make_app: Callable[..., Awaitable[App]],
+) -> None:
+    app = await make_app(source=Endless())
+    answers = await asyncio.gather(*(app.client.say(f"n {n}") for n in range(200)))
+    lives = [live for answer in answers if (live := app.hub.get(answer["conversationId"])) and live.reply]
+    assert len(lives) == 200
+    for _ in range(3):
+        before = [live.reply.chars for live in lives if live.reply]
+        assert (await app.client.http.get("/healthz")).status_code == 200
+        assert (await app.client.http.get("/healthz")).status_code == 200
+        after = [live.reply.chars for live in lives if live.reply]
+        assert len(after) == 200 and all(b > a for a, b in zip(before, after, strict=True))
+    for answer in answers:
+        await app.client.http.post(f"/chat/{answer['conversationId']}/stop")
+    await app.until_idle()
+
+
+async def test_httpx_sse_reads_the_stream(app: App) -> None:
+    conversation_id = new_id()
+    async with (
+        httpx.AsyncClient(base_url=app.url, trust_env=False) as http,
+        httpx_sse.aconnect_sse(http, "GET", f"/chat/stream/{conversation_id}?until=done") as source,
+    ):
+        answer = await app.client.say("hi\u2028there", conversation_id)
+        events = [event async for event in source.aiter_sse() if event.data]
+    assert events[0].event == "input" and events[0].json()["text"] == "hi\u2028there"
+    text = "".join(event.json()["text"] for event in events if event.event == "token")
+    assert text == stored(await app.client.history(conversation_id))[answer["replyId"]]
+    assert events[-1].event == "done" and events[-1].id == f"{answer['replyId']}-done"

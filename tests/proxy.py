@@ -59,10 +59,8 @@ class CuttingProxy:
         """Stop listening and drop all lines."""
         if self._server is not None:
             self._server.close()
-            self.cut()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self.cut()  # which ends the tasks, too; asyncio's streams would log it if they were cancelled
+            await asyncio.gather(*self._tasks)
             await self._server.wait_closed()
 
     async def __aenter__(self) -> Self:

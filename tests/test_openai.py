@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,14 @@ from chatserver.settings import Settings
 from chatserver.sources import Message, Prompt, make_source
 from chatserver.sources import openai as source_module
 from chatserver.sources.openai import OpenAI
+from tests.apps import App
+from tests.clients import RawStream, text_of
+from tests.servers import Server
 
+MakeApp = Callable[..., Awaitable[App]]
 KEY = "sk-test-4f9d2c7b8a1e6035"
 AIMOCK = Path(__file__).parent / "node/node_modules/@copilotkit/aimock/dist/cli.js"
+fails_loudly = pytest.mark.expects_log("the model's server failed")
 STORY = "Once upon a time there was a server that never lost a word, and everybody who listened heard it all."
 
 
@@ -228,6 +233,7 @@ def test_replies_without_text_are_not_sent(llm: LLMock) -> None:
 # --- what may go wrong
 
 
+@fails_loudly
 @pytest.mark.parametrize(
     ("fail", "code", "advice"),
     [
@@ -256,6 +262,7 @@ def test_an_error_that_would_not_pass_soon_ends_the_reply_at_once(
     assert len(llm.requests()) == 1
 
 
+@fails_loudly
 def test_retry_after_is_waited_for(llm: LLMock) -> None:
     llm.script({"type": "fail", "status": 429, "retry_after": 1}, {"type": "reply", "text": STORY})
     outcome = ask(settings(llm.url))
@@ -265,6 +272,7 @@ def test_retry_after_is_waited_for(llm: LLMock) -> None:
     assert llm.verdict() == []
 
 
+@fails_loudly
 @pytest.mark.parametrize(("status", "code"), [(429, "source_rate_limited"), (500, "source_unavailable")])
 def test_a_few_attempts_are_made_with_growing_pauses(llm: LLMock, status: int, code: str) -> None:
     llm.script({"type": "fail", "status": status, "retry_after": None, "times": 2}, {"type": "reply", "text": STORY})
@@ -278,6 +286,7 @@ def test_a_few_attempts_are_made_with_growing_pauses(llm: LLMock, status: int, c
     assert llm.verdict() == []
 
 
+@fails_loudly
 def test_nobody_there_is_said_after_a_few_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "FIRST_WAIT_S", 0.01)
     with socket.socket() as bound:  # to a port, but it does not listen
@@ -288,6 +297,7 @@ def test_nobody_there_is_said_after_a_few_attempts(monkeypatch: pytest.MonkeyPat
     assert "OPENAI_BASE_URL" in outcome.error.message
 
 
+@fails_loudly
 def test_a_server_that_takes_no_connection_is_left_after_the_connect_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "FIRST_WAIT_S", 0.01)
     with ExitStack() as stack:
@@ -305,6 +315,7 @@ def test_a_server_that_takes_no_connection_is_left_after_the_connect_timeout(mon
     assert 0.6 <= outcome.seconds < 5
 
 
+@fails_loudly
 @pytest.mark.parametrize(
     ("kind", "code"), [("disconnect", "source_cut"), ("truncate", "source_cut"), ("malformed", "source_invalid")]
 )
@@ -316,6 +327,7 @@ def test_what_was_said_before_a_break_is_kept_and_nothing_is_asked_again(llm: LL
     assert len(llm.requests()) == 1
 
 
+@fails_loudly
 @pytest.mark.parametrize("kind", ["disconnect", "truncate"])
 def test_a_break_before_the_first_word_is_worth_another_attempt(llm: LLMock, kind: str) -> None:
     llm.script(
@@ -407,6 +419,7 @@ class Raw:
     url: str = ""
     connections: int = 0
     requests: int = 0
+    tasks: set["asyncio.Task[Any] | None"] = field(default_factory=set)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator["Raw"]:
@@ -414,9 +427,11 @@ class Raw:
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         async with server:
             yield self
+            await asyncio.gather(*filter(None, self.tasks))  # its clients have left
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.tasks.add(asyncio.current_task())
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
@@ -448,6 +463,7 @@ def chunked(body: bytes) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
+@fails_loudly
 @pytest.mark.parametrize(
     ("body", "text", "code"),
     [
@@ -545,6 +561,164 @@ def test_a_server_that_does_not_close_after_the_end_holds_nobody_up(monkeypatch:
     assert outcome.seconds < 2
 
 
+# --- through the server
+
+
+async def app_on(make_app: MakeApp, llm: LLMock, **changes: Any) -> App:
+    return await make_app(source=OpenAI(settings(llm.url, **changes)))
+
+
+async def failed_turn(app: App) -> tuple[str, dict[str, Any]]:
+    """Have a turn that fails; return what was streamed of the reply, and the reply as the history has it."""
+    answer, events = await app.client.turn("hello")
+    history = await app.client.history(answer["conversationId"])
+    [_, reply] = history["messages"]
+    assert [event.name for event in events].count("error") == 1
+    assert events[-1].name == "error"
+    assert events[-1].data == {**reply["error"], "messageId": answer["replyId"]}
+    assert reply["status"] == "failed"
+    assert history["status"] == "idle"
+    assert KEY not in json.dumps(history) + json.dumps([event.data for event in events])
+    return text_of(events), reply
+
+
+@pytest.mark.gen_test
+async def test_a_turn_is_streamed_and_stored_and_the_next_one_sends_it(make_app: MakeApp, llm: LLMock) -> None:
+    llm.script({"type": "reply", "text": STORY}, {"type": "reply", "text": "The end."})
+    app = await app_on(make_app, llm)
+    answer, events = await app.client.turn("Tell me a story")
+    assert events[-1].name == "done"
+    assert text_of(events) == STORY
+    await app.client.turn("And then?", answer["conversationId"])
+    messages = (await app.client.history(answer["conversationId"]))["messages"]
+    contents = [message["content"] for message in messages]
+    assert contents == ["Tell me a story", STORY, "And then?", "The end."]
+    requests = await asyncio.to_thread(llm.requests)
+    assert [message["content"] for message in requests[1]["body"]["messages"]] == contents[:3]
+
+
+@fails_loudly
+@pytest.mark.parametrize(
+    ("behaviors", "text", "code"),
+    [
+        pytest.param([{"type": "fail", "status": 401, "message": KEY}], "", "source_authentication", id="401"),
+        pytest.param([{"type": "fail", "status": 429, "retry_after": 99}], "", "source_rate_limited", id="429"),
+        pytest.param([{"type": "fail", "status": 500, "times": 3}], "", "source_unavailable", id="500"),
+        *(
+            pytest.param(
+                [
+                    {"type": "reply", "text": STORY},
+                    {"type": "stream_fault", "kind": kind, "after_chunks": 4, "stall_seconds": 30},
+                ],
+                "Once upon a ",
+                code,
+                id=kind,
+            )
+            for kind, code in (
+                ("disconnect", "source_cut"),
+                ("truncate", "source_cut"),
+                ("stall", "source_timeout"),
+                ("malformed", "source_invalid"),
+            )
+        ),
+        pytest.param([{"type": "reply", "text": ""}], "", "source_empty", id="empty"),
+        pytest.param(
+            [{"type": "reply", "text": "Well", "finish_reason": "content_filter"}],
+            "Well",
+            "source_refused",
+            id="filter",
+        ),
+    ],
+)
+@pytest.mark.gen_test
+async def test_a_failure_is_one_error_event_and_what_was_said_is_kept(
+    make_app: MakeApp, llm: LLMock, behaviors: list[dict[str, Any]], text: str, code: str
+) -> None:
+    llm.script(*behaviors)
+    streamed, reply = await failed_turn(await app_on(make_app, llm, openai_read_timeout_s=0.5))
+    assert reply["content"] == streamed == text
+    assert reply["error"]["code"] == code
+
+
+@fails_loudly
+@pytest.mark.gen_test
+async def test_a_busy_server_is_asked_again_while_the_client_waits(make_app: MakeApp, llm: LLMock) -> None:
+    llm.script({"type": "fail", "status": 429, "retry_after": 1}, {"type": "reply", "text": STORY})
+    _, events = await (await app_on(make_app, llm)).client.turn("hello")
+    assert events[-1].name == "done"
+    assert text_of(events) == STORY
+
+
+@fails_loudly
+@pytest.mark.gen_test
+async def test_a_failed_reply_that_is_retried_is_not_sent_again(make_app: MakeApp, llm: LLMock) -> None:
+    llm.script(
+        {"type": "reply", "text": STORY},
+        {"type": "stream_fault", "kind": "disconnect", "after_chunks": 4},
+        {"type": "reply", "text": "Better."},
+    )
+    app = await app_on(make_app, llm)
+    answer, _ = await app.client.turn("hello")
+    again = (await app.client.http.post(f"/chat/{answer['conversationId']}/retry")).json()
+    events = await app.client.events(answer["conversationId"], again["lastEventId"])
+    assert text_of(events) == "Better."
+    first, second = await asyncio.to_thread(llm.requests)
+    assert first["body"]["messages"] == second["body"]["messages"]
+
+
+@pytest.mark.gen_test
+async def test_a_client_gone_half_way_ends_nothing(make_app: MakeApp, llm: LLMock) -> None:
+    llm.script({"type": "reply", "text": STORY})
+    app = await app_on(make_app, llm)
+    answer = await app.client.say("hello")
+    stream = await RawStream(app.port, f"/chat/stream/{answer['conversationId']}").open()
+    async for event in stream.events():
+        if event.name == "token":
+            break
+    stream.close()
+    await app.until_idle()
+    [_, reply] = (await app.client.history(answer["conversationId"]))["messages"]
+    assert (reply["content"], reply["status"]) == (STORY, "complete")
+    [request] = await asyncio.to_thread(llm.requests)
+    assert request["completed"]
+
+
+@pytest.mark.gen_test
+async def test_stop_ends_the_request(make_app: MakeApp, llm: LLMock) -> None:
+    llm.script({"type": "reply", "text": STORY * 20})
+    app = await app_on(make_app, llm)
+    answer = await app.client.say("hello")
+    text = ""
+    async for event in app.client.stream(answer["conversationId"], answer["lastEventId"], until_done=True):
+        if event.name == "token" and not text:
+            stopped = await app.client.http.post(f"/chat/{answer['conversationId']}/stop")
+            assert stopped.json()["status"] == "stopping"
+        text += event.data.get("text", "")
+    [_, reply] = (await app.client.history(answer["conversationId"]))["messages"]
+    assert (reply["content"], reply["status"]) == (text, "stopped")
+    [request] = await asyncio.to_thread(llm.requests)
+    assert not request["completed"]
+    assert request["chunks_sent"] < 200, "not to the end of some 400"
+
+
+def test_the_process_keeps_the_key_to_itself(make_server: Callable[..., Server], llm: LLMock) -> None:
+    server = make_server(REPLY_SOURCE="openai", OPENAI_API_KEY=KEY, OPENAI_BASE_URL=f"{llm.url}/v1").start()
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        for behavior, expected in (
+            ({"type": "reply", "text": STORY}, "event: done"),
+            ({"type": "fail", "status": 401, "message": f"Wrong: Bearer {KEY}"}, "source_authentication"),
+        ):
+            llm.script(behavior)
+            answer = client.post("/chat", json={"input": "hello"}).json()
+            query = {"until": "done", "lastEventId": answer["lastEventId"]}
+            stream = client.get(f"/chat/stream/{answer['conversationId']}", params=query)
+            assert expected in stream.text
+            assert KEY not in stream.text
+    assert server.stop() == 0
+    assert "401" in server.output
+    assert KEY not in server.output
+
+
 # --- how it is chosen
 
 
@@ -615,6 +789,7 @@ def aimock_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     yield from started(command, r"listening on (http://127\.0\.0\.1:\d+)", AIMOCK_API_KEYS=KEY)
 
 
+@fails_loudly
 @pytest.mark.needs("node")
 @pytest.mark.parametrize(
     ("question", "text", "code"),
@@ -639,6 +814,7 @@ def test_against_aimock(
     assert outcome.code == code
 
 
+@fails_loudly
 @pytest.mark.needs("node")
 def test_aimock_cuts(aimock_url: str) -> None:
     outcome = ask(settings(aimock_url), "cut")
@@ -655,6 +831,7 @@ def test_aimock_hangs(aimock_url: str) -> None:
     assert outcome.seconds < 5
 
 
+@fails_loudly
 @pytest.mark.needs("node")
 def test_aimock_refuses_another_key(aimock_url: str) -> None:
     outcome = ask(settings(aimock_url, openai_api_key="sk-another-one"), "plain")

@@ -155,9 +155,8 @@ def test_the_pace_is_the_delay_without_drift() -> None:
         assert len(await tokens_of(Simulated(0.01, 50), "hello")) == 50
         return time.monotonic() - started
 
-    # The best of a few, since the machine may be busy; the drift of plain sleeps would be there each time.
-    fastest = min(asyncio.run(run()) for _ in range(3))
-    assert 0.49 <= fastest < 0.54
+    # Once out of ten, since the machine may be busy; the drift of plain sleeps would be there each time.
+    assert any(0.49 <= asyncio.run(run()) < 0.54 for _ in range(10))
 
 
 def test_a_stall_is_not_made_good_by_a_burst() -> None:
@@ -187,3 +186,29 @@ def test_a_reply_can_be_cancelled_or_closed_anywhere() -> None:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(run())
+
+
+def test_replies_that_share_a_timer_do_not_depend_on_each_other() -> None:
+    async def run() -> None:
+        source = Simulated(0.001, 200)
+        tasks = [asyncio.create_task(tokens_of(source, "hello")) for _ in range(100)]
+        for number, task in enumerate(tasks):
+            if number % 2:
+                await asyncio.sleep(0.002)
+                task.cancel()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in done[1::2])
+        assert all(isinstance(each, list) and len(each) == 200 for each in done[::2])
+
+    started = time.monotonic()
+    asyncio.run(run())
+    assert time.monotonic() - started >= 0.2
+
+
+def test_the_shortest_delay_is_not_stretched_to_whole_ticks() -> None:
+    async def run() -> float:
+        started = time.monotonic()
+        await tokens_of(Simulated(0.0015, 200), "hello")
+        return time.monotonic() - started
+
+    assert any(0.3 <= asyncio.run(run()) < 0.36 for _ in range(10)), "0.4 s if each token waited for two ticks"

@@ -70,21 +70,13 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
         history=settings.history_messages,
     )
     metrics = Metrics()
-    store.observe = metrics.observe_store
-    hub = Hub()
     try:
-        chat = Chat(settings, store, hub, make_source(settings), metrics, alone=alone)
+        chat = Chat(settings, store, Hub(), make_source(settings), metrics, alone=alone)
         try:
             await chat.start()
         except DatabaseUnavailable:
             raise SetupError(f"No MongoDB answers at {address} (MONGODB_URI)") from None
         streams = Streams(chat, settings, metrics)
-        counts = hub.counts
-        metrics.watch("chatserver_open_streams", "Streams that are open.", lambda: len(streams))
-        metrics.watch("chatserver_running_replies", "Replies that are being written.", lambda: chat.running)
-        metrics.watch("chatserver_tokens", "Pieces that the sources said.", lambda: counts.tokens, counter=True)
-        metrics.watch("chatserver_events_sent", "Events written to streams.", lambda: counts.events, counter=True)
-        metrics.watch("chatserver_stream_writes", "Writes to streams.", lambda: counts.writes, counter=True)
         server = HTTPServer(
             make_app(chat, streams, metrics, settings),
             max_header_size=settings.max_header_bytes,

@@ -105,6 +105,12 @@ class Chat:
         self._beginning: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
+        counts = hub.counts
+        store.observe = metrics.observe_store
+        metrics.watch("chatserver_running_replies", "Replies that are being written.", lambda: self.running)
+        metrics.watch("chatserver_tokens", "Pieces that the sources said.", lambda: counts.tokens, counter=True)
+        metrics.watch("chatserver_events_sent", "Events written to streams.", lambda: counts.events, counter=True)
+        metrics.watch("chatserver_stream_writes", "Writes to streams.", lambda: counts.writes, counter=True)
 
     @property
     def draining(self) -> bool:

@@ -89,7 +89,7 @@ class Settings:
 
     mongodb_uri: str | None = _setting(None, secret=True)
     chat_data_dir: Path = _setting(Path(".data"), Path)
-    database_timeout_s: float = _setting(4.0, _SECONDS)
+    database_timeout_s: float = _setting(3.0, _SECONDS)
     checkpoint_ms: int = _setting(250, _whole(10, 60_000))
     lease_ms: int = _setting(10_000, _whole(100, 3_600_000))
 

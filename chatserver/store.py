@@ -275,10 +275,17 @@ class Store:
         self._expired = {"$lt": ["$reply.renewedAt", age]}
 
     async def prepare(self) -> None:
-        """Make the indexes: one for the list, one of the running replies."""
-        async with self._call("prepare"):
-            await self._conversations.create_index([("createdAt", -1), ("_id", -1)])
-            await self._conversations.create_index("reply._id", sparse=True)
+        """Make the indexes: one for the list, one of the running replies.
+
+        :raises SetupError: if the database refuses us
+        """
+        try:
+            async with self._call("prepare"):
+                await self._conversations.create_index([("createdAt", -1), ("_id", -1)])
+                await self._conversations.create_index("reply._id", sparse=True)
+        except OperationFailure as error:
+            said = (error.details or {}).get("errmsg", "unknown error")
+            raise SetupError(f"MongoDB refuses us (MONGODB_URI): {said}") from None
 
     async def ping(self) -> None:
         """Return if the database answers."""

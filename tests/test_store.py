@@ -149,7 +149,7 @@ async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: St
         await store.begin(first, "Hello", None)
         for status in ("failed", "stopped", "interrupted"):
             current = stores.database.conversations.find_one()["reply"]["_id"]
-            last = Message(str(current), "assistant", "x", datetime.now(UTC), status)  # type: ignore[arg-type]
+            last = Message(str(current), "assistant", "x", datetime.now(UTC), status)
             await store.finish(first.conversation_id, last)
             begun = await store.begin_retry(first.conversation_id, new_id())
             assert begun.said is None and begun.number == 1 and begun.previous_id == str(current)

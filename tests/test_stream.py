@@ -181,7 +181,7 @@ async def test_tokens_leave_one_by_one_when_there_is_time(make_app: Callable[...
     conversation_id = new_id()
     raw = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
     await app.client.say("hi", conversation_id)
-    reads = []
+    reads: list[bytes] = []
     while sum(read.count(b"event: token") for read in reads) < 20:
         reads.append(await raw.reader.read(65536))
     assert [read.count(b"event: token") for read in reads if b"event: token" in read] == [1] * 20
@@ -233,7 +233,7 @@ async def test_stream_stays_open_across_turns_and_shows_what_others_say(app: App
     seen = Transcript()
     answers = []
     stream = app.client.stream(conversation_id)
-    first = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
+    first: asyncio.Future[Event] = asyncio.ensure_future(anext(stream))
     await app.until(lambda: app.subscribers == 1)
     answers.append(await app.client.say("turn 0", conversation_id))
     seen.take(await first)

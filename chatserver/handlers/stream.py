@@ -165,6 +165,7 @@ class Streams:
         self._conversations: Counter[str] = Counter()
         self._addresses: Counter[str] = Counter()
         self._gone = asyncio.Event()
+        metrics.watch("chatserver_open_streams", "Streams that are open.", lambda: len(self))
 
     def __len__(self) -> int:
         return len(self._open)

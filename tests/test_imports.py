@@ -1,0 +1,87 @@
+"""Imports point one way: handlers → chat → hub, store, sources; and few modules know what is outside."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "chatserver"
+MODULES = {path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in ROOT.rglob("*.py")}
+
+FLOOR = ["chatserver.errors", "chatserver.settings", "chatserver.sse", "chatserver.metrics", "chatserver.mongod"]
+ALLOWED: dict[str, list[str]] = {
+    "chatserver.errors": [],
+    "chatserver.settings": ["chatserver.errors"],
+    "chatserver.sse": [],
+    "chatserver.metrics": [],
+    "chatserver.mongod": ["chatserver.errors"],
+    "chatserver.logs": ["chatserver.settings"],
+    "chatserver.hub": ["chatserver.sse"],
+    "chatserver.store": ["chatserver.errors"],
+    "chatserver.schemas": ["chatserver.errors"],
+    "chatserver.sources": ["chatserver.errors", "chatserver.settings", "chatserver.sources"],
+    "chatserver.chat": [*FLOOR, "chatserver.hub", "chatserver.store", "chatserver.sources"],
+    "chatserver.openapi": ["chatserver.errors", "chatserver.schemas", "chatserver.settings"],
+    "chatserver.handlers": [
+        *FLOOR,
+        "chatserver.chat",
+        "chatserver.handlers",
+        "chatserver.hub",
+        "chatserver.openapi",
+        "chatserver.schemas",
+        "chatserver.store",
+    ],
+    "chatserver.app": [*FLOOR, "chatserver.chat", "chatserver.handlers"],
+}
+ONLY = {
+    "motor": {"chatserver.store"},
+    "pymongo": {"chatserver.store"},
+    "bson": {"chatserver.store"},
+    "openai": {"chatserver.sources.openai"},
+    "dotenv": {"chatserver.settings"},
+    "prometheus_client": {"chatserver.metrics"},
+    "jsonschema": {"chatserver.schemas.__init__"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the full names of the modules, and of what is taken from them."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def is_in(name: str, packages: list[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize(("path", "module"), MODULES.items(), ids=MODULES.values())
+def test_module_imports_nothing_above_it(path: Path, module: str) -> None:
+    if module in ("chatserver.__init__", "chatserver.__main__"):
+        return
+    room = ".".join(module.split(".")[:2])
+    for name in imports(path):
+        if name.startswith("chatserver."):
+            assert is_in(name, ALLOWED[room]), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(("path", "module"), MODULES.items(), ids=MODULES.values())
+def test_what_is_outside_is_known_to_one_module(path: Path, module: str) -> None:
+    for name in imports(path):
+        package = name.split(".")[0]
+        assert module in ONLY.get(package, {module}), f"{module} imports {name}"
+    if module != "chatserver.settings":
+        assert "environ" not in path.read_text() and "getenv" not in path.read_text()
+
+
+def test_openai_sdk_is_imported_by_nobody_at_start_up() -> None:
+    for path, module in MODULES.items():
+        tops = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)]
+        assert module == "chatserver.sources.openai" or not any(
+            node.module == "chatserver.sources.openai" for node in tops
+        )

@@ -1,0 +1,114 @@
+"""The private MongoDB server: a real one, on real folders."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pymongo
+import pytest
+
+from chatserver import mongod as mongod_module
+from chatserver.errors import SetupError
+from chatserver.mongod import Mongod
+from chatserver.store import initiate_replica_set
+
+pytestmark = pytest.mark.gen_test
+
+
+@asynccontextmanager
+async def started(folder: Path) -> AsyncIterator[tuple[Mongod, "pymongo.MongoClient[dict[str, Any]]"]]:
+    mongod = Mongod(folder)
+    uri = await mongod.start()
+    try:
+        await initiate_replica_set(uri, mongod.host)
+        with pymongo.MongoClient[dict[str, Any]](uri, w="majority") as client:
+            yield mongod, client
+    finally:
+        await mongod.stop()
+
+
+def pid_on(folder: Path) -> int:
+    return int((folder / "db" / "mongod.lock").read_text())
+
+
+@pytest.mark.parametrize("name", ["data", "data with a space", "d" * 120])
+async def test_data_is_there_after_a_restart(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    async with started(folder) as (first, client):
+        client.db.things.insert_one({"_id": 1})
+        first_host = first.host
+    async with started(folder) as (second, client):
+        assert client.db.things.count_documents({}) == 1
+        assert client.admin.command("hello")["isWritablePrimary"]
+        assert client.admin.command("hello")["primary"] == second.host != first_host
+
+
+async def test_stale_server_of_a_killed_chatserver_is_ended(tmp_path: Path) -> None:
+    """A chatserver that is killed lets go of its lock, and leaves its server behind."""
+    killed = Mongod(tmp_path)
+    uri = await killed.start()
+    await initiate_replica_set(uri, killed.host)
+    with pymongo.MongoClient[dict[str, Any]](uri, w="majority") as client:
+        client.db.things.insert_one({"_id": 1})
+    stale = pid_on(tmp_path)
+    killed._release_folder()
+    async with started(tmp_path) as (_, client):
+        assert pid_on(tmp_path) != stale
+        assert client.db.things.count_documents({}) == 1
+        assert mongod_module._ended(stale)
+    killed.kill()
+
+
+async def test_another_process_with_that_number_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "db").mkdir()
+    (tmp_path / "db" / "mongod.lock").write_text(f"{os.getpid()}\n")
+    async with started(tmp_path):
+        pass
+
+
+async def test_folder_in_use_is_refused_and_its_server_lives_on(tmp_path: Path) -> None:
+    async with started(tmp_path) as (_, client):
+        with pytest.raises(SetupError, match="in use by another chatserver"):
+            await Mongod(tmp_path).start()
+        assert client.admin.command("ping")["ok"]
+
+
+async def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SetupError, match="file/data cannot be used"):
+        await Mongod(tmp_path / "file" / "data").start()
+
+
+async def test_no_server_to_be_had_says_what_to_paste(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mongod_module, "find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SetupError) as caught:
+        await Mongod(tmp_path).start()
+    assert "docker run" in str(caught.value) and "MONGODB_URI=mongodb://" in str(caught.value)
+
+
+async def test_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    (tmp_path / "db").mkdir()
+    (tmp_path / "db" / "storage.bson").write_text("not a database")
+    with pytest.raises(SetupError, match=r"(?s)does not start.*mongod\.log.*storage"):
+        await Mongod(tmp_path).start()
+    # The folder is free again.
+    mongod = Mongod(tmp_path)
+    mongod._take_folder()
+    mongod._release_folder()
+
+
+async def test_server_that_hangs_is_ended_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mongod_module, "_STOP_S", 0.3)
+    mongod = Mongod(tmp_path)
+    await mongod.start()
+    pid = pid_on(tmp_path)
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    await asyncio.wait_for(mongod.stop(), 10)
+    assert mongod_module._ended(pid) and time.monotonic() - began < 5

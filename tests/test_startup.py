@@ -1,0 +1,181 @@
+"""Starting and ending the server, as whoever runs it does: a process, signals, what it prints."""
+
+import re
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from chatserver.mongod import _ended
+from tests.apps import Database
+from tests.servers import ROOT, Server
+
+
+def private(folder: Path, **variables: object) -> Server:
+    """Return a server on a private MongoDB in a folder of its own."""
+    return Server(folder, dict(variables))
+
+
+def say(server: Server, text: str = "hi") -> dict[str, str]:
+    response = httpx.post(f"{server.url}/chat", json={"input": text}, trust_env=False)
+    assert response.status_code == 202, response.text
+    answer: dict[str, str] = response.json()
+    return answer
+
+
+def history(server: Server, conversation_id: str) -> dict[str, object]:
+    response = httpx.get(f"{server.url}/chat/{conversation_id}", trust_env=False)
+    value: dict[str, object] = response.json()
+    return value
+
+
+def mongod_pid(server: Server) -> int:
+    return int((server.folder / ".data" / "db" / "mongod.lock").read_text())
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until a condition of another process holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def failed(server: Server, seconds: float) -> str:
+    """Start a server that must give up by itself in time, with an exit code and without a stack trace."""
+    began = time.monotonic()
+    server.spawn()
+    assert server.wait(seconds + 5) == 1
+    assert time.monotonic() - began < seconds
+    time.sleep(0.1)
+    assert "Traceback" not in server.output
+    return server.output
+
+
+def test_private_mongodb_starts_and_ends_with_the_server(tmp_path: Path) -> None:
+    server = private(tmp_path).start()
+    answer = say(server)
+    pid = mongod_pid(server)
+    assert re.search(r"mongodb://127\.0\.0\.1:\d+/chat-db", server.output)
+    assert server.stop() == 0
+    assert _ended(pid)
+    server.start()
+    assert history(server, answer["conversationId"])["status"] == "idle"
+    assert server.stop() == 0
+
+
+def test_killed_server_starts_again_and_finds_its_data(tmp_path: Path) -> None:
+    server = private(tmp_path, SIMULATED_TOKEN_DELAY_MS=50, CHECKPOINT_MS=50).start()
+    answer = say(server)
+    time.sleep(0.5)
+    pid = mongod_pid(server)
+    server.kill()
+    server.start()
+    until(lambda: _ended(pid))
+    # With a private database nobody else can be writing that reply: it is finished at once.
+    stored = history(server, answer["conversationId"])
+    messages = stored["messages"]
+    assert isinstance(messages, list)
+    assert stored["status"] == "idle" and messages[-1]["status"] == "interrupted" and messages[-1]["content"]
+    assert messages[-1]["error"]["code"] == "interrupted"
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_it_in_order(make_server: Callable[..., Server], number: int) -> None:
+    server = make_server(SIMULATED_TOKEN_DELAY_MS=50, DRAIN_S=0.2).start()
+    answer = say(server)
+    with httpx.stream("GET", f"{server.url}/chat/stream/{answer['conversationId']}", trust_env=False) as stream:
+        server.signal(number)
+        text = "".join(stream.iter_text())
+    assert server.wait() == 0
+    assert '"code":"interrupted"' in text
+    server.start()
+    messages = history(server, answer["conversationId"])["messages"]
+    assert isinstance(messages, list) and messages[-1]["status"] == "interrupted"
+    streamed = "".join(re.findall(r'data: \{"text":"(.*?)"\}', text)).replace("\\n", "\n").replace('\\"', '"')
+    assert messages[-1]["content"] == streamed
+
+
+def test_second_signal_ends_it_at_once(make_server: Callable[..., Server]) -> None:
+    server = make_server(SIMULATED_TOKEN_DELAY_MS=1000, DRAIN_S=60).start()
+    say(server)
+    server.signal(signal.SIGTERM)
+    while "shutting down" not in server.output:
+        time.sleep(0.01)
+    began = time.monotonic()
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 1 and time.monotonic() - began < 2
+
+
+def test_address_without_a_database_is_an_error_that_hides_the_password(tmp_path: Path) -> None:
+    uri = "mongodb://admin:pass%40word@127.0.0.1:1/?serverSelectionTimeoutMS=30000"
+    output = failed(private(tmp_path, MONGODB_URI=uri), 5)
+    assert "127.0.0.1:1" in output and "MONGODB_URI" in output
+    assert "pass" not in output.replace("password", "")
+
+
+@pytest.mark.parametrize("uri", ["nonsense", "mongodb://", "http://x:secret@y/", "mongodb://u:secret@h:port/"])
+def test_wrong_uri_is_an_error_that_hides_the_password(tmp_path: Path, uri: str) -> None:
+    output = failed(private(tmp_path, MONGODB_URI=uri), 5)
+    assert "MONGODB_URI" in output and "secret" not in output
+
+
+def test_wrong_password_is_an_error(tmp_path: Path, replica_set: str) -> None:
+    output = failed(private(tmp_path, MONGODB_URI=replica_set.replace("//", "//nobody:secret@")), 5)
+    assert "MONGODB_URI" in output and "secret" not in output
+
+
+def test_port_that_is_taken_is_an_error(tmp_path: Path, database: Database) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in failed(private(tmp_path, MONGODB_URI=database.uri, PORT=port), 5)
+        # Also when a private server would have to be ended again.
+        server = private(tmp_path, PORT=port)
+        assert f"127.0.0.1:{port}" in failed(server, 10)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"PORT": "abc"}, "PORT is 'abc': not a whole number"),
+        ({"PORT": "70000"}, "PORT is '70000'"),
+        ({"SIMULATED_TOKEN_DELAY_MS": "-1"}, "SIMULATED_TOKEN_DELAY_MS is '-1'"),
+        ({"REPLY_SOURCE": "gpt"}, "REPLY_SOURCE is 'gpt': not one of simulated, openai"),
+        ({"REPLY_SOURCE": "openai"}, "OPENAI_API_KEY"),
+        ({"REPLY_SOURCE": "openai", "OPENAI_API_KEY": "your_api_key_here"}, "OPENAI_API_KEY"),
+        ({"LEASE_MS": "300", "CHECKPOINT_MS": "250"}, "LEASE_MS is '300'"),
+        ({"TRUSTED_PROXIES": "proxy"}, "TRUSTED_PROXIES is 'proxy'"),
+        ({"CORS_CREDENTIALS": "true", "CORS_ORIGINS": "*"}, "CORS_CREDENTIALS"),
+        ({"CHAT_DATA_DIR": "/dev/null/x"}, "CHAT_DATA_DIR /dev/null/x"),
+    ],
+)
+def test_setting_that_is_wrong_is_named_with_its_value(tmp_path: Path, variables: dict[str, object], said: str) -> None:
+    assert said in failed(private(tmp_path, **variables), 5)
+
+
+def test_settings_come_from_the_environment_first_then_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("PORT=abc\nREPLY_SOURCE=gpt\n")
+    assert "REPLY_SOURCE is 'gpt'" in failed(private(tmp_path), 5)
+
+
+def test_reload_restarts_it_when_the_code_changes(tmp_path: Path, database: Database) -> None:
+    shutil.copytree(ROOT / "chatserver", tmp_path / "chatserver", ignore=shutil.ignore_patterns("__pycache__"))
+    server = Server(tmp_path, {"MONGODB_URI": database.uri, "PYTHONPATH": tmp_path})
+    server.start("--reload")
+
+    def changed_and_restarted() -> bool:
+        with (tmp_path / "chatserver" / "sse.py").open("a") as file:
+            file.write("\n")
+        return "".join(server.stdout).count("listens") == 2
+
+    until(changed_and_restarted)
+    assert httpx.get(f"{server.url}/healthz", trust_env=False).status_code == 200
+    assert server.stop() == 0

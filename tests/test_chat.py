@@ -1,0 +1,550 @@
+"""The use cases: turns, idempotency, stop, retry, delete, list, pages, lost servers, outages, the end."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from bson import ObjectId
+
+from chatserver import store as store_module
+from chatserver.errors import DatabaseUnavailable, OutcomeUnknown, SourceError
+from tests.apps import App, Database, Script, running
+from tests.clients import Transcript, new_id, text_of
+
+pytestmark = pytest.mark.gen_test
+
+Make = Callable[..., Awaitable[App]]
+
+
+def gated(*pieces: str | BaseException, said: int = 0) -> Script:
+    """Return a source that waits before each piece but the first ones, until its gate is released."""
+    return Script(*pieces, gate=asyncio.Semaphore(said))
+
+
+def release(source: Script, count: int = 1) -> None:
+    assert source.gate is not None
+    for _ in range(count):
+        source.gate.release()
+
+
+def document(app: App, conversation_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = app.database.conversations.find_one({"_id": ObjectId(conversation_id)})
+    return found
+
+
+async def said(app: App, conversation_id: str, chars: int) -> None:
+    """Wait until a reply has so many characters."""
+
+    def reached() -> bool:
+        live = app.hub.get(conversation_id)
+        return live is not None and live.reply is not None and live.reply.chars >= chars
+
+    await app.until(reached)
+
+
+# -- posts ---------------------------------------------------------------------------------------------------------
+
+
+async def test_post_answers_as_soon_as_the_message_is_stored(make_app: Make) -> None:
+    app = await make_app(source=gated("x"))
+    answer = await app.client.say("Hello")
+    assert set(answer) == {"conversationId", "status", "messageId", "replyId", "lastEventId"}
+    assert answer["status"] == "streaming" and answer["lastEventId"] == f"{answer['replyId']}-0"
+    stored = document(app, answer["conversationId"])
+    assert str(stored["messages"][0]["_id"]) == answer["messageId"] and stored["messages"][0]["content"] == "Hello"
+    assert str(stored["reply"]["_id"]) == answer["replyId"]
+
+
+async def test_second_post_while_a_reply_runs_is_refused_and_stores_nothing(make_app: Make) -> None:
+    app = await make_app(source=gated("x"))
+    conversation_id = new_id()
+    responses = await asyncio.gather(*(app.client.post(f"{n}", conversation_id) for n in range(8)))
+    assert sorted(response.status_code for response in responses) == [202] + [409] * 7
+    refused = next(response for response in responses if response.status_code == 409)
+    assert refused.json()["code"] == "reply_in_progress"
+    assert len(document(app, conversation_id)["messages"]) == 1
+
+
+async def test_source_is_shown_the_conversation_without_superseded_replies(make_app: Make) -> None:
+    source = Script("one", SourceError("source_failed", "no"))
+    app = await make_app(source=source, history_messages=3)
+    answer, _ = await app.client.turn("first")
+    source.pieces = ("two",)
+    retry = await app.client.http.post(f"/chat/{answer['conversationId']}/retry")
+    assert retry.status_code == 202
+    await app.until_idle()
+    await app.client.turn("second", answer["conversationId"])
+    prompts = [[(each.role, each.content) for each in prompt.messages] for prompt in source.prompts]
+    assert prompts[1] == [("user", "first")]
+    assert prompts[2] == [("user", "first"), ("assistant", "two"), ("user", "second")]
+    assert [prompt.turn for prompt in source.prompts] == [1, 1, 2]
+
+
+# -- idempotency ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_same_key_gets_the_first_answer_at_any_time(database: Database, known: bool) -> None:
+    conversation_id = new_id() if known else None
+    source = gated("x", "y")
+    async with running(App(database, source=source)) as app:
+        responses = await asyncio.gather(*(app.client.post("Hello", conversation_id, "key") for _ in range(6)))
+        assert [response.status_code for response in responses] == [202] * 6
+        first = responses[0].json()
+        assert all(response.json() == first for response in responses)
+        assert (await app.client.post("Other", conversation_id, "key")).status_code == 422
+        release(source, 2)
+        await app.until_idle()
+        assert await app.client.say("Hello", conversation_id, "key") == first
+        app.chat._draining = True
+        assert await app.client.say("Hello", conversation_id, "key") == first
+    async with running(App(database)) as app:
+        await app.client.turn("And?", first["conversationId"])
+        assert await app.client.say("Hello", conversation_id, "key") == first
+        assert database.conversations.count_documents({}) == 1
+        assert len(document(app, first["conversationId"])["messages"]) == 4
+
+
+async def test_key_belongs_to_its_conversation(app: App) -> None:
+    answers = [await app.client.say("Hello", conversation_id, "key") for conversation_id in (None, new_id(), new_id())]
+    assert len({answer["conversationId"] for answer in answers}) == 3
+    response = await app.client.http.post("/chat", json={"input": "x"}, headers={"Idempotency-Key": "not visible"})
+    assert response.status_code == 400
+
+
+async def test_key_lives_as_long_as_its_conversation(app: App) -> None:
+    first = await app.client.say("Hello", None, "key")
+    await app.until_idle()
+    assert (await app.client.http.delete(f"/chat/{first['conversationId']}")).status_code == 204
+    second = await app.client.say("Hello again", None, "key")
+    assert second["messageId"] != first["messageId"]
+
+
+# -- stop, retry, delete -------------------------------------------------------------------------------------------
+
+
+async def test_stop_keeps_what_was_said_and_everybody_hears_of_it(make_app: Make) -> None:
+    source = gated("a", "b", "c", said=2)
+    app = await make_app(source=source)
+    answer = await app.client.say("Hello")
+    conversation_id = answer["conversationId"]
+    watchers = [asyncio.create_task(app.client.events(conversation_id, answer["lastEventId"])) for _ in range(3)]
+    await said(app, conversation_id, 2)
+    await app.until(lambda: app.subscribers == 3)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    response = await app.client.http.post(f"/chat/{conversation_id}/stop")
+    assert (response.status_code, response.json()["status"]) == (202, "stopping")
+    for events in await asyncio.gather(*watchers):
+        assert text_of(events) == "ab"
+        assert events[-1].name == "done" and events[-1].data == {"messageId": answer["replyId"], "status": "stopped"}
+    assert loop.time() - began < 2
+    assert source.closed == 1
+    message = document(app, conversation_id)["messages"][-1]
+    assert (message["content"], message["status"]) == ("ab", "stopped")
+    for _ in range(2):
+        response = await app.client.http.post(f"/chat/{conversation_id}/stop")
+        assert (response.status_code, response.json()) == (202, {"status": "idle"})
+
+
+async def test_stop_before_the_first_token(make_app: Make) -> None:
+    app = await make_app(source=gated("a"))
+    answer = await app.client.say("Hello")
+    assert (await app.client.http.post(f"/chat/{answer['conversationId']}/stop")).json()["status"] == "stopping"
+    await app.until_idle()
+    message = document(app, answer["conversationId"])["messages"][-1]
+    assert (message["content"], message["status"]) == ("", "stopped")
+
+
+async def test_stop_meets_the_natural_end_and_one_of_the_two_wins(app: App) -> None:
+    ends = set()
+    for _ in range(40):
+        answer = await app.client.say("Hello")
+        await asyncio.sleep(random.random() * 0.02)
+        stops = await asyncio.gather(
+            *(app.client.http.post(f"/chat/{answer['conversationId']}/stop") for _ in range(2))
+        )
+        events = await app.client.events(answer["conversationId"], answer["lastEventId"])
+        message = document(app, answer["conversationId"])["messages"][-1]
+        status = message.get("status", "complete")
+        assert events[-1].data["status"] == status and text_of(events) == message["content"]
+        assert (status == "stopped") == any(stop.json()["status"] == "stopping" for stop in stops)
+        ends.add(status)
+    assert "stopped" in ends
+
+
+async def test_retry_replaces_a_reply_that_failed(make_app: Make) -> None:
+    source = Script("half", SourceError("source_failed", "no"))
+    app = await make_app(source=source)
+    answer, events = await app.client.turn("Hello")
+    conversation_id = answer["conversationId"]
+    watcher = asyncio.create_task(app.client.events(conversation_id, events[-1].id))
+    await app.until(lambda: app.subscribers == 1)
+    source.pieces = ("whole",)
+    again = (await app.client.http.post(f"/chat/{conversation_id}/retry")).json()
+    assert again["messageId"] == answer["messageId"] and again["replyId"] != answer["replyId"]
+    assert [event.name for event in await watcher] == ["token", "done"]
+    history = await app.client.history(conversation_id)
+    assert [(each["content"], each["status"]) for each in history["messages"]] == [
+        ("Hello", "complete"),
+        ("half", "superseded"),
+        ("whole", "complete"),
+    ]
+    # Whoever was in the middle of the first reply is told its end, then the second one.
+    seen = Transcript()
+    async for event in app.client.stream(conversation_id, f"{answer['replyId']}-2"):
+        seen.take(event)
+        if again["replyId"] in seen.ended:
+            break
+    assert seen.said == {answer["replyId"]: "lf", again["replyId"]: "whole"}
+    assert seen.ended == {answer["replyId"]: "source_failed", again["replyId"]: "complete"}
+    response = await app.client.http.post(f"/chat/{conversation_id}/retry")
+    assert (response.status_code, response.json()["code"]) == (409, "nothing_to_retry")
+
+
+async def test_two_retries_at_one_moment_begin_one_reply(make_app: Make) -> None:
+    source = Script(SourceError("source_failed", "no"))
+    app = await make_app(source=source)
+    answer, _ = await app.client.turn("Hello")
+    source.pieces = ("x",)
+    source.gate = asyncio.Semaphore(0)
+    retries = [app.client.http.post(f"/chat/{answer['conversationId']}/retry") for _ in range(5)]
+    assert sorted(response.status_code for response in await asyncio.gather(*retries)) == [202, 409, 409, 409, 409]
+
+
+async def test_delete_during_a_reply_leaves_nothing_and_brings_nothing_back(make_app: Make) -> None:
+    source = gated("a", "b", said=1)
+    app = await make_app(source=source)
+    answer = await app.client.say("Hello")
+    conversation_id = answer["conversationId"]
+    watcher = asyncio.create_task(app.client.events(conversation_id, answer["lastEventId"]))
+    await app.until(lambda: app.subscribers == 1)
+    await said(app, conversation_id, 1)
+    assert (await app.client.http.delete(f"/chat/{conversation_id}")).status_code == 204
+    assert [event.name for event in await watcher] == ["token", "reset"]
+    release(source, 5)
+    await app.until_idle()
+    assert source.closed == 1 and app.database.conversations.count_documents({}) == 0
+    assert (await app.client.http.get(f"/chat/{conversation_id}")).status_code == 404
+    assert (await app.client.http.delete(f"/chat/{conversation_id}")).status_code == 404
+    events = [event.name async for event in app.client.stream(conversation_id, answer["lastEventId"])]
+    assert events == ["reset"]
+
+
+# -- list and pages ------------------------------------------------------------------------------------------------
+
+
+async def test_list_pages_stay_right_while_conversations_are_added_and_touched(app: App) -> None:
+    ids = [(await app.client.say(f"Number {n}, and more than fits into a title of at most sixty characters"))[
+        "conversationId"
+    ] for n in range(7)]  # fmt: skip
+    await app.until_idle()
+    # The same creation time for some: the order must not depend on it alone.
+    time = document(app, ids[3])["createdAt"]
+    app.database.conversations.update_many(
+        {"_id": {"$in": [ObjectId(each) for each in ids[2:5]]}}, {"$set": {"createdAt": time}}
+    )
+    seen, cursor = [], None
+    while True:
+        query = {"limit": "2"} | ({"cursor": cursor} if cursor else {})
+        page = (await app.client.http.get("/chat", params=query)).json()
+        seen += [each["conversationId"] for each in page["conversations"]]
+        cursor = page.get("nextCursor")
+        if cursor is None:
+            break
+        await app.client.say("a new one")
+        await app.until_idle()
+        await app.client.turn("touched", ids[0])
+    assert len(seen) == 7 and set(seen) == set(ids)
+    first = (await app.client.http.get("/chat", params={"limit": "100"})).json()["conversations"]
+    assert [each["createdAt"] for each in first] == sorted((each["createdAt"] for each in first), reverse=True)
+    assert len(first) == 10
+    oldest = first[-1]
+    assert oldest["conversationId"] == ids[0] and oldest["status"] == "idle" and oldest["messageCount"] == 8
+    assert oldest["title"] == "Number 0, and more than fits into a title of at most sixty…"
+    for cursor in ("x", "1-2", f"-1-{ids[0]}", f"999999999999999-{ids[0]}"):
+        assert (await app.client.http.get("/chat", params={"cursor": cursor})).status_code == 400
+
+
+async def test_history_comes_in_pages_that_join(make_app: Make) -> None:
+    app = await make_app(source=Script("answer"))
+    conversation_id = new_id()
+    for number in range(5):
+        await app.client.turn(f"{number}", conversation_id)
+    whole = await app.client.history(conversation_id)
+    assert "hasMore" not in whole and len(whole["messages"]) == 10
+    page = await app.client.history(conversation_id, limit=4)
+    assert page["hasMore"] and page["messages"] == whole["messages"][6:] and page["lastEventId"] == whole["lastEventId"]
+    messages = page["messages"]
+    while page["hasMore"]:
+        page = await app.client.history(conversation_id, limit=4, before=messages[0]["id"])
+        assert page["lastEventId"] == f"{page['messages'][-1]['id']}-done"
+        messages = page["messages"] + messages
+    assert messages == whole["messages"]
+    assert (await app.client.history(conversation_id, limit=10))["hasMore"] is False
+    response = await app.client.http.get(f"/chat/{conversation_id}", params={"before": new_id()})
+    assert (response.status_code, response.json()["errors"][0]["pointer"]) == (400, "/before")
+
+
+async def test_newest_page_has_the_reply_in_flight(make_app: Make) -> None:
+    source = Script("answer")
+    app = await make_app(source=source)
+    conversation_id = new_id()
+    await app.client.turn("0", conversation_id)
+    source.gate, source.pieces = asyncio.Semaphore(1), ("half", " done")
+    answer = await app.client.say("1", conversation_id)
+    await said(app, conversation_id, 4)
+    page = await app.client.history(conversation_id, limit=2)
+    assert [each["content"] for each in page["messages"]] == ["1", "half"] and page["hasMore"]
+    assert page["status"] == "streaming" and page["lastEventId"] == f"{answer['replyId']}-4"
+    older = await app.client.history(conversation_id, limit=2, before=page["messages"][0]["id"])
+    assert [each["status"] for each in older["messages"]] == ["complete", "complete"] and not older["hasMore"]
+
+
+# -- lost and paused servers ---------------------------------------------------------------------------------------
+
+
+async def lose(app: App) -> None:
+    """Make an application what a killed server is: it writes no more, neither replies nor leases."""
+    for task in list(app.chat._tasks):
+        task.cancel()
+    await asyncio.gather(*app.chat._tasks, return_exceptions=True)
+
+
+async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: Make) -> None:
+    source = gated("seen ", "kept ", "lost", said=2)
+    lost = await make_app(source=source, checkpoint_ms=20, lease_ms=400)
+    answer = await lost.client.say("Hello")
+    conversation_id = answer["conversationId"]
+    await lost.until(lambda: document(lost, conversation_id)["reply"]["content"] == "seen kept ")
+    others = [await make_app(checkpoint_ms=20, lease_ms=400) for _ in range(3)]
+    position = f"{answer['replyId']}-3"
+    watchers = [asyncio.create_task(app.client.events(conversation_id, position)) for app in others]
+    ahead = asyncio.create_task(others[0].client.events(conversation_id, f"{answer['replyId']}-12"))
+    history = await others[0].client.history(conversation_id)
+    assert history["messages"][-1]["content"] == "seen kept " and history["status"] == "streaming"
+    response = await others[1].client.post("More", conversation_id)
+    assert response.status_code == 409
+    await lose(lost)
+    for events in await asyncio.gather(*watchers):
+        assert text_of(events) == "n kept " and events[-1].data["code"] == "interrupted"
+    # Who saw more than was kept is told the end, and no word twice.
+    assert [event.name for event in await ahead] == ["error"]
+    messages = document(lost, conversation_id)["messages"]
+    assert [(each["content"], each.get("status")) for each in messages] == [
+        ("Hello", None),
+        ("seen kept ", "interrupted"),
+    ]
+    await others[2].client.turn("More", conversation_id)
+    again = (await others[2].client.history(conversation_id))["messages"]
+    assert len(again) == 4
+
+
+async def test_post_to_a_conversation_whose_server_is_lost_finishes_its_reply(make_app: Make) -> None:
+    lost = await make_app(source=gated("a"), lease_ms=300, checkpoint_ms=20)
+    answer = await lost.client.say("Hello")
+    await lose(lost)
+    app = await make_app(lease_ms=300, checkpoint_ms=20)
+    for task in app.chat._tasks:
+        if "sweep" in str(task.get_coro()):
+            task.cancel()
+    async with asyncio.timeout(5):
+        while (response := await app.client.post("More", answer["conversationId"])).status_code == 409:
+            await asyncio.sleep(0.02)
+    assert response.status_code == 202
+    statuses = [each.get("status") for each in document(app, answer["conversationId"])["messages"]]
+    assert statuses[:3] == [None, "interrupted", None]
+
+
+@pytest.mark.expects_log("taken over by another server")
+async def test_server_that_was_only_paused_notices_that_its_reply_was_taken_over(make_app: Make) -> None:
+    source = gated("one ", "two ", "three", said=1)
+    paused = await make_app(source=source, checkpoint_ms=20, lease_ms=10_000)
+    answer = await paused.client.say("Hello")
+    conversation_id = answer["conversationId"]
+    watcher = asyncio.create_task(paused.client.events(conversation_id, answer["lastEventId"]))
+    await paused.until(lambda: document(paused, conversation_id)["reply"]["content"] == "one ")
+    await paused.until(lambda: paused.subscribers == 1)
+    # What another server does once the lease has run out.
+    found = ((_, reply),) = await paused.store.find_lost([], alone=True)
+    assert found
+    message = store_module.Message(
+        reply.id, "assistant", reply.content, reply.created_at, "interrupted", store_module.INTERRUPTED
+    )
+    release(source)
+    await said(paused, conversation_id, 8)
+    assert await paused.store.finish(conversation_id, message) == message
+    events = await watcher
+    assert text_of(events) == "one two " and events[-1].data["code"] == "interrupted"
+    await paused.until_idle()
+    messages = document(paused, conversation_id)["messages"]
+    assert [each["content"] for each in messages] == ["Hello", "one "] and source.closed == 1
+
+
+@pytest.mark.expects_log("taken over by another server")
+async def test_stop_and_delete_reach_a_reply_of_another_server(make_app: Make) -> None:
+    source = gated("one ", "two", said=1)
+    writer = await make_app(source=source)
+    other = await make_app()
+    for verb in ("stop", "delete"):
+        answer = await writer.client.say("Hello")
+        conversation_id = answer["conversationId"]
+        watcher = asyncio.create_task(writer.client.events(conversation_id, answer["lastEventId"]))
+        await writer.until(lambda: document(writer, conversation_id)["reply"]["content"] == "one ")  # noqa: B023
+        if verb == "stop":
+            assert (await other.client.http.post(f"/chat/{conversation_id}/stop")).json()["status"] == "stopping"
+            assert [event.name for event in await watcher] == ["token", "done"]
+            assert document(writer, conversation_id)["messages"][-1]["status"] == "stopped"
+        else:
+            assert (await other.client.http.delete(f"/chat/{conversation_id}")).status_code == 204
+            assert [event.name for event in await watcher] == ["token", "reset"]
+        release(source)
+        await writer.until_idle()
+
+
+async def test_turns_that_another_server_wrote_meanwhile_are_not_missed(make_app: Make) -> None:
+    here, there = await make_app(), await make_app()
+    conversation_id = new_id()
+    first, _ = await here.client.turn("here", conversation_id)
+    seen, position = Transcript(), f"{first['replyId']}-done"
+    stream = here.client.stream(conversation_id, position)
+    reading = asyncio.ensure_future(anext(stream))
+    await here.until(lambda: here.subscribers == 1)
+    await there.client.turn("there", conversation_id)
+    last, _ = await here.client.turn("here again", conversation_id)
+    # The stream was cut, since it would have skipped a turn; from its position all is there.
+    with contextlib.suppress(StopAsyncIteration):
+        seen.take(await reading)
+    assert not seen.said
+    async for event in here.client.stream(conversation_id, position):
+        seen.take(event)
+        if last["replyId"] in seen.ended:
+            break
+    texts = {each["id"]: each["content"] for each in (await here.client.history(conversation_id))["messages"][2:]}
+    assert seen.said == texts and len(texts) == 4
+
+
+# -- a silent database ---------------------------------------------------------------------------------------------
+
+
+async def test_reply_goes_on_while_the_database_is_away_and_ends_when_it_is_back(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = gated("a", "b", said=1)
+    app = await make_app(source=source, lease_ms=300)
+    answer = await app.client.say("Hello")
+    conversation_id = answer["conversationId"]
+    watcher = asyncio.create_task(app.client.events(conversation_id, answer["lastEventId"]))
+    await app.until(lambda: app.subscribers == 1)
+    app.store._away_until = float("inf")
+    release(source, 5)
+    await said(app, conversation_id, 2)
+    late = asyncio.create_task(app.client.events(conversation_id, f"{answer['replyId']}-1"))
+    await app.until(lambda: app.subscribers == 2)
+    response = await app.client.post("More")
+    assert response.status_code == 503 and int(response.headers["Retry-After"]) > 0
+    assert response.json()["code"] == "database_unavailable"
+    assert (await app.client.http.get("/readyz")).status_code == 503
+    assert (await app.client.http.get("/healthz")).status_code == 200
+    # Longer than the lease: our own living reply is not taken for lost.
+    await asyncio.sleep(0.5)
+    assert not watcher.done() and "reply" in document(app, conversation_id)
+    app.store._away_until = 0.0
+    assert text_of(await watcher) == "ab" and text_of(await late) == "b"
+    message = document(app, conversation_id)["messages"][-1]
+    assert message["content"] == "ab" and "status" not in message
+
+
+@pytest.mark.parametrize("done", [True, False])
+async def test_begin_with_an_unknown_outcome_is_settled(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    app = await make_app()
+    begin = app.store.begin
+
+    async def silent(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        if done:
+            await begin(*args, **options)
+        raise OutcomeUnknown
+
+    monkeypatch.setattr(app.store, "begin", silent)
+    conversation_id = new_id()
+    response = await app.client.post("Hello", conversation_id, "key")
+    assert response.status_code == 503
+    first = await app.client.say("Hello", conversation_id, "key")
+    events = await app.client.events(conversation_id, f"{conversation_id}-0")
+    assert [event.name for event in events][:: len(events) - 1] == ["input", "done"]
+    messages = document(app, conversation_id)["messages"]
+    assert [str(each["_id"]) for each in messages] == [first["messageId"], first["replyId"]]
+    await app.until(lambda: not app.chat._beginning)
+
+
+async def test_begin_that_arrives_late_is_found(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = await make_app()
+    begin, begun = app.store.begin, []
+
+    async def late(*args: Any, **options: Any) -> Any:
+        begun.append((args, options))
+        raise OutcomeUnknown
+
+    monkeypatch.setattr(app.store, "begin", late)
+    conversation_id = new_id()
+    assert (await app.client.post("Hello", conversation_id)).status_code == 503
+    args, options = begun[0]
+    await begin(*args, **options)
+    events = await app.client.events(conversation_id, f"{conversation_id}-0")
+    assert events[0].name == "input" and events[-1].name == "done"
+
+
+async def test_database_error_while_following_or_finishing_is_retried(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = await make_app(source=Script("a"))
+    finish = app.store.finish
+    failures: list[int] = []
+
+    async def fails_twice(*args: Any, **options: Any) -> Any:
+        if len(failures) < 2:
+            failures.append(1)
+            raise DatabaseUnavailable
+        return await finish(*args, **options)
+
+    monkeypatch.setattr(app.store, "finish", fails_twice)
+    _, events = await app.client.turn("Hello")
+    assert events[-1].name == "done" and len(failures) == 2
+
+
+# -- room, and the end ---------------------------------------------------------------------------------------------
+
+
+async def test_reply_that_outgrows_the_room_is_ended_with_what_fits(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "DOCUMENT_BYTES", store_module.REPLY_ROOM + 20_000)
+    app = await make_app(source=Script(*["é" * 9_999] * 200))
+    answer, events = await app.client.turn("Hello")
+    assert events[-1].data["code"] == "conversation_full"
+    message = document(app, answer["conversationId"])["messages"][-1]
+    assert text_of(events) == message["content"] and message["status"] == "failed"
+    assert 0 <= store_module.REPLY_ROOM + 20_000 - len(message["content"].encode()) < 20_000
+    response = await app.client.post("More", answer["conversationId"])
+    assert (response.status_code, response.json()["code"]) == (409, "conversation_full")
+
+
+async def test_drain_of_two_hundred_replies_stores_each_and_ends_all_streams(database: Database) -> None:
+    async with running(App(database, simulated_token_delay_ms=50, drain_s=0.2)) as app:
+        answers = await asyncio.gather(*(app.client.say(f"n {n}") for n in range(200)))
+        watchers = [
+            asyncio.create_task(app.client.events(each["conversationId"], each["lastEventId"])) for each in answers
+        ]
+        await app.until(lambda: app.subscribers == 200, 30)
+        await app.chat.drain()
+        for answer, events in zip(answers, await asyncio.gather(*watchers), strict=True):
+            message = document(app, answer["conversationId"])["messages"][-1]
+            assert message["content"] == text_of(events)
+            assert message["status"] == "interrupted" and events[-1].name == "error"
+        assert app.chat.running == 0

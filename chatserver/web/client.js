@@ -1,0 +1,486 @@
+/**
+ * A client of chatserver's HTTP API for the browser: fetch and the browser's own EventSource, nothing else.
+ *
+ * It knows nothing of any page, so that it can be copied into another project as it is:
+ *
+ *     const api = new Api("https://chat.example/");
+ *     const conversation = new Conversation(api, newId(), { fresh: true });
+ *     conversation.addEventListener("change", () => show(conversation.messages, conversation.busy));
+ *     conversation.addEventListener("state", () => showState(conversation.state));
+ *     conversation.open();
+ *     await conversation.say("Hello!");
+ *
+ * The stream alone says what was said and in which order; answers to posts only say that they were taken. Each event
+ * carries the position after it, and a stream that breaks goes on from the last one, so that no character of a reply is
+ * lost and none comes twice, however often the line is cut.
+ */
+
+/**
+ * @typedef {"complete"|"streaming"|"stopped"|"failed"|"interrupted"|"superseded"} Status
+ * A reply that was retried is superseded; it stays in the record.
+ *
+ * @typedef {object} Message
+ * @property {string|null} id  null while a reply grows whose id is not known yet
+ * @property {"user"|"assistant"} role
+ * @property {string} content
+ * @property {Status} status
+ * @property {{code: string, message: string}} [error]  why a reply failed or was interrupted
+ *
+ * @typedef {object} Summary
+ * @property {string} conversationId
+ * @property {string} title
+ * @property {string} createdAt  ISO 8601
+ * @property {string} updatedAt  ISO 8601
+ * @property {number} messageCount
+ * @property {"idle"|"streaming"} status
+ *
+ * @typedef {{conversationId: string, messageId: string, replyId: string, lastEventId: string}} Turn
+ *
+ * @typedef {"connecting"|"live"|"reconnecting"|"offline"|"paused"|"deleted"} State
+ * `paused` is before `open` and after `pause`; `deleted` is final.
+ */
+
+const ANSWER_WITHIN_MS = 20_000;
+const FIRST_DELAY_MS = 500;
+const LONGEST_DELAY_MS = 15_000;
+
+/** Return a new id for a conversation: 24 hex digits. */
+export function newId() {
+  return randomHex(12);
+}
+
+/** Tell whether a text can be a conversation's id. */
+export function isId(/** @type {string} */ text) {
+  return /^[0-9a-f]{24}$/i.test(text);
+}
+
+// Not crypto.randomUUID: that is only there in secure contexts, and plain http in a local network is none.
+function randomHex(/** @type {number} */ bytes) {
+  return Array.from(crypto.getRandomValues(new Uint8Array(bytes)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** A request that was refused or not answered; `message` is a sentence for people. */
+export class ApiError extends Error {
+  /**
+   * @param {number} status  of HTTP; 0: no answer, so that it is unknown whether the request was carried out
+   * @param {string} code  stable, for programs; "unreachable" if there was no answer
+   * @param {string} message
+   * @param {number} retryAfterS  how many seconds the server asks to wait; 0: it does not say
+   */
+  constructor(status, code, message, retryAfterS = 0) {
+    super(message);
+    this.name = "ApiError";
+    this.status = status;
+    this.code = code;
+    this.retryAfterS = retryAfterS;
+  }
+}
+
+/** The API's routes, one method each. All of them throw `ApiError`. */
+export class Api {
+  /** @param {string|URL} base  the absolute address of the server's root, with the slash at its end */
+  constructor(base) {
+    this.base = base;
+  }
+
+  /**
+   * Return a page of the conversations, newest first.
+   * @param {string} [cursor]  the `nextCursor` of the page before
+   * @param {number} [limit]
+   * @returns {Promise<{conversations: Summary[], nextCursor?: string}>}
+   */
+  list(cursor, limit = 30) {
+    const query = new URLSearchParams({ limit: String(limit), ...(cursor && { cursor }) });
+    return this.#call("GET", `chat?${query}`);
+  }
+
+  /**
+   * Return what was said so far, and the position after it.
+   * @param {string} id
+   * @returns {Promise<{messages: Message[], lastEventId: string}>}
+   */
+  history(id) {
+    return this.#call("GET", `chat/${id}`);
+  }
+
+  /**
+   * Say something; the reply comes by the stream.
+   * @param {string} id  an unknown one begins a new conversation
+   * @param {string} text
+   * @param {string} key  the same key with the same text is taken once, however often it is sent
+   * @returns {Promise<Turn>}
+   */
+  say(id, text, key) {
+    return this.#call("POST", "chat", { conversationId: id, input: text }, { "Idempotency-Key": key });
+  }
+
+  /**
+   * Stop the running reply; what was said of it is kept.
+   * @param {string} id
+   * @returns {Promise<{status: "stopping"|"idle"}>}
+   */
+  stop(id) {
+    return this.#call("POST", `chat/${id}/stop`);
+  }
+
+  /**
+   * Have the last message answered anew, if its reply was stopped, failed or interrupted.
+   * @param {string} id
+   * @returns {Promise<Turn>}
+   */
+  retry(id) {
+    return this.#call("POST", `chat/${id}/retry`);
+  }
+
+  /**
+   * Delete a conversation.
+   * @param {string} id
+   * @returns {Promise<void>}
+   */
+  delete(id) {
+    return this.#call("DELETE", `chat/${id}`);
+  }
+
+  /**
+   * Return the stream's address.
+   * @param {string} id
+   * @param {string} position
+   */
+  streamUrl(id, position) {
+    return new URL(`chat/stream/${id}?${new URLSearchParams({ lastEventId: position })}`, this.base);
+  }
+
+  /**
+   * @param {string} method
+   * @param {string} path
+   * @param {object} [body]
+   * @param {Record<string, string>} [headers]
+   * @returns {Promise<any>}
+   */
+  async #call(method, path, body, headers = {}) {
+    /** @type {RequestInit} */
+    const request = { method, headers, signal: AbortSignal.timeout(ANSWER_WITHIN_MS) };
+    if (body) {
+      request.headers = { ...headers, "Content-Type": "application/json" };
+      request.body = JSON.stringify(body);
+    }
+    let response;
+    let text;
+    try {
+      response = await fetch(new URL(path, this.base), request);
+      text = await response.text();
+    } catch {
+      // fetch rejects for nothing but a request that could not be made, a broken line and our own time limit.
+      throw new ApiError(0, "unreachable", "The server cannot be reached.");
+    }
+    if (!response.ok) {
+      // A proxy's error is no problem+json.
+      const isProblem = response.headers.get("Content-Type")?.startsWith("application/problem+json");
+      const problem = isProblem ? JSON.parse(text) : { code: "unknown", detail: `The server answered ${response.status}.` };
+      throw new ApiError(response.status, problem.code, problem.detail, Number(response.headers.get("Retry-After")) || 0);
+    }
+    return text ? JSON.parse(text) : undefined;
+  }
+}
+
+/**
+ * One conversation, kept up to date by its stream.
+ *
+ * Fires `change` when `messages`, `accepted` or `busy` have changed, `state` when `state` has, and `end` (a CustomEvent
+ * whose detail is the reply) when a reply has ended.
+ */
+export class Conversation extends EventTarget {
+  /** @type {Message[]} what was said, in order; a reply that grows is the last */
+  messages = [];
+  /** @type {{text: string, messageId: string, replyId: string}|null} a turn that was taken, until the stream tells it */
+  accepted = null;
+
+  /** @type {State} */
+  #state = "paused";
+  /** @type {string|null} how much of the conversation `messages` holds; null: the history must be fetched */
+  #position = null;
+  /** @type {EventSource|null} */
+  #source = null;
+  #known = false;
+  #failures = 0;
+  #attempt = 0;
+  /** @type {ReturnType<typeof setTimeout>|undefined} */
+  #timer;
+  /** @type {{text: string, key: string}|null} */
+  #unsent = null;
+  #onOnline = () => this.#reconnect();
+  #onOffline = () => this.dispatchEvent(new Event("state"));
+
+  /**
+   * @param {Api} api
+   * @param {string} id
+   * @param {{fresh?: boolean}} [options]  fresh: the id is a new one, so that there is no history to fetch
+   */
+  constructor(api, id, { fresh = false } = {}) {
+    super();
+    this.api = api;
+    this.id = id;
+    if (fresh) {
+      this.#position = this.#beginning;
+    }
+  }
+
+  /** Whether a reply is awaited or grows. */
+  get busy() {
+    return this.accepted !== null || this.messages.at(-1)?.status === "streaming";
+  }
+
+  /** @returns {State} */
+  get state() {
+    const waiting = this.#state === "connecting" || this.#state === "reconnecting";
+    return waiting && !navigator.onLine ? "offline" : this.#state;
+  }
+
+  /** Fetch the history, if need be, and follow the stream, until `pause`. */
+  open() {
+    if (this.#state === "paused") {
+      addEventListener("online", this.#onOnline);
+      addEventListener("offline", this.#onOffline);
+      this.#setState("connecting");
+      this.#connect();
+    }
+  }
+
+  /** Let go of the stream; `open` goes on where it was. */
+  pause() {
+    if (this.#state !== "deleted") {
+      this.#letGo("paused");
+    }
+  }
+
+  /**
+   * Say something. After a failure, the same text may be sent again without being said twice.
+   * @param {string} text
+   * @throws {ApiError}
+   */
+  async say(text) {
+    if (this.#unsent?.text !== text) {
+      this.#unsent = { text, key: randomHex(16) };
+    }
+    const turn = await this.#ask(() => this.api.say(this.id, text, this.#unsent?.key ?? ""));
+    this.#unsent = null;
+    this.#accept(turn, text);
+  }
+
+  /**
+   * Have the last message answered anew.
+   * @throws {ApiError}
+   */
+  async retry() {
+    this.#accept(await this.#ask(() => this.api.retry(this.id)), "");
+  }
+
+  /**
+   * Stop the running reply.
+   * @throws {ApiError}
+   */
+  async stop() {
+    await this.#ask(() => this.api.stop(this.id));
+  }
+
+  /** The position before the first message, as the API defines it. */
+  get #beginning() {
+    return `${this.id}-0`;
+  }
+
+  /**
+   * @template T
+   * @param {() => Promise<T>} request
+   */
+  async #ask(request) {
+    try {
+      return await request();
+    } catch (error) {
+      if (error instanceof ApiError && error.status === 0 && this.#state === "live") {
+        // A dead line that the stream has not noticed yet.
+        this.#reconnect();
+      }
+      throw error;
+    }
+  }
+
+  /**
+   * The stream may lag behind an answer, or be ahead of it.
+   * @param {Turn} turn
+   * @param {string} text  empty for a retry
+   */
+  #accept(turn, text) {
+    const isRetry = text === "";
+    const last = this.messages.at(-1);
+    if (this.#find(turn.replyId)) {
+      return;
+    }
+    if (last?.status === "streaming" && (isRetry || this.messages.at(-2)?.id === turn.messageId)) {
+      last.id = turn.replyId;
+    } else if (isRetry || !this.#find(turn.messageId)) {
+      this.accepted = { text, messageId: turn.messageId, replyId: turn.replyId };
+    }
+    this.#changed();
+  }
+
+  // -- the line -------------------------------------------------------------------------------------------------------
+
+  /** Make the stream anew, from the last position. */
+  async #connect() {
+    const attempt = this.#hangUp();
+    if (this.#position === null) {
+      try {
+        const history = await this.api.history(this.id);
+        if (attempt !== this.#attempt) {
+          return;
+        }
+        this.#adopt(history.messages);
+        this.#position = history.lastEventId;
+      } catch (error) {
+        if (!(error instanceof ApiError)) {
+          throw error;
+        }
+        if (attempt !== this.#attempt) {
+          return;
+        }
+        if (error.status !== 404) {
+          this.#connectLater(error.retryAfterS * 1000);
+          return;
+        }
+        if (this.#known) {
+          this.#adopt([]);
+          this.#letGo("deleted");
+          return;
+        }
+        this.#position = this.#beginning;
+      }
+    }
+    const source = new EventSource(this.api.streamUrl(this.id, this.#position));
+    this.#source = source;
+    source.addEventListener("open", () => {
+      this.#known = true;
+      this.#failures = 0;
+      this.#setState("live");
+    });
+    for (const name of ["input", "token", "done", "error", "reset"]) {
+      source.addEventListener(name, (event) => {
+        if (event instanceof MessageEvent) {
+          this.#position = event.lastEventId || null;
+          this.#take(name, JSON.parse(event.data));
+        } else if (source.readyState === EventSource.CLOSED) {
+          // It gives up on any answer but 200; on a line that breaks, it comes back by itself.
+          this.#connectLater();
+        } else {
+          this.#setState("reconnecting");
+        }
+      });
+    }
+  }
+
+  #reconnect() {
+    this.#failures = 0;
+    this.#setState("reconnecting");
+    this.#connect();
+  }
+
+  /** Connect after a while that doubles with each failure; its random part keeps many clients from coming at once. */
+  #connectLater(atLeastMs = 0) {
+    const longest = Math.min(LONGEST_DELAY_MS, FIRST_DELAY_MS * 2 ** this.#failures);
+    this.#failures += 1;
+    this.#timer = setTimeout(() => this.#connect(), Math.max(atLeastMs, longest * (0.5 + Math.random() / 2)));
+    this.#setState("reconnecting");
+  }
+
+  /** Close the stream, and let what is under way come to nothing; return the number of the attempt that may follow. */
+  #hangUp() {
+    clearTimeout(this.#timer);
+    this.#source?.close();
+    this.#source = null;
+    this.#attempt += 1;
+    return this.#attempt;
+  }
+
+  #letGo(/** @type {State} */ state) {
+    removeEventListener("online", this.#onOnline);
+    removeEventListener("offline", this.#onOffline);
+    this.#hangUp();
+    this.#setState(state);
+  }
+
+  #setState(/** @type {State} */ state) {
+    if (state !== this.#state) {
+      this.#state = state;
+      this.dispatchEvent(new Event("state"));
+    }
+  }
+
+  // -- what is said ---------------------------------------------------------------------------------------------------
+
+  /**
+   * @param {string} name  of the event
+   * @param {any} data
+   */
+  #take(name, data) {
+    if (name === "input") {
+      const ours = this.accepted?.messageId === data.messageId ? this.accepted : null;
+      this.accepted = ours ? null : this.accepted;
+      if (!this.#find(data.messageId)) {
+        this.messages.push({ id: data.messageId, role: "user", content: data.text, status: "complete" });
+        this.messages.push({ id: ours?.replyId ?? null, role: "assistant", content: "", status: "streaming" });
+      }
+    } else if (name === "token") {
+      this.#growing().content += data.text;
+    } else if (name === "reset") {
+      this.#connect();
+    } else {
+      const reply = this.#find(data.messageId) ?? this.#growing();
+      reply.id = data.messageId;
+      reply.status = name === "done" ? data.status : data.code === "interrupted" ? "interrupted" : "failed";
+      if (name === "error") {
+        reply.error = { code: data.code, message: data.message };
+      }
+      this.dispatchEvent(new CustomEvent("end", { detail: reply }));
+      if (reply.status === "interrupted") {
+        // A crash may have taken the last words that we have seen; the history has what was kept.
+        this.#position = null;
+        this.#connect();
+      }
+    }
+    this.#changed();
+  }
+
+  /** Return the reply that grows; what comes after an ended one, with no word from the user, is a retry of that one. */
+  #growing() {
+    const last = this.messages.at(-1);
+    if (last?.status === "streaming") {
+      return last;
+    }
+    if (last?.role === "assistant") {
+      last.status = "superseded";
+    }
+    const retry = this.accepted;
+    this.accepted = null;
+    /** @type {Message} */
+    const reply = { id: retry?.text === "" ? retry.replyId : null, role: "assistant", content: "", status: "streaming" };
+    this.messages.push(reply);
+    return reply;
+  }
+
+  /** Take over a history, keeping the objects of messages that are known, so that views of them stay. */
+  #adopt(/** @type {Message[]} */ messages) {
+    this.#known = this.#known || messages.length > 0;
+    this.messages = messages.map((message) => Object.assign(this.#find(message.id) ?? {}, message));
+    if (this.accepted && (this.#find(this.accepted.messageId) || messages.length === 0)) {
+      this.accepted = null;
+    }
+    this.#changed();
+  }
+
+  #find(/** @type {string|null} */ id) {
+    return id === null ? undefined : this.messages.find((message) => message.id === id);
+  }
+
+  #changed() {
+    this.dispatchEvent(new Event("change"));
+  }
+}

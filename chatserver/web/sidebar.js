@@ -1,0 +1,180 @@
+/** The list of conversations; on a narrow screen a drawer. */
+
+import { ApiError } from "./client.js";
+
+/** @typedef {import("./client.js").Summary} Summary */
+
+const NARROW = matchMedia("(max-width: 52rem)");
+
+export class Sidebar {
+  /** @type {Summary[]} */
+  #conversations = [];
+  /** @type {string|undefined} where the next page begins */
+  #cursor;
+  #current = "";
+  #asked = 0;
+
+  /**
+   * @param {import("./client.js").Api} api
+   * @param {{onDelete: (id: string) => Promise<void>, onList: () => void}} actions
+   */
+  constructor(api, { onDelete, onList }) {
+    this.api = api;
+    this.onDelete = onDelete;
+    this.onList = onList;
+    this.sidebar = byId("sidebar");
+    this.list = byId("conversations");
+    this.opener = byId("open-sidebar");
+    this.shade = byId("shade");
+    this.dialog = /** @type {HTMLDialogElement} */ (byId("delete-dialog"));
+    this.opener.addEventListener("click", () => this.#open(true));
+    byId("close-sidebar").addEventListener("click", () => this.#open(false));
+    this.shade.addEventListener("click", () => this.#open(false));
+    byId("more").addEventListener("click", () => this.#loadMore());
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && !this.shade.hidden && !this.dialog.open) {
+        this.#open(false);
+      }
+    });
+    NARROW.addEventListener("change", () => this.#open(false));
+    this.#open(false);
+  }
+
+  /** Return a conversation's title, if it is in the list. */
+  title(/** @type {string} */ id) {
+    return this.#conversations.find((each) => each.conversationId === id)?.title;
+  }
+
+  /** Mark the conversation that is shown, and close the drawer. */
+  select(/** @type {string} */ id) {
+    this.#current = id;
+    this.#show();
+    this.#open(false);
+  }
+
+  /** Fetch the newest conversations again; those further down stay as they are. */
+  async refresh() {
+    this.#asked += 1;
+    const asked = this.#asked;
+    try {
+      const page = await this.api.list();
+      if (asked !== this.#asked) {
+        return;
+      }
+      const oldest = page.conversations.at(-1);
+      const seen = new Set(page.conversations.map((each) => each.conversationId));
+      const older = page.nextCursor
+        ? this.#conversations.filter((each) => !seen.has(each.conversationId) && oldest && each.createdAt <= oldest.createdAt)
+        : [];
+      this.#conversations = [...page.conversations, ...older];
+      this.#cursor = older.length ? this.#cursor : page.nextCursor;
+      this.#show();
+      this.onList();
+    } catch (error) {
+      // The state of the line is shown elsewhere; the list comes with the next event.
+      if (!(error instanceof ApiError)) {
+        throw error;
+      }
+    }
+  }
+
+  async #loadMore() {
+    try {
+      const page = await this.api.list(this.#cursor);
+      const seen = new Set(this.#conversations.map((each) => each.conversationId));
+      this.#conversations.push(...page.conversations.filter((each) => !seen.has(each.conversationId)));
+      this.#cursor = page.nextCursor;
+      const next = this.list.children.length;
+      this.#show();
+      this.list.children[next]?.querySelector("a")?.focus();
+    } catch (error) {
+      if (!(error instanceof ApiError)) {
+        throw error;
+      }
+    }
+  }
+
+  #show() {
+    /** @type {Map<string|undefined, HTMLElement>} */
+    const old = new Map(Array.from(this.list.children, (each) => [each instanceof HTMLElement ? each.dataset.id : "", /** @type {HTMLElement} */ (each)]));
+    this.#conversations.forEach((summary, index) => {
+      const item = old.get(summary.conversationId) ?? this.#item(summary);
+      old.delete(summary.conversationId);
+      const isCurrent = summary.conversationId === this.#current;
+      const link = /** @type {HTMLAnchorElement} */ (item.querySelector("a"));
+      link.textContent = summary.title;
+      link.title = summary.title;
+      link.toggleAttribute("aria-current", isCurrent);
+      if (isCurrent) {
+        link.setAttribute("aria-current", "page");
+      }
+      item.querySelector("button")?.setAttribute("aria-label", `Delete the conversation: ${summary.title}`);
+      if (this.list.children[index] !== item) {
+        this.list.insertBefore(item, this.list.children[index] ?? null);
+      }
+    });
+    for (const gone of old.values()) {
+      gone.remove();
+    }
+    byId("no-conversations").hidden = this.#conversations.length > 0;
+    byId("more").hidden = !this.#cursor;
+  }
+
+  #item(/** @type {Summary} */ summary) {
+    const item = document.createElement("li");
+    item.dataset.id = summary.conversationId;
+    const link = document.createElement("a");
+    link.href = `#${summary.conversationId}`;
+    link.addEventListener("click", () => this.#open(false));
+    const remove = document.createElement("button");
+    remove.type = "button";
+    remove.className = "icon";
+    remove.append(cross());
+    remove.addEventListener("click", () => this.#confirm(summary.conversationId, item));
+    item.append(link, remove);
+    return item;
+  }
+
+  #confirm(/** @type {string} */ id, /** @type {HTMLElement} */ item) {
+    byId("delete-text").textContent = `“${this.title(id)}” and all its messages are deleted for good.`;
+    this.dialog.returnValue = "";
+    this.dialog.showModal();
+    this.dialog.addEventListener("close", async () => {
+      if (this.dialog.returnValue === "delete") {
+        const neighbour = item.nextElementSibling ?? item.previousElementSibling;
+        await this.onDelete(id);
+        (neighbour?.querySelector("a") ?? byId("new")).focus();
+      }
+    }, { once: true });
+  }
+
+  /** Open or close the drawer; on a wide screen the list is always there. */
+  #open(/** @type {boolean} */ open) {
+    const isDrawer = NARROW.matches;
+    const wasOpen = this.opener.getAttribute("aria-expanded") === "true";
+    this.sidebar.classList.toggle("open", open && isDrawer);
+    this.sidebar.inert = isDrawer && !open;
+    byId("main").inert = isDrawer && open;
+    this.shade.hidden = !(isDrawer && open);
+    this.opener.setAttribute("aria-expanded", String(open && isDrawer));
+    if (isDrawer && open) {
+      byId("close-sidebar").focus();
+    } else if (wasOpen && isDrawer) {
+      this.opener.focus();
+    }
+  }
+}
+
+function cross() {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  svg.setAttribute("aria-hidden", "true");
+  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  path.setAttribute("d", "M6 6l12 12M18 6L6 18");
+  svg.append(path);
+  return svg;
+}
+
+function byId(/** @type {string} */ id) {
+  return /** @type {HTMLElement} */ (document.getElementById(id));
+}

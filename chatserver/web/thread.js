@@ -1,0 +1,207 @@
+/** The messages of a conversation, as elements that follow it. */
+
+import { render } from "./markdown.js";
+
+/** @typedef {import("./client.js").Message} Message */
+/** @typedef {import("./client.js").Conversation} Conversation */
+
+const NEAR_PX = 48;
+
+const ENDINGS = {
+  stopped: "Stopped.",
+  failed: "The answer failed.",
+  interrupted: "The answer was interrupted.",
+  superseded: "Earlier attempt",
+};
+
+/** Shows one conversation at a time in the list `thread` inside `scroller`. */
+export class Thread {
+  /** @type {Conversation|null} */
+  #conversation = null;
+  /** @type {WeakMap<Message, HTMLElement>} */
+  #elements = new WeakMap();
+  /** @type {WeakMap<HTMLElement, string>} what each element shows */
+  #shown = new WeakMap();
+  #following = true;
+  #scheduled = false;
+
+  /**
+   * @param {HTMLElement} scroller
+   * @param {HTMLElement} thread
+   * @param {{onRetry: () => void, onScroll: (atEnd: boolean) => void}} actions
+   */
+  constructor(scroller, thread, { onRetry, onScroll }) {
+    this.scroller = scroller;
+    this.thread = thread;
+    this.onRetry = onRetry;
+    this.onScroll = onScroll;
+    scroller.addEventListener("scroll", () => {
+      this.#following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_PX;
+      onScroll(this.#following);
+    }, { passive: true });
+    new ResizeObserver(() => this.#follow()).observe(scroller);
+    new ResizeObserver(() => this.#follow()).observe(thread);
+  }
+
+  /** Show another conversation. */
+  show(/** @type {Conversation} */ conversation) {
+    this.#conversation = conversation;
+    this.thread.replaceChildren();
+    this.toEnd();
+    this.update();
+  }
+
+  /** Show what has changed, with the next frame; however many tokens came in between, they are shown at once. */
+  update() {
+    if (!this.#scheduled) {
+      this.#scheduled = true;
+      requestAnimationFrame(() => {
+        this.#scheduled = false;
+        this.#update();
+      });
+    }
+  }
+
+  /** Go to the last message, and along with it as it grows. */
+  toEnd() {
+    this.#following = true;
+    this.#follow();
+    this.onScroll(true);
+  }
+
+  #follow() {
+    if (this.#following) {
+      this.scroller.scrollTop = this.scroller.scrollHeight;
+    }
+  }
+
+  #update() {
+    const conversation = this.#conversation;
+    if (!conversation) {
+      return;
+    }
+    const messages = [...conversation.messages];
+    if (conversation.accepted?.text) {
+      messages.push({ id: conversation.accepted.messageId, role: "user", content: conversation.accepted.text, status: "complete" });
+    }
+    if (conversation.accepted) {
+      messages.push({ id: conversation.accepted.replyId, role: "assistant", content: "", status: "streaming" });
+    }
+    messages.forEach((message, index) => {
+      let element = this.#elements.get(message);
+      if (!element) {
+        element = document.createElement("li");
+        this.#elements.set(message, element);
+      }
+      if (this.thread.children[index] !== element) {
+        this.thread.insertBefore(element, this.thread.children[index] ?? null);
+      }
+      const isLast = index === messages.length - 1;
+      const shown = JSON.stringify([message.content.length, message.status, isLast, message.error]);
+      if (this.#shown.get(element) !== shown) {
+        this.#shown.set(element, shown);
+        show(element, message, isLast, this.onRetry);
+      }
+    });
+    while (this.thread.children.length > messages.length) {
+      this.thread.lastElementChild?.remove();
+    }
+    this.#follow();
+  }
+}
+
+/**
+ * @param {HTMLElement} element
+ * @param {Message} message
+ * @param {boolean} isLast
+ * @param {() => void} onRetry
+ */
+function show(element, message, isLast, onRetry) {
+  element.className = `message ${message.role} ${message.status}`;
+  element.hidden = message.status === "superseded" && !message.content && !message.error;
+  let body = /** @type {HTMLElement|null} */ (element.querySelector(".body"));
+  if (!body || (message.status === "superseded") !== (body.parentElement instanceof HTMLDetailsElement)) {
+    body = build(element, message);
+  }
+  const isGrowing = message.status === "streaming";
+  if (message.role === "user") {
+    body.textContent = message.content;
+  } else {
+    render(body, message.content, isGrowing);
+  }
+  body.classList.toggle("waiting", isGrowing && !message.content);
+  element.setAttribute("aria-busy", String(isGrowing));
+  const foot = /** @type {HTMLElement} */ (element.querySelector(".message-foot"));
+  foot.replaceChildren(...ending(message, isLast, onRetry));
+}
+
+/**
+ * Make a message's frame: who speaks, the text, what can be done with it. A superseded reply is folded away.
+ * @param {HTMLElement} element
+ * @param {Message} message
+ */
+function build(element, message) {
+  const speaker = document.createElement("h2");
+  speaker.className = "visually-hidden";
+  speaker.textContent = message.role === "user" ? "You" : "Answer";
+  const body = document.createElement("div");
+  body.className = "body";
+  const foot = document.createElement("div");
+  foot.className = "message-foot";
+  if (message.status === "superseded") {
+    const details = document.createElement("details");
+    const summary = document.createElement("summary");
+    summary.textContent = ENDINGS.superseded;
+    details.append(summary, body, foot);
+    element.replaceChildren(speaker, details);
+  } else {
+    element.replaceChildren(speaker, body, foot);
+  }
+  return body;
+}
+
+/**
+ * Return what stands under a message.
+ * @param {Message} message
+ * @param {boolean} isLast
+ * @param {() => void} onRetry
+ */
+function ending(message, isLast, onRetry) {
+  const parts = [];
+  if (message.status === "superseded" && message.error) {
+    const text = document.createElement("span");
+    text.className = "ending";
+    text.textContent = message.error.message;
+    parts.push(text);
+  }
+  if (message.status === "stopped" || message.status === "failed" || message.status === "interrupted") {
+    const text = document.createElement("span");
+    text.className = "ending";
+    text.textContent = [ENDINGS[message.status], message.error?.message].filter(Boolean).join(" ");
+    parts.push(text);
+    if (isLast) {
+      parts.push(button("Retry", "retry", onRetry));
+    }
+  }
+  if (message.status !== "streaming" && message.content) {
+    const copy = button("Copy", "copy", () => {});
+    copy.setAttribute("aria-label", message.role === "user" ? "Copy message" : "Copy answer");
+    copy.dataset.text = message.content;
+    parts.push(copy);
+  }
+  return parts;
+}
+
+/**
+ * @param {string} label
+ * @param {string} name
+ * @param {() => void} onClick
+ */
+function button(label, name, onClick) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.className = name;
+  made.textContent = label;
+  made.addEventListener("click", onClick);
+  return made;
+}

@@ -5,6 +5,7 @@ import re
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
 from contextlib import aclosing
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from chatserver.sources import Message, Prompt
 from chatserver.sources.simulated import CLOSINGS, CODE, LISTS, OPENINGS, THOUGHTS, Simulated, compose, quote, tokenise
+from tests.clients import Client, new_id
+from tests.servers import Server
 
 QUESTIONS = [
     "hello",
@@ -212,3 +215,43 @@ def test_the_shortest_delay_is_not_stretched_to_whole_ticks() -> None:
         return time.monotonic() - started
 
     assert any(0.3 <= asyncio.run(run()) < 0.36 for _ in range(10)), "0.4 s if each token waited for two ticks"
+
+
+def test_200_replies_at_delay_0_leave_room_for_all_streams_and_healthz(make_server: Callable[..., Server]) -> None:
+    """That no reply, and no request, waits for another one's end."""
+    server = make_server(SIMULATED_TOKEN_DELAY_MS=0, SIMULATED_TOKENS=300).start()
+
+    async def run() -> None:
+        client = Client(server.url)
+        conversations = [new_id() for _ in range(200)]
+        received: Counter[str] = Counter()
+        ended: set[str] = set()
+
+        async def watch(conversation_id: str) -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(f"GET /chat/stream/{conversation_id}?until=done HTTP/1.0\r\n\r\n".encode())
+            while data := await reader.read(65536):
+                received[conversation_id] += len(data)
+            ended.add(conversation_id)
+            writer.close()
+
+        watching = [asyncio.create_task(watch(each)) for each in conversations]
+        while len(received) < 200:
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*(client.say("hello", each) for each in conversations))
+        answers = 0
+        while not ended:
+            before = received.copy()
+            response = await client.http.get("/healthz")
+            assert response.status_code == 200
+            if ended:
+                break
+            answers += 1
+            assert answers == 1 or all(received[each] > before[each] for each in conversations)
+        assert answers >= 5
+        await asyncio.gather(*watching)
+        for each in conversations:
+            assert len((await client.history(each))["messages"]) == 2
+        await client.close()
+
+    asyncio.run(run())

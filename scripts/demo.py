@@ -237,7 +237,7 @@ class Screen:
             print(f"({text})", file=sys.stderr, flush=True)
         else:
             self._begin_line()
-            self._write(self._paint("2", f"({text})") + "\n")
+            self._write(self._paint("31" if text.startswith("✗") else "2", f"({text})") + "\n")
 
     def _begin_line(self) -> None:
         if self._prompting:
@@ -448,7 +448,9 @@ def main() -> int:
         screen.notice(f"conversation {conversation.id}")
         if arguments.conversation and (history := conversation.history()):
             chat.show(history)
-        return chat.run()
+        code = chat.run()
+        screen.end_line()
+        return code
     except Refused as refusal:
         screen.notice(f"✗ {refusal}")
         return 1

@@ -357,6 +357,30 @@ def test_a_line_that_drops_in_the_middle_of_a_reply_is_taken_up_again(quick: str
     asyncio.run(run())
 
 
+def test_a_server_that_is_killed_and_started_again_is_got_over(make_server: Callable[..., Server]) -> None:
+    server = make_server(SIMULATED_TOKEN_DELAY_MS=50, CHECKPOINT_MS=20, LEASE_MS=300).start()
+
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(server.url, "--conversation", conversation) as client:
+            await client.say("hello")
+            await client.until("> hello")  # the quote: some words have been stored
+            server.kill()
+            await client.until("no connection")
+            await asyncio.to_thread(server.start)
+            output = await client.until("/retry asks")
+            await client.say("once more")
+            await client.until("> once more")
+            client.process.send_signal(signal.SIGINT)
+            code, _, _ = await client.end()
+        messages = await history(server.url, conversation)
+        assert [message["status"] for message in messages] == ["complete", "interrupted", "complete", "stopped"]
+        assert messages[1]["error"]["message"] in output
+        assert code == 0
+
+    asyncio.run(run())
+
+
 def test_words_wait_while_another_reply_runs(slow: str) -> None:
     async def run() -> None:
         conversation = new_id()

@@ -5,6 +5,7 @@ from tornado.web import Application
 from chatserver.chat import Chat
 from chatserver.handlers.base import NoSuchRoute, log_request
 from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, RetryHandler, StopHandler
+from chatserver.handlers.docs import DocsHandler, OpenAPIHandler
 from chatserver.handlers.ops import HealthHandler, MetricsHandler, ReadyHandler
 from chatserver.handlers.pages import PageHandler
 from chatserver.handlers.stream import StreamHandler, Streams
@@ -25,6 +26,8 @@ def make_app(chat: Chat, streams: Streams, metrics: Metrics, settings: Settings)
             (r"/healthz", HealthHandler, common),
             (r"/readyz", ReadyHandler, common),
             (r"/metrics", MetricsHandler, {**common, "metrics": metrics}),
+            (r"/openapi\.json", OpenAPIHandler, common),
+            (r"/docs", DocsHandler, common),
             (r"/()", PageHandler, common),
             (r"/web/(.*)", PageHandler, common),
         ],

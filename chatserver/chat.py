@@ -19,8 +19,6 @@ from chatserver import sse, store
 from chatserver.errors import (
     DatabaseUnavailable,
     Draining,
-    FieldError,
-    InvalidRequest,
     KeyReused,
     NotFound,
     OutcomeUnknown,
@@ -230,8 +228,7 @@ class Chat:
     async def history(self, conversation_id: str, limit: int | None = None, before: str | None = None) -> History:
         """Return a conversation: all of it, or its newest `limit` messages (before a message's id).
 
-        :raises NotFound: if there is no such conversation
-        :raises InvalidRequest: if `before` is none of its messages
+        :raises NotFound: if there is no such conversation, or `before` is none of its messages
         """
         with self._hub.hold(conversation_id) as live:
             record = await self._read(live, before=before, last=limit)
@@ -239,8 +236,7 @@ class Chat:
             if record is None:
                 raise NotFound("There is no conversation with this id.")
             if not record.found:
-                unknown: FieldError = {"pointer": "/before", "detail": "is no message of this conversation"}
-                raise InvalidRequest("The parameter before names no message of this conversation.", fields=[unknown])
+                raise NotFound("The parameter before names no message of this conversation.")
             messages = list(record.messages)
             older = record.first
             in_flight = record.reply if before is None else None

@@ -21,7 +21,7 @@ ALLOWED: dict[str, list[str]] = {
     "chatserver.schemas": ["chatserver.errors"],
     "chatserver.sources": ["chatserver.errors", "chatserver.settings", "chatserver.sources"],
     "chatserver.chat": [*FLOOR, "chatserver.hub", "chatserver.store", "chatserver.sources"],
-    "chatserver.openapi": ["chatserver.errors", "chatserver.schemas", "chatserver.settings"],
+    "chatserver.openapi": ["chatserver.__version__", "chatserver.errors", "chatserver.schemas"],
     "chatserver.handlers": [
         *FLOOR,
         "chatserver.chat",

@@ -4,7 +4,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from chatserver.chat import iso
-from chatserver.errors import FieldError, InvalidRequest
 from chatserver.handlers.base import BaseHandler
 from chatserver.sse import Position
 from chatserver.store import Message, Summary, Turn
@@ -131,8 +130,4 @@ def _cursor(summary: Summary) -> str:
 
 def _parse_cursor(cursor: str) -> tuple[datetime, str]:
     milliseconds, _, conversation_id = cursor.partition("-")
-    try:
-        return datetime.fromtimestamp(int(milliseconds) / 1000, UTC), conversation_id
-    except (ValueError, OverflowError, OSError):
-        unknown: FieldError = {"pointer": "/cursor", "detail": "is no cursor of this list"}
-        raise InvalidRequest("The cursor is none of this list.", fields=[unknown]) from None
+    return datetime.fromtimestamp(int(milliseconds) / 1000, UTC), conversation_id

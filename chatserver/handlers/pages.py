@@ -8,13 +8,21 @@ from tornado.web import StaticFileHandler
 from chatserver.handlers.base import BaseHandler
 
 WEB = Path(__file__).parent.parent / "web"
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    # Nothing runs on a page but its own scripts, and it talks to nobody but us.
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+}
 
 
 class PageHandler(BaseHandler, StaticFileHandler):
     """`/` and `/web/*`: files of `chatserver/web/`, and nothing outside it."""
 
     def initialize(self, **kwargs: Any) -> None:  # type: ignore[override]
-        BaseHandler.initialize(self, kwargs["chat"], kwargs["settings"])
+        BaseHandler.initialize(self, **kwargs)
         StaticFileHandler.initialize(self, str(WEB), default_filename="index.html")
 
     def compute_etag(self) -> str | None:
@@ -22,11 +30,5 @@ class PageHandler(BaseHandler, StaticFileHandler):
         return StaticFileHandler.compute_etag(self)
 
     def set_extra_headers(self, path: str) -> None:
-        """Let nothing run on a page but its own scripts."""
-        self.set_header("Cache-Control", "no-cache")
-        self.set_header(
-            "Content-Security-Policy",
-            "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-            "worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-        )
-        self.set_header("Referrer-Policy", "no-referrer")
+        for name, value in PAGE_HEADERS.items():
+            self.set_header(name, value)

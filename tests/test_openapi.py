@@ -1,0 +1,98 @@
+"""The specification: valid, complete, and true."""
+
+import re
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import validate
+from tornado.web import RequestHandler
+
+from chatserver import errors, schemas
+from chatserver.app import make_app as routes
+from chatserver.errors import ChatError
+from chatserver.openapi import make_openapi, problem_codes
+from tests.apps import App
+from tests.clients import new_id
+
+pytestmark = pytest.mark.gen_test
+
+
+async def test_document_is_served_and_valid(app: App) -> None:
+    document = (await app.client.http.get("/openapi.json")).json()
+    validate(document)
+    assert document["openapi"] == "3.1.0"
+    say = document["components"]["schemas"]["SayRequest"]
+    assert say["properties"]["input"]["maxLength"] == app.settings.max_input_chars
+
+
+async def test_every_route_and_method_is_in_it_and_nothing_else(app: App) -> None:
+    table = routes(app.chat, app.streams, app.metrics, app.settings)
+    served = {}
+    for rule in table.wildcard_router.rules:
+        path = re.sub(r"\(\[\^/\]\*\)", "{conversationId}", _matcher(rule).regex.pattern.removesuffix("$"))
+        methods = {
+            name.lower()
+            for name in RequestHandler.SUPPORTED_METHODS
+            if name not in ("OPTIONS", "HEAD")
+            and getattr(rule.target, name.lower()) is not getattr(RequestHandler, name.lower())
+        }
+        served[path.replace("\\.", ".")] = methods
+    served["/"] = served.pop("/()")
+    del served["/web/(.*)"]
+    document = make_openapi(100)
+    assert served == {path: set(item) - {"parameters"} for path, item in document["paths"].items()}
+
+
+def _matcher(rule: Any) -> Any:
+    return rule.matcher
+
+
+async def test_every_problem_code_and_event_is_described() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ChatError)]
+    assert {kind.code for kind in kinds} | {"invalid_json", "invalid_id"} == set(problem_codes())
+    document = make_openapi(100)
+    for code, (status, when) in problem_codes().items():
+        assert f"`{code}` ({status}): {when}" in document["info"]["description"]
+    stream = document["paths"]["/chat/stream/{conversationId}"]["get"]["responses"]["200"]["description"]
+    for event in ("token", "done", "error", "input", "reset"):
+        assert f"`{event}`" in stream
+
+
+def check(document: dict[str, Any], name: str, value: object) -> None:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    Draft202012Validator(schema).validate(value)
+
+
+async def test_answers_and_events_are_as_described(app: App) -> None:
+    http = app.client.http
+    document = (await http.get("/openapi.json")).json()
+    answer = await app.client.say("Hello")
+    conversation_id = answer["conversationId"]
+    check(document, "Accepted", answer)
+    check(document, "Conversation", await app.client.history(conversation_id))
+    check(document, "Stopped", (await http.post(f"/chat/{conversation_id}/stop")).json())
+    events = await app.client.events(conversation_id, f"{conversation_id}-0")
+    for event in [*events, *[each async for each in app.client.stream(conversation_id, "gone")]]:
+        check(document, f"Events/properties/{event.name}", event.data)
+    check(document, "Conversation", await app.client.history(conversation_id, limit=1))
+    check(document, "Conversations", (await http.get("/chat", params={"limit": 1})).json())
+    check(document, "Stopped", (await http.post(f"/chat/{conversation_id}/stop")).json())
+    check(document, "Problem", (await http.get(f"/chat/{new_id()}")).json())
+    check(document, "Problem", (await http.post("/chat", json={})).json())
+    for path in ("/healthz", "/readyz"):
+        check(document, "Health", (await http.get(path)).json())
+
+
+async def test_documentation_page_needs_no_network_and_names_everything(app: App) -> None:
+    response = await app.client.http.get("/docs")
+    assert response.status_code == 200 and "default-src 'none'" in response.headers["Content-Security-Policy"]
+    assert not re.search(r"""(src|href)=["'](https?:|//)|<script|style=""", response.text)
+    assert (await app.client.http.get("/web/docs.css")).headers["Content-Type"].startswith("text/css")
+    for name in ("POST /chat", "/chat/stream/{conversationId}", "reply_in_progress", "Idempotency-Key", "SayRequest"):
+        assert name in response.text
+
+
+async def test_schema_files_are_schemas() -> None:
+    for name in ("say", "empty", "stream", "history", "list", "events", "problem", "conversation"):
+        Draft202012Validator.check_schema(schemas.load(name))

@@ -1,0 +1,40 @@
+"""A fuzzer reads the specification and tries to prove it wrong, against the live server."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.servers import Server
+
+# 422: a key that was used before is refused however valid the body is.
+CONFIG = """
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", "404", "409", "422", "429", "503"]
+"""
+
+
+def test_fuzzer_finds_nothing(make_server: Callable[..., Server], tmp_path: Path) -> None:
+    # A stream that nobody posts to never ends; an age lets the fuzzer see its end.
+    server = make_server(SIMULATED_TOKEN_DELAY_MS=0, STREAM_MAX_AGE_S=0.1, MAX_INPUT_CHARS=500).start()
+    (tmp_path / "schemathesis.toml").write_text(CONFIG)
+    command = [
+        str(Path(sys.executable).with_name("schemathesis")),
+        "run",
+        f"{server.url}/openapi.json",
+        f"--url={server.url}",
+        "--max-examples=25",
+        "--seed=1",
+        "--checks=all",
+        # Unknown query parameters are ignored, as HTTP clients and proxies add their own; schemathesis counts that as
+        # accepting what the schema does not know.
+        "--exclude-checks=negative_data_rejection",
+        "--suppress-health-check=all",
+        "--request-timeout=20",
+        "--no-color",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert (found := re.search(r"(\d+) generated", done.stdout)) and int(found[1]) > 150, done.stdout
+    assert not [line for line in server.stderr if "Traceback" in line]

@@ -131,9 +131,10 @@ class Connection(asyncio.Protocol):
         elif self._paused and now - self._since >= slow_s:
             self.abort()
             return True
-        elif self.ready and now - self._since >= keepalive_s - _TICK_S / 2:
+        elif self.ready and now - self._since >= keepalive_s - _TICK_S:
             # Ready means that all before is written to its last byte, so that a comment never lands inside a frame.
-            self.write(sse.KEEPALIVE)
+            self._since = now
+            self._transport.write(sse.KEEPALIVE)
         if self.expires_at is not None and now >= self.expires_at:
             self.end()
         return False

@@ -1,0 +1,127 @@
+"""The documents say what the code does: settings, routes, files, and commands that can be pasted."""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from chatserver.openapi import make_openapi
+from chatserver.settings import Settings, read_settings
+from tests.servers import ROOT, Server
+
+README = (ROOT / "README.md").read_text()
+EXAMPLE = (ROOT / ".env.example").read_text()
+REQUESTS = (ROOT / "requests.http").read_text()
+SETTINGS = {setting.name.upper(): setting for setting in fields(Settings)}
+
+
+def test_every_setting_is_in_the_example_and_in_the_readme_with_its_default() -> None:
+    example = dict(re.findall(r"^#? ?([A-Z][A-Z_]+)=(.*)$", EXAMPLE, re.M))
+    assert set(example) == set(SETTINGS)
+    table = README.partition("## Environment variables")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.M)
+    documented = {}
+    for names, defaults in rows:
+        listed = re.findall(r"`([A-Z_]+)`", names)
+        values = [value.strip().strip("`") for value in defaults.split(",")]
+        documented |= dict(zip(listed, values if len(values) > 1 else values * len(listed), strict=True))
+    assert set(documented) == set(SETTINGS)
+    for name, setting in SETTINGS.items():
+        default = setting.default
+        if default in (None, ()):
+            assert documented[name] in ("unset", "the SDK's"), name
+            continue
+        text = (
+            str(default).lower()
+            if isinstance(default, bool)
+            else f"{default:g}"
+            if isinstance(default, float)
+            else str(default)
+        )
+        assert documented[name] == text, name
+        # The line that is there to be uncommented names the other source.
+        assert example[name] == ("openai" if name == "REPLY_SOURCE" else text), name
+
+
+def test_example_is_a_valid_file_whose_settings_are_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(EXAMPLE)
+    settings = read_settings({}, tmp_path / ".env")
+    assert settings == Settings(openai_api_key="your_api_key_here")
+    # Each line that is commented out is valid, too, but for those that need another one.
+    (tmp_path / ".env").write_text(
+        re.sub(r"^# ([A-Z_]+=)", r"\1", EXAMPLE, flags=re.M).replace("your_api_key_here", "k")
+    )
+    assert read_settings({}, tmp_path / ".env").reply_source == "openai"
+
+
+def test_secrets_are_not_in_the_settings_repr() -> None:
+    settings = read_settings({"OPENAI_API_KEY": "sk-secret", "MONGODB_URI": "mongodb://u:secret@h"}, Path("none"))
+    assert "secret" not in repr(settings)
+
+
+def test_every_route_is_in_the_readme_and_in_requests_http() -> None:
+    for path, item in make_openapi(100)["paths"].items():
+        for method in set(item) - {"parameters"}:
+            name = path.replace("{conversationId}", ":conversationId")
+            assert f"{method.upper()} {name}" in README, f"{method} {path}"
+            pattern = re.escape(path).replace(r"\{conversationId\}", r"\{\{[\w.$]+\}\}")
+            assert re.search(rf"^{method.upper()} \{{\{{host\}}\}}{pattern}(\?.*)?$", REQUESTS, re.M), (
+                f"{method} {path}"
+            )
+
+
+def test_file_tree_of_the_readme_is_the_one_there_is() -> None:
+    tree = README.partition("## How to work on it")[2].split("```")[1]
+    listed = set(re.findall(r"^  ([\w./]+)", tree, re.M))
+    there = {
+        path.name + ("/" if path.is_dir() else "")
+        for path in (ROOT / "chatserver").iterdir()
+        if path.name not in ("__init__.py", "__pycache__")
+    }
+    assert listed == there
+    scripts = re.search(r"^scripts/ +(.*)$", tree, re.M)
+    assert scripts and all((ROOT / "scripts" / name).exists() for name in scripts[1].split(", "))
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.needs("openssl")
+def test_commands_of_the_recommended_flow_can_be_pasted(make_server: Callable[..., Server]) -> None:
+    server = make_server().start()
+    block = README.partition("## The recommended flow")[2].split("```sh")[1].split("```")[0]
+    script = block.replace("localhost:3000", f"127.0.0.1:{server.port}")
+    done = subprocess.run(["bash", "-e", "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert "event: input" in done.stdout and '"status":"complete"' in done.stdout
+    assert '"status": "streaming"' in done.stdout and '"status": "idle"' in done.stdout
+
+
+def test_example_copied_to_env_unchanged_chats(tmp_path: Path) -> None:
+    """The port of the file is taken over by the environment, so that the test has one of its own."""
+    (tmp_path / ".env").write_text(EXAMPLE)
+    server = Server(tmp_path, {"SIMULATED_TOKEN_DELAY_MS": None, "PORT": 0}).start()
+    try:
+        command = ["python3", str(ROOT / "scripts" / "demo.py"), "--url", server.url, "--once", "Hello"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "NO_COLOR": "1"})
+        assert done.returncode == 0 and "Hello" in done.stdout, done.stderr
+        assert server.stop() == 0
+    finally:
+        server.kill()
+
+
+@pytest.mark.needs("node")
+def test_requests_http_runs_from_top_to_bottom(make_server: Callable[..., Server], tmp_path: Path) -> None:
+    server = make_server(SIMULATED_TOKEN_DELAY_MS=20).start()
+    # What the REST Client calls `post.response.body.$.x` is `post.x` to this runner.
+    requests = REQUESTS.replace(".response.body.$.", ".").replace("localhost:3000", f"127.0.0.1:{server.port}")
+    (tmp_path / "requests.http").write_text(requests)
+    runner = ROOT / "tests" / "node" / "node_modules" / ".bin" / "httpyac"
+    command = [str(runner), "send", "requests.http", "--all", "--output", "response", "--no-color"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    statuses = re.findall(r"^HTTP/1\.1 (\d+)", done.stdout, re.M)
+    expected = "200 200 202 200 200 200 200 200 200 202 422 202 202 204 404 400 400 415 405 200 200 200 200 200"
+    assert statuses == expected.split(), done.stdout + done.stderr
+    assert "event: done" in done.stdout and "event: reset" in done.stdout

@@ -301,20 +301,20 @@ def test_a_reply_that_runs_is_taken_up_where_it_is(quick: str) -> None:
 def test_what_somebody_else_says_is_shown_with_the_reply(quick: str) -> None:
     async def run() -> None:
         conversation = new_id()
-        async with (
-            demo(quick, "--conversation", conversation) as one,
-            demo(quick, "--conversation", conversation) as two,
-        ):
-            await one.say("from one")
+        async with demo(quick, "--conversation", conversation) as one:
+            await one.say("first")
             await one.until("bot › ")
-            await two.until("someone else › from one\nbot › ")
-            await two.say("from two")  # waits for the reply to the first
-            await one.until("someone else › from two\nbot › ")
-            (_, first, _), (_, second, _) = await asyncio.gather(one.end(), two.end())
+            async with demo(quick, "--conversation", conversation) as two:
+                await two.until("you › first")  # the history; whatever comes from here on, it is shown
+                await one.say("from one")
+                await two.until("someone else › from one\nbot › ")
+                await two.say("from two")  # waits for the reply to the other
+                await one.until("someone else › from two\nbot › ")
+                (_, first, _), (_, second, _) = await asyncio.gather(one.end(), two.end())
         messages = await history(quick, conversation)
         replies = [said(message) for message in messages[1::2]]
-        assert first.endswith(f"you › from one\n{replies[0]}someone else › from two\n{replies[1]}")
-        assert second.endswith(f"someone else › from one\n{replies[0]}you › from two\n{replies[1]}")
+        assert first.endswith(f"you › from one\n{replies[1]}someone else › from two\n{replies[2]}")
+        assert second.endswith(f"someone else › from one\n{replies[1]}you › from two\n{replies[2]}")
 
     asyncio.run(run())
 

@@ -234,6 +234,7 @@ def test_200_replies_at_delay_0_leave_room_for_all_streams_and_healthz(make_serv
                 received[conversation_id] += len(data)
             ended.add(conversation_id)
             writer.close()
+            await writer.wait_closed()
 
         watching = [asyncio.create_task(watch(each)) for each in conversations]
         while len(received) < 200:

@@ -208,8 +208,8 @@ export class Conversation extends EventTarget {
   #timer;
   /** @type {{text: string, key: string}|null} */
   #unsent = null;
-  #onOnline = () => this.#reconnect();
-  #onOffline = () => this.dispatchEvent(new Event("state"));
+  // Either is only a hint; whether the line holds is found out by trying.
+  #onNetworkChange = () => this.#reconnect();
 
   /**
    * @param {Api} api
@@ -239,8 +239,8 @@ export class Conversation extends EventTarget {
   /** Fetch the history, if need be, and follow the stream, until `pause`. */
   open() {
     if (this.#state === "paused") {
-      addEventListener("online", this.#onOnline);
-      addEventListener("offline", this.#onOffline);
+      addEventListener("online", this.#onNetworkChange);
+      addEventListener("offline", this.#onNetworkChange);
       this.#setState("connecting");
       this.#connect();
     }
@@ -401,8 +401,8 @@ export class Conversation extends EventTarget {
   }
 
   #letGo(/** @type {State} */ state) {
-    removeEventListener("online", this.#onOnline);
-    removeEventListener("offline", this.#onOffline);
+    removeEventListener("online", this.#onNetworkChange);
+    removeEventListener("offline", this.#onNetworkChange);
     this.#hangUp();
     this.#setState(state);
   }

@@ -236,8 +236,12 @@ def test_stop_keeps_what_was_said(page: Page, make_site: MakeSite) -> None:
     say(page, "Count")
     site.say(3)
     expect(answers(page)).to_have_text([said(3)])
+    say(page, "Impatient")
+    expect(page.get_by_role("alert")).to_have_text("The answer is still being written: wait for its end, or stop it.")
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".ending")).to_have_text(["Stopped."])
+    expect(page.get_by_role("alert")).to_be_hidden()
+    expect(page.get_by_label("Message", exact=True)).to_have_value("Impatient")
     expect_idle(page)
     expect_stored(page, site)
     assert site.history(id_of(page))[1]["status"] == "stopped"
@@ -252,7 +256,8 @@ def test_retry_of_a_failed_answer_in_two_tabs(context: BrowserContext, make_site
     expect(page.locator(".ending")).to_have_text(["The answer failed. The model is away; try again."])
     other = open_page(context.new_page(), page.url)
     expect(other.locator(".ending")).to_have_text(["The answer failed. The model is away; try again."])
-    page.get_by_role("button", name="Retry").click()
+    page.get_by_role("button", name="Retry").press("Enter")
+    expect(page.locator(":focus")).to_have_attribute("id", "input")
     site.say(4)
     for each in (page, other):
         expect(answers(each)).to_have_text([said(2), said(4)])
@@ -826,7 +831,10 @@ def test_keyboard_only(page: Page, make_site: MakeSite) -> None:
     expect(focused).to_have_accessible_name("Copy answer")
     page.keyboard.press("Shift+Tab")
     expect(focused).to_have_accessible_name("Copy message")
+    page.keyboard.press("Shift+Tab")
+    expect(focused).to_have_accessible_name("Conversation")
 
+    page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     expect(focused).to_have_attribute("id", "input")
@@ -923,7 +931,8 @@ def test_axe_finds_nothing(
     new_context: Callable[..., BrowserContext], make_site: MakeSite, scheme: Any, width: int
 ) -> None:
     failure = SourceError("source_unavailable", "The model is away.")
-    rich = "# Heading\n\n> quote\n\n1. a [link](https://a.example/)\n2. `code`\n\n```js\nlet a;\n```\n\n|a|b|\n|-|-|\n|1|2|\n\nEnd"
+    rich = "# Heading\n\n> quote\n\n1. a [link](https://a.example/)\n2. `code`\n\n```js\nlet a;\n```\n\n"
+    rich += "|a|b|\n|-|-|\n|1|2|\n\nEnd"
     site = make_site([rich], ["Half", failure], words(3))
     context = new_context(color_scheme=scheme, viewport={"width": width, "height": 800}, reduced_motion="reduce")
     page = open_page(context.new_page(), site.url)

@@ -15,6 +15,7 @@ const STATES = {
 };
 const NAME = "chatserver";
 const NEW = "New conversation";
+const BUSY = "The answer is still being written: wait for its end, or stop it.";
 const COPIED_MS = 1500;
 
 const input = /** @type {HTMLTextAreaElement} */ (byId("input"));
@@ -32,7 +33,11 @@ let sending = false;
 let inTrouble = false;
 
 const thread = new Thread(byId("scroller"), byId("thread"), {
-  onRetry: () => attempt(() => conversation.retry()),
+  onRetry: () => {
+    // The button that had the focus goes away.
+    input.focus();
+    attempt(() => conversation.retry());
+  },
   onScroll: (atEnd) => {
     byId("latest").hidden = atEnd;
   },
@@ -99,6 +104,9 @@ function onEnd(/** @type {import("./client.js").Message} */ reply) {
   // Only now is the answer read out: once, as a whole, and not token by token.
   const endings = { stopped: " (stopped)", failed: " (failed)", interrupted: " (interrupted)" };
   announce(`Answer: ${reply.content.replace(/[*`#]/g, "")}${endings[/** @type {"stopped"} */ (reply.status)] ?? ""}`);
+  if (notice.textContent === BUSY) {
+    tell("");
+  }
   changedList();
 }
 
@@ -224,7 +232,7 @@ async function say() {
     return;
   }
   if (to.busy) {
-    tell("The answer is still being written: wait for its end, or stop it.");
+    tell(BUSY);
     return;
   }
   sending = true;
@@ -290,6 +298,7 @@ document.addEventListener("click", async (event) => {
   }
   const text = button.dataset.text ?? button.closest("figure")?.querySelector("code")?.textContent ?? "";
   button.textContent = (await copy(text)) ? "Copied" : "Not copied";
+  announce(button.textContent);
   setTimeout(() => {
     button.textContent = "Copy";
   }, COPIED_MS);

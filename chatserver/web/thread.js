@@ -146,6 +146,7 @@ function build(element, message) {
   speaker.textContent = message.role === "user" ? "You" : "Answer";
   const body = document.createElement("div");
   body.className = "body";
+  body.dir = "auto";
   const foot = document.createElement("div");
   foot.className = "message-foot";
   if (message.status === "superseded") {

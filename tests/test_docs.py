@@ -24,7 +24,7 @@ def test_every_setting_is_in_the_example_and_in_the_readme_with_its_default() ->
     assert set(example) == set(SETTINGS)
     table = README.partition("## Environment variables")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.M)
-    documented = {}
+    documented: dict[str, str] = {}
     for names, defaults in rows:
         listed = re.findall(r"`([A-Z_]+)`", names)
         values = [value.strip().strip("`") for value in defaults.split(",")]

@@ -1,0 +1,180 @@
+"""Break everything while clients chat, then compare what they were told with what is stored.
+
+Exit code 0: every promise held, every kind of fault was injected, and enough turns ended. 1: not so.
+"""
+
+import argparse
+import asyncio
+import logging
+import random
+import secrets
+import shlex
+import sys
+import tempfile
+import time
+from collections import Counter
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pymongo
+
+from scripts.chaos_lib.check import Verdict, check
+from scripts.chaos_lib.clients import Conversation, Talker, Watcher
+from scripts.chaos_lib.faults import Faults
+from scripts.chaos_lib.ledger import Ledger
+from scripts.chaos_lib.processes import ChatServer, Mongod
+from tests.proxy import CuttingProxy
+
+KINDS = ("server killed", "server paused", "server restarted", "database killed", "database frozen", "lines cut")
+CHECKPOINT_MS = 250
+LEASE_MS = 2000
+# A token is seen a moment after it was said; a checkpoint and a signal are a moment on their way, on a busy machine.
+SLACK_S = 1.0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="what is broken, and when")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long things are broken")
+    parser.add_argument("--conversations", type=int, default=12)
+    parser.add_argument("--clients", type=int, default=3, help="watching each conversation")
+    parser.add_argument("--faults", default=",".join(KINDS), help="which kinds, separated by commas")
+    parser.add_argument("--turns", type=int, default=100, help="how many must end")
+    parser.add_argument("--pause", type=float, default=2.5, help="at most so many seconds between two faults")
+    parser.add_argument("--patience", type=float, default=40.0, help="seconds to come to rest at the end")
+    parser.add_argument("--server", help="another command to run as the server")
+    arguments = parser.parse_args()
+    arguments.faults = arguments.faults.split(",")
+    if unknown := set(arguments.faults) - set(KINDS):
+        parser.error(f"--faults: unknown kinds {', '.join(sorted(unknown))}")
+    return arguments
+
+
+Stored = dict[str, dict[str, Any]]
+
+
+async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stored]:
+    """Run it all; return what happened and what is stored."""
+    dice = random.Random(arguments.seed)
+    ledger = Ledger(CHECKPOINT_MS / 1000, SLACK_S)
+    mongod = Mongod(folder / "db")
+    variables: dict[str, object] = {
+        "MONGODB_URI": mongod.uri,
+        "CHECKPOINT_MS": CHECKPOINT_MS,
+        "LEASE_MS": LEASE_MS,
+        "SIMULATED_TOKEN_DELAY_MS": 15,
+        "KEEPALIVE_S": 2,
+        "DRAIN_S": 0.7,
+        "LOG_LEVEL": "warning",
+    }
+    command = shlex.split(arguments.server) if arguments.server else [sys.executable, "-m", "chatserver"]
+    server = ChatServer(folder / "server", variables, command)
+    numbers = count(1)
+    spares: list[ChatServer] = []
+
+    def spare() -> ChatServer:
+        spares.append(ChatServer(folder / f"spare-{next(numbers)}", variables, command))
+        return spares[-1]
+
+    conversations = [Conversation(secrets.token_hex(12)) for _ in range(arguments.conversations)]
+    proxy = CuttingProxy()
+    try:
+        await mongod.start()
+        await server.start()
+        await proxy.start(server.port)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", limits=limits, trust_env=False) as http:
+            watchers = [
+                Watcher(http, conversation, number, ledger, random.Random(dice.random()))
+                for conversation in conversations
+                for number in range(arguments.clients)
+            ]
+            talkers = [Talker(http, each, ledger, random.Random(dice.random())) for each in conversations]
+            watching = [asyncio.create_task(each.run()) for each in watchers]
+            talking = [asyncio.create_task(each.run()) for each in talkers]
+            faults = Faults(ledger, dice, server, spare, mongod, proxy, LEASE_MS / 1000)
+            await faults.run(arguments.faults, arguments.seconds, arguments.pause)
+            for talker in talkers:
+                talker.stopping = True
+            await _come_to_rest(ledger, talking, conversations, arguments.patience)
+            stored = _read(mongod.uri)
+            await _catch_up(ledger, stored, watchers, arguments.patience)
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
+        return ledger, _read(mongod.uri)
+    finally:
+        await proxy.close()
+        for each in (server, *spares):
+            each.kill()
+        mongod.remove()
+
+
+async def _come_to_rest(
+    ledger: Ledger, talking: list["asyncio.Task[None]"], conversations: list[Conversation], patience_s: float
+) -> None:
+    """Wait until every reply that was asked for has ended, as its clients are told."""
+    _, pending = await asyncio.wait(talking, timeout=patience_s)
+    for task, conversation in zip(talking, conversations, strict=True):
+        if task in pending:
+            ledger.stuck.append(f"{conversation.id}: no client was told of the end of its last reply")
+            task.cancel()
+        else:
+            task.result()
+    await asyncio.gather(*pending, return_exceptions=True)
+
+
+async def _catch_up(ledger: Ledger, stored: Stored, watchers: list[Watcher], patience_s: float) -> None:
+    """Wait until every client stands at the end of what is stored."""
+    deadline = time.monotonic() + patience_s
+    for (conversation_id, number), watcher in zip(ledger.seen, watchers, strict=True):
+        if conversation_id not in stored:
+            continue
+        end = f"{stored[conversation_id]['messages'][-1]['_id']}-done"
+        while watcher.position != end and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        if watcher.position != end:
+            ledger.stuck.append(f"{conversation_id}: client {number} stands at {watcher.position}, the record at {end}")
+
+
+def _read(uri: str) -> Stored:
+    with pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True) as client:
+        return {str(each["_id"]): each for each in client.get_default_database()["conversations"].find()}
+
+
+def report(ledger: Ledger, verdict: Verdict, arguments: argparse.Namespace) -> list[str]:
+    """Print the table; return why the run does not count, if it does not."""
+    injected = Counter(fault.kind for fault in ledger.faults)
+    turns = len({post.answer["replyId"] for post in ledger.posts})
+    rows = [(kind, injected[kind]) for kind in arguments.faults]
+    rows += [("turns", turns), ("posts sent again", ledger.retried), ("streams opened again", ledger.reconnects)]
+    rows += [("events checked", verdict.events), ("ends checked", verdict.ends)]
+    print(f"seed {arguments.seed}, {arguments.conversations} conversations x {arguments.clients} clients")
+    for name, number in rows:
+        print(f"  {name:<24}{number:>9,}")
+    print("violations")
+    for name, number in verdict.counts.items():
+        print(f"  {name:<24}{number:>9,}")
+    for kind, line in verdict.lines[:20]:
+        print(f"! {kind}: {line[:400]}")
+    wrong = [f"{len(verdict.lines)} violations"] if verdict.lines else []
+    wrong += [f"no {kind}" for kind in arguments.faults if not injected[kind]]
+    if turns < arguments.turns:
+        wrong.append(f"fewer than {arguments.turns} turns")
+    print("FAILED: " + ", ".join(wrong) if wrong else "every promise held")
+    return wrong
+
+
+def main() -> int:
+    """Return the exit code."""
+    logging.disable(logging.CRITICAL)
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        ledger, stored = asyncio.run(run(arguments, Path(folder)))
+    return 1 if report(ledger, check(ledger, stored), arguments) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

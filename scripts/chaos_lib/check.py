@@ -1,0 +1,192 @@
+"""The comparison: every conversation and every client, against MongoDB and against what the clients were told."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from scripts.chaos_lib.ledger import Fault, Ledger, Seen
+
+KINDS = ("message lost", "post stored twice", "done not kept", "text repeated", "text skipped", "stuck", "text lost")
+Stored = Mapping[str, Any]
+
+
+@dataclass
+class Verdict:
+    """What was found: violations by kind, with a line for each."""
+
+    events: int = 0
+    ends: int = 0
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+    def blame(self, kind: str, line: str) -> None:
+        assert kind in KINDS
+        self.lines.append((kind, line))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        found = Counter(kind for kind, _ in self.lines)
+        return {kind: found[kind] for kind in KINDS}
+
+
+def check(ledger: Ledger, conversations: Mapping[str, Stored]) -> Verdict:
+    """Return what is wrong with a run.
+
+    :param conversations: the documents by their ids, as MongoDB has them at the end
+    """
+    verdict = Verdict()
+    for line in ledger.stuck:
+        verdict.blame("stuck", line)
+    for conversation_id, document in conversations.items():
+        if "reply" in document:
+            verdict.blame("stuck", f"{conversation_id} is still streaming")
+    _check_posts(ledger, conversations, verdict)
+    for (conversation_id, number), seen in ledger.seen.items():
+        document = conversations.get(conversation_id, {"messages": []})
+        _Reader(ledger, f"{conversation_id} client {number}", document, verdict).read(seen)
+    return verdict
+
+
+def _check_posts(ledger: Ledger, conversations: Mapping[str, Stored], verdict: Verdict) -> None:
+    answers: dict[tuple[str, str], dict[str, Any]] = {}
+    orders: dict[str, list[str]] = {}
+    for post in ledger.posts:
+        first = answers.setdefault((post.conversation_id, post.key), post.answer)
+        if first != post.answer:
+            verdict.blame("post stored twice", f"{post.conversation_id} key {post.key}: two answers")
+        order = orders.setdefault(post.conversation_id, [])
+        if post.answer["messageId"] not in order:
+            order.append(post.answer["messageId"])
+    for conversation_id, order in orders.items():
+        messages = conversations.get(conversation_id, {"messages": []})["messages"]
+        users = [str(message["_id"]) for message in messages if message["role"] == "user"]
+        for message_id, count in Counter(users).items():
+            if count > 1:
+                verdict.blame("post stored twice", f"{conversation_id} message {message_id}")
+        for text, count in Counter(message["content"] for message in messages if message["role"] == "user").items():
+            if count > 1:
+                verdict.blame("post stored twice", f"{conversation_id} {text!r}")
+        if [each for each in users if each in order] != order:
+            verdict.blame("message lost", f"{conversation_id}: acknowledged {order}, stored {users}")
+
+
+class _Reader:
+    """Puts together what one client was told, and compares."""
+
+    def __init__(self, ledger: Ledger, name: str, document: Stored, verdict: Verdict) -> None:
+        self._ledger, self._name, self._verdict = ledger, name, verdict
+        self._stored = {str(message["_id"]): message for message in document["messages"]}
+        self._texts: dict[str, list[tuple[float, str]]] = {}
+        self._begins: dict[str, int] = {}
+        self._ended: set[str] = set()
+
+    def read(self, seen: list[Seen]) -> None:
+        for event in seen:
+            self._verdict.events += 1
+            if event.kind == "history":
+                self._take_history(event)
+            elif event.kind == "token":
+                self._take_token(event)
+            elif event.kind == "input":
+                self._take_input(event)
+            elif event.kind in ("done", "error"):
+                self._take_end(event)
+
+    def _take_history(self, event: Seen) -> None:
+        """After a reset a client has what the history says, and nothing else."""
+        self._texts, self._begins, self._ended = {}, {}, set()
+        for message in event.data["messages"]:
+            self._texts[message["id"]] = [(event.time, message["content"])]
+            if message["status"] != "streaming":
+                self._ended.add(message["id"])
+
+    def _take_token(self, event: Seen) -> None:
+        message_id, _, chars = event.id.rpartition("-")
+        if message_id in self._ended:
+            self._verdict.blame("text repeated", f"{self._name}: a token of {message_id} after its end")
+        pieces = self._texts.setdefault(message_id, [])
+        text = event.data["text"]
+        if not pieces:
+            # A client that joined in the middle has the text from there on.
+            self._begins[message_id] = int(chars) - len(text)
+        had = self._begins.get(message_id, 0) + sum(len(piece) for _, piece in pieces)
+        begins = int(chars) - len(text)
+        if begins < had:
+            self._verdict.blame("text repeated", f"{self._name}: {message_id} from {begins}, had {had}")
+        elif begins > had:
+            self._verdict.blame("text skipped", f"{self._name}: {message_id} from {begins}, had {had}")
+        pieces.append((event.time, text))
+
+    def _take_input(self, event: Seen) -> None:
+        message_id = event.data["messageId"]
+        if message_id in self._texts:
+            self._verdict.blame("text repeated", f"{self._name}: input {message_id} twice")
+        self._texts[message_id] = [(event.time, event.data["text"])]
+        stored = self._stored.get(message_id)
+        if stored is None or stored["content"] != event.data["text"]:
+            self._verdict.blame("message lost", f"{self._name}: input {message_id} is not stored so")
+
+    def _take_end(self, event: Seen) -> None:
+        message_id = event.data["messageId"]
+        if message_id in self._ended:
+            self._verdict.blame("text repeated", f"{self._name}: two ends of {message_id}")
+        self._ended.add(message_id)
+        self._verdict.ends += 1
+        stored = self._stored.get(message_id)
+        begin = self._begins.get(message_id, 0)
+        pieces = self._texts.get(message_id, [])
+        text = "".join(piece for _, piece in pieces)
+        kept = stored["content"][begin:] if stored else ""
+        if event.kind == "done":
+            status = stored.get("status", "complete") if stored else None
+            if status != event.data["status"] or kept != text:
+                line = f"{self._name}: done of {message_id}: told {text!r}, stored {kept!r} as {status}"
+                self._verdict.blame("done not kept", line)
+        elif stored is None or stored.get("error", {}).get("code") != event.data["code"]:
+            self._verdict.blame("done not kept", f"{self._name}: error of {message_id} is not stored so")
+        elif not text.startswith(kept):
+            self._verdict.blame("text skipped", f"{self._name}: {message_id}: told {text!r}, stored {kept!r}")
+        elif len(text) > len(kept):
+            self._check_loss(message_id, pieces, len(kept), event, stored["status"])
+
+    def _check_loss(self, message_id: str, pieces: list[tuple[float, str]], kept: int, end: Seen, status: str) -> None:
+        """Only what came after the last checkpoint that was taken may be gone, and only of interrupted replies."""
+        first_lost = next(time for time, total in _running_totals(pieces) if total > kept)
+        bound = last_checkpoint(self._ledger, first_lost, end.time)
+        if status != "interrupted" or bound is None or first_lost < bound:
+            late = "no server fault" if bound is None else f"{bound - first_lost:.2f} s before the last checkpoint"
+            self._verdict.blame("text lost", f"{self._name}: {message_id} ({status}), first lost token {late}")
+
+
+def _running_totals(pieces: list[tuple[float, str]]) -> list[tuple[float, int]]:
+    totals, total = [], 0
+    for time, piece in pieces:
+        total += len(piece)
+        totals.append((time, total))
+    return totals
+
+
+def last_checkpoint(ledger: Ledger, after: float, before: float) -> float | None:
+    """Return the time by which what was seen must have been saved before the server was lost; None if it never was.
+
+    A checkpoint is taken every interval while the database answers; one that it was asked for during an outage may have
+    come to nothing, until an interval after its end.
+    """
+    margin = ledger.interval_s + ledger.slack_s
+    lost = [
+        fault.begin
+        for fault in ledger.faults
+        if fault.hits == "server" and fault.end + margin >= after and fault.begin <= before
+    ]
+    if not lost:
+        return None
+    # The first one is it: its reply was not taken up again.
+    bound = min(lost) - margin
+    for outage in sorted((each for each in ledger.faults if each.hits == "database"), key=_begin, reverse=True):
+        if outage.begin <= bound + margin and outage.end + margin >= bound:
+            bound = min(bound, outage.begin - margin)
+    return bound
+
+
+def _begin(fault: Fault) -> float:
+    return fault.begin

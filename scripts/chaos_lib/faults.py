@@ -1,0 +1,109 @@
+"""What is broken, and how it is mended."""
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import Awaitable, Callable
+
+from scripts.chaos_lib.ledger import Fault, Ledger
+from scripts.chaos_lib.processes import ChatServer, Mongod
+from tests.proxy import CuttingProxy
+
+
+class Faults:
+    """Breaks one thing after the other, by the dice.
+
+    :param spare: makes a second server on the same database, for when the first one is paused
+    :param lease_s: a pause is longer than this
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        dice: random.Random,
+        server: ChatServer,
+        spare: Callable[[], ChatServer],
+        mongod: Mongod,
+        proxy: CuttingProxy,
+        lease_s: float,
+    ) -> None:
+        self._ledger, self._dice, self._lease_s = ledger, dice, lease_s
+        self._server, self._spare, self._mongod, self._proxy = server, spare, mongod, proxy
+        self.kinds: dict[str, Callable[[], Awaitable[None]]] = {
+            "server killed": self._kill_server,
+            "server paused": self._pause_server,
+            "server restarted": self._restart_server,
+            "database killed": self._kill_mongod,
+            "database frozen": self._freeze_mongod,
+            "lines cut": self._cut_lines,
+        }
+
+    async def run(self, kinds: list[str], seconds: float, pause_s: float) -> None:
+        """Break things for so long; every kind comes once before any comes again."""
+        until = time.monotonic() + seconds
+        while True:
+            for kind in self._dice.sample(kinds, len(kinds)):
+                await asyncio.sleep(self._dice.uniform(0.4, 1.0) * pause_s)
+                if time.monotonic() >= until:
+                    return
+                await self.kinds[kind]()
+
+    def _note(self, kind: str, hits: str, begin: float) -> None:
+        self._ledger.faults.append(Fault(kind, hits, begin, time.monotonic()))
+
+    async def _kill_server(self) -> None:
+        begin = time.monotonic()
+        self._server.kill()
+        self._note("server killed", "server", begin)
+        await self._server.start()
+
+    async def _restart_server(self) -> None:
+        begin = time.monotonic()
+        await self._server.stop()
+        self._note("server restarted", "server", begin)
+        await self._server.start()
+
+    async def _pause_server(self) -> None:
+        """Pause it for longer than its lease; another one finishes its replies, and half the time takes its clients."""
+        begin = time.monotonic()
+        self._server.pause()
+        spare = self._spare()
+        await spare.start()
+        moved = self._dice.random() < 0.5
+        if moved:
+            self._proxy.aim(spare.port)
+            self._proxy.cut()
+        await asyncio.sleep(self._lease_s + 1.0)
+        self._server.resume()
+        self._note("server paused", "server", begin)
+        await asyncio.sleep(0.5)
+        if moved:
+            self._proxy.aim(self._server.port)
+        ending = time.monotonic()
+        await spare.stop()
+        self._note("spare ended", "server", ending)
+
+    async def _kill_mongod(self) -> None:
+        begin = time.monotonic()
+        self._mongod.kill()
+        await asyncio.sleep(self._dice.uniform(0.2, 1.5))
+        await self._mongod.start()
+        self._note("database killed", "database", begin)
+
+    async def _freeze_mongod(self) -> None:
+        begin = time.monotonic()
+        self._mongod.signal(signal.SIGSTOP)
+        await asyncio.sleep(self._dice.uniform(0.5, 4.0))
+        self._mongod.signal(signal.SIGCONT)
+        self._note("database frozen", "database", begin)
+
+    async def _cut_lines(self) -> None:
+        """Have each new line broken off in the middle of a frame, and the open ones at once."""
+        begin = time.monotonic()
+        for _ in range(4):
+            self._proxy.cut_after(self._dice.randrange(400, 4000))
+            self._proxy.cut()
+            await asyncio.sleep(self._dice.uniform(0.2, 0.6))
+        self._proxy.cut_after(None)
+        self._note("lines cut", "line", begin)

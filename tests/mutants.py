@@ -1,0 +1,82 @@
+"""Servers that break one promise each: `python -m tests.mutants NAME`. The chaos program must catch them all."""
+
+import asyncio
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from chatserver import __main__ as server
+from chatserver.chat import Chat
+from chatserver.hub import LiveReply, Place
+from chatserver.store import Store
+
+
+def post_stored_twice() -> None:
+    """A key is not kept, so that a post that is sent again is stored again."""
+    begin = Store.begin
+
+    async def without_key(self: Store, turn: Any, content: str, key: str | None, *, new: bool = False) -> Any:
+        return await begin(self, turn, content, None, new=new)
+
+    Store.begin = without_key  # type: ignore[method-assign]
+
+
+def done_before_the_write() -> None:
+    """The end is told at once, and stored a moment later."""
+    finish = Chat._finish
+
+    async def early(self: Chat, conversation_id: str, message: Any) -> Any:
+        async def later() -> None:
+            await asyncio.sleep(2.0)
+            await finish(self, conversation_id, message)
+
+        self._spawn(later())
+        return message
+
+    Chat._finish = early  # type: ignore[method-assign]
+
+
+def text_repeated_on_resume() -> None:
+    """A position in a running reply is taken for the one before."""
+    locate = LiveReply.locate
+
+    def before(self: LiveReply, chars: int) -> Place:
+        return locate(self, max(0, chars - 1))
+
+    LiveReply.locate = before  # type: ignore[method-assign]
+
+
+def lost_replies_left_alone() -> None:
+    """Nobody finishes the replies of a server that was lost."""
+
+    async def nothing(*_: Any, **__: Any) -> None:
+        await asyncio.sleep(0.05)
+
+    Chat._finish_lost = nothing  # type: ignore[method-assign]
+    Chat._finish_checkpointed = nothing  # type: ignore[method-assign]
+
+
+def no_checkpoints() -> None:
+    """Leases are renewed, but what was said is not saved."""
+    checkpoint = Store.checkpoint
+
+    async def empty(self: Store, replies: Any) -> Any:
+        return await checkpoint(self, {reply: (conversation, "") for reply, (conversation, _) in replies.items()})
+
+    Store.checkpoint = empty  # type: ignore[method-assign]
+
+
+MUTANTS: dict[str, Callable[[], None]] = {
+    each.__name__: each
+    for each in (
+        post_stored_twice,
+        done_before_the_write,
+        text_repeated_on_resume,
+        lost_replies_left_alone,
+        no_checkpoints,
+    )
+}
+
+if __name__ == "__main__":
+    MUTANTS[sys.argv.pop(1)]()
+    sys.exit(server.main())

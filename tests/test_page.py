@@ -336,7 +336,7 @@ def test_older_conversations_are_fetched_page_by_page(page: Page, make_site: Mak
 
 
 def test_conversation_deleted_elsewhere_is_said_to_be(context: BrowserContext, make_site: MakeSite) -> None:
-    site = make_site(words(9))
+    site = make_site(words(9), checkpoint_ms=5000)
     page = open_page(context.new_page(), site.url)
     say(page, "Count")
     site.say(2)
@@ -445,7 +445,7 @@ def test_hidden_tab_lets_go_of_its_stream_and_goes_on_when_it_is_seen(page: Page
 
 
 def test_server_killed_and_restarted_in_mid_answer(page: Page, make_server: Callable[..., Server]) -> None:
-    server = make_server(SIMULATED_TOKENS=60, SIMULATED_TOKEN_DELAY_MS=40, CHECKPOINT_MS=50, LEASE_MS=300).start()
+    server = make_server(SIMULATED_TOKENS=150, SIMULATED_TOKEN_DELAY_MS=20, CHECKPOINT_MS=300, LEASE_MS=900).start()
     open_page(page, server.url)
     say(page, "Hold the line")
     expect(answers(page)).to_contain_text("Hold the line")
@@ -586,6 +586,55 @@ def test_stream_that_a_proxy_refuses_is_made_anew_from_its_position(page: Page, 
     assert len(asked) == 4
     assert all(re.search(r"lastEventId=[0-9a-f]{24}-", url) for url in asked)
     expect_stored(page, site)
+
+
+def test_turn_taken_while_the_stream_is_down_is_shown_once_and_in_order(page: Page, make_site: MakeSite) -> None:
+    site = make_site(words(1), words(2), words(3))
+    site.say(3)
+    open_page(page, site.url)
+    say(page, "First")
+    expect(answers(page)).to_have_text([said(1)])
+    expect_idle(page)
+    conversation_id = id_of(page)
+    is_down = True
+    page.route("**/chat/stream/**", lambda route: route.fulfill(status=503) if is_down else route.continue_())
+    site.run(site.app.streams.close())
+    expect(page.locator("#state")).to_have_text("Reconnecting")
+    site.run(site.app.client.say("Second, by somebody else", conversation_id))
+    site.until(lambda: not site.app.chat.running)
+    say(page, "Third")
+    # The page knows that it was taken, but not yet what came before it.
+    expect(said_by_user(page)).to_have_text(["First", "Third"])
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    site.say(3)
+    site.until(lambda: not site.app.chat.running)
+    is_down = False
+    expect(answers(page)).to_have_text([said(1), said(2), said(3)])
+    expect(said_by_user(page)).to_have_text(["First", "Second, by somebody else", "Third"])
+    expect_idle(page)
+    expect_stored(page, site)
+
+
+def test_history_that_is_refused_is_fetched_again(page: Page, make_site: MakeSite) -> None:
+    site = make_site(words(2))
+    site.say(2)
+    conversation_id = site.run(site.app.client.say("Hello"))["conversationId"]
+    site.until(lambda: not site.app.chat.running)
+    refusals = iter([503, 500])
+
+    def refuse(route: Route) -> None:
+        status = next(refusals, None)
+        if status is None:
+            route.continue_()
+        else:
+            route.fulfill(status=status, headers={"Retry-After": "1"}, body="not now")
+
+    page.route(f"**/chat/{conversation_id}", refuse)
+    page.goto(f"{site.url}#{conversation_id}")
+    expect(page.locator("#state")).to_have_text("Reconnecting")
+    expect(answers(page)).to_have_text([said(2)])
+    expect(page.locator("#state")).to_have_text("Live")
+    expect(said_by_user(page)).to_have_text(["Hello"])
 
 
 def test_stream_from_a_dead_port_is_made_anew(page: Page, make_server: Callable[..., Server]) -> None:

@@ -340,7 +340,7 @@ function inline(text, growing, depth = 0) {
 function element(text, mark, growing, depth, unclosed) {
   const begin = mark.index + mark[0].length;
   if (mark[0] === "[") {
-    const link = /\[((?:[^[\]\\]|\\.)*)\]\(\s*<?([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?:\s+"[^"]*")?\s*\)/y;
+    const link = /\[((?:[^[\]\\]|\\.)*)\]\(<?([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?:\s"[^"]*")?\)/y;
     link.lastIndex = mark.index;
     const parts = link.exec(text);
     const node = parts && anchor(parts[2], inline(parts[1], false, depth + 1));

@@ -42,6 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=3, help="watching each conversation")
     parser.add_argument("--faults", default=",".join(KINDS), help="which kinds, separated by commas")
     parser.add_argument("--turns", type=int, default=100, help="how many must end")
+    parser.add_argument("--token-delay-ms", type=int, default=15, help="between two tokens of a reply")
     parser.add_argument("--pause", type=float, default=2.5, help="at most so many seconds between two faults")
     parser.add_argument("--patience", type=float, default=40.0, help="seconds to come to rest at the end")
     parser.add_argument("--server", help="another command to run as the server")
@@ -64,7 +65,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stor
         "MONGODB_URI": mongod.uri,
         "CHECKPOINT_MS": CHECKPOINT_MS,
         "LEASE_MS": LEASE_MS,
-        "SIMULATED_TOKEN_DELAY_MS": 15,
+        "SIMULATED_TOKEN_DELAY_MS": arguments.token_delay_ms,
         "KEEPALIVE_S": 2,
         "DRAIN_S": 0.7,
         "LOG_LEVEL": "warning",

@@ -1,0 +1,109 @@
+"""Measure chatserver side by side with Express and FastAPI twins: `scripts/bench`.
+
+    scripts/bench                                    A to E three times, then F and G: about a quarter of an hour
+    scripts/bench --workloads A,C --rounds 5         some of them
+    scripts/bench --workloads A --sides ours         ours only, while working on it
+    scripts/bench --soak 20                          H, for so many minutes
+    scripts/bench --json out.json                    the results of every run, too
+
+What is measured is the whole product, `python -m chatserver` with the simulated source and a private `mongod`, against
+servers that do as little as they can: `express.js` (the same design in Node: a Map of Sets, `res.write` per client) and
+`fastapi_twin.py` (sse-starlette, uvicorn, uvloop; with Motor where turns are stored). All say the same words at the
+same pace under positions of the same form. The twins have no database in A to D and no resume at all.
+
+The server under test has one core, `load.c` (compiled at run time) and `mongod` have another. `load.c` checks every
+token of every subscriber; see its head for what latency means. CPU is the server process's own, all its threads;
+`mongod`'s is told apart. The sides take turns, so that a noisy minute hits them all. A table of medians with the
+smallest and the largest, then the targets: the exit code is 1 if one is missed.
+
+Needs two cores, `cc`, Node with npm, and what the server needs. What it makes is in `.bench/`.
+
+The files: `workloads.py` (A to E), `depth.py` (F, G), `soak.py` (H), `targets.py`, `processes.py` (servers, cores),
+`generator.py` and `load.c`, `tools.py` (what is compiled and installed), the twins.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from scripts.bench_lib import tools
+from scripts.bench_lib.generator import Result
+from scripts.bench_lib.processes import Database, bind, cores
+from scripts.bench_lib.targets import table, verdicts
+from scripts.bench_lib.workloads import ALL, WORKLOADS, Bench
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of A to E; default: all")
+    parser.add_argument("--sides", default=",".join(ALL), help="ours, express, fastapi; default: all")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=float, default=1.0, help="of loads and times; to try the bench itself")
+    parser.add_argument("--json", type=Path, help="where to write every run's results")
+    return parser.parse_args()
+
+
+def _machine() -> Result:
+    """Return what the figures depend on."""
+    node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "node": node,
+        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    return Path("/proc/cpuinfo").read_text().splitlines()
+
+
+def main() -> int:
+    """Measure, print, write; return 1 if a target is missed."""
+    arguments = _arguments()
+    names = [name.strip().upper() for name in arguments.workloads.split(",") if name.strip()]
+    sides = arguments.sides.split(",")
+    if unknown := [*({*names} - {*WORKLOADS}), *({*sides} - {*ALL})]:
+        print(f"bench: unknown: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    machine = _machine()
+    tools.load_generator()
+    if "express" in sides:
+        tools.express_modules()
+    if "fastapi" in sides:
+        tools.twin_python()
+    server_core, other_core = cores()
+    bind(other_core)
+    results: dict[str, dict[str, list[Result]]] = {}
+    with Database() as database:
+        bench = Bench(database, server_core, arguments.scale)
+        for number in range(arguments.rounds):
+            for name in names:
+                taking_part = [side for side in WORKLOADS[name].sides if side in sides]
+                turn = number % max(1, len(taking_part))
+                for side in taking_part[turn:] + taking_part[:turn]:
+                    print(f"round {number + 1}: {name} {side}", file=sys.stderr, flush=True)
+                    run = WORKLOADS[name].run(bench, side)
+                    runs = results.setdefault(name, {each: [] for each in taking_part})
+                    runs[side].append(run)
+    print(" · ".join(f"{key} {value}" for key, value in machine.items()))
+    print(table(results, lambda name: WORKLOADS[name].title))
+    judged = verdicts(results)
+    print()
+    for met, text in judged:
+        print(f"{'pass' if met else 'FAIL'}  {text}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine, "results": results, "verdicts": judged}, indent=1))
+    return 0 if all(met for met, _ in judged) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -107,7 +107,7 @@ function onEnd(/** @type {import("./client.js").Message} */ reply) {
   if (notice.textContent === BUSY) {
     tell("");
   }
-  changedList();
+  sidebar.refresh();
 }
 
 function changedList() {

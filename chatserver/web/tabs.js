@@ -47,7 +47,7 @@ export function shareConnections({ hold, letGo, refresh }) {
       later.add(data.attended);
     } else if (data.left) {
       later.delete(data.left);
-    } else {
+    } else if (document.visibilityState === "visible") {
       refresh();
     }
     settle();

@@ -1,9 +1,8 @@
 """Measure chatserver side by side with Express and FastAPI twins: `scripts/bench`.
 
-    scripts/bench                                    A to E three times, then F and G: about a quarter of an hour
+    scripts/bench                                    A to E three times: about a quarter of an hour
     scripts/bench --workloads A,C --rounds 5         some of them
     scripts/bench --workloads A --sides ours         ours only, while working on it
-    scripts/bench --soak 20                          H, for so many minutes
     scripts/bench --json out.json                    the results of every run, too
 
 What is measured is the whole product, `python -m chatserver` with the simulated source and a private `mongod`, against
@@ -18,8 +17,8 @@ smallest and the largest, then the targets: the exit code is 1 if one is missed.
 
 Needs two cores, `cc`, Node with npm, and what the server needs. What it makes is in `.bench/`.
 
-The files: `workloads.py` (A to E), `depth.py` (F, G), `soak.py` (H), `targets.py`, `processes.py` (servers, cores),
-`generator.py` and `load.c`, `tools.py` (what is compiled and installed), the twins.
+The files: `workloads.py`, `targets.py`, `processes.py` (servers, cores), `generator.py` and `load.c`, `tools.py` (what is
+compiled and installed), the twins.
 """
 
 import argparse

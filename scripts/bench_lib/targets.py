@@ -49,13 +49,6 @@ TARGETS = (
     Target("D", "connects_per_second", False, 1.0, "express"),
     Target("E", "turns_per_second", False, 1.0, "fastapi"),
     Target("E", "us_per_turn", True, 1.0, "fastapi"),
-    Target("F", "turn_growth", True, 2.0),
-    Target("F", "page_growth", True, 2.0),
-    Target("F", "resume_growth", True, 2.0),
-    Target("G", "caught_up_max_ms", True, 2000.0),
-    Target("G", "latency_p99_ms", True, 250.0),
-    Target("H", "memory_growth", True, 1.03),
-    Target("H", "left_over", True, 0.0),
 )
 
 

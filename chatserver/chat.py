@@ -516,7 +516,7 @@ class Chat:
                 continue
             for reply_id in lost:
                 if (running := self._running.get(reply_id)) and self._end(running, "interrupted", INTERRUPTED):
-                    logger.warning("reply taken over by another server", extra=_ids(running.begun.turn))
+                    logger.info("reply ended or deleted by another hand", extra=_ids(running.begun.turn))
 
     async def _sweep_for_ever(self) -> None:
         """Finish the replies whose servers were lost."""

@@ -23,6 +23,8 @@ MAX_WRITE = 128 * 1024
 """Bytes handed to a connection at once: what a client that stops reading may cost us."""
 
 
+KEPT_TURN = 256 * 1024
+"""Bytes of an ended turn that are kept for those who lag when the next one begins."""
 _NO_SLICE = (0, 0, b"", 0)
 
 
@@ -171,8 +173,7 @@ class Live:
         elif self._tail is None:
             self._tail = previous
         else:
-            # The turn before last goes, whoever lags a whole turn behind: a slow client costs no memory.
-            self._forget_all_but_last_turn()
+            self._forget_ended_turns()
         self.version += 1
         if said is not None:
             message_id, frame = said
@@ -303,13 +304,15 @@ class Live:
             elif self.reply is None:
                 subscriber.end()
 
-    def _forget_all_but_last_turn(self) -> None:
-        replies = [index for index, entry in enumerate(self._entries) if entry.reply]
-        if len(replies) < 2:
-            return
-        last = self._entries[replies[-2]]
-        assert last.end is not None
-        self._drop(last.end, Position(last.message_id, None))
+    def _forget_ended_turns(self) -> None:
+        """Forget what has ended, but for a short last turn that some may still be reading: who lags costs no memory."""
+        ended = [entry for entry in self._entries if entry.reply is not None]
+        before_last = ended[-2].end if len(ended) > 1 else self._base
+        assert before_last is not None
+        if self._end - before_last > KEPT_TURN:
+            self._drop(self._end, self.position)
+        elif before_last > self._base:
+            self._drop(before_last, Position(ended[-2].message_id, None))
 
     def _drop(self, offset: int, tail: Position | None) -> None:
         """Forget the log before an offset, at which the conversation stood at `tail`; cut who has not got that far."""

@@ -118,6 +118,10 @@ class App:
             while not condition():
                 await asyncio.sleep(0.005)
 
+    async def until_idle_but_watched(self) -> None:
+        """Wait until no reply runs."""
+        await self.until(lambda: not self.chat.running)
+
     async def until_idle(self) -> None:
         """Wait until no reply runs and every live conversation is forgotten."""
         await self.until(lambda: not self.chat.running and not self.hub.lives)

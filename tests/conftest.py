@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import re
 import shutil
 from collections.abc import Awaitable, Callable, Iterator
@@ -18,7 +19,14 @@ from chatserver.store import initiate_replica_set
 from tests.apps import App, Database
 from tests.servers import Server
 
-TOOLS = {"node": "node", "npm": "npm", "chromium": "chromium", "nginx": "nginx", "cc": "cc", "openssl": "openssl"}
+TOOLS = {
+    "node": "node",
+    "npm": "npm",
+    "chromium": os.environ.get("CHROMIUM", "chromium"),
+    "nginx": "nginx",
+    "cc": "cc",
+    "openssl": "openssl",
+}
 NODE_MODULES = Path(__file__).parent / "node" / "node_modules"
 
 

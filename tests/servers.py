@@ -22,7 +22,7 @@ class Server:
     def __init__(self, folder: Path, variables: dict[str, object], command: list[str] | None = None) -> None:
         self.folder = folder
         self.variables = {"PORT": 0, "SIMULATED_TOKEN_DELAY_MS": 5, **variables}
-        self.command = command or [sys.executable, "-X", "dev", "-W", "ignore", "-m", "chatserver"]
+        self.command = command or [sys.executable, "-m", "chatserver"]
         self.port = 0
         self.stdout: list[str] = []
         self.stderr: list[str] = []

@@ -360,7 +360,6 @@ async def test_post_to_a_conversation_whose_server_is_lost_finishes_its_reply(ma
     assert statuses[:3] == [None, "interrupted", None]
 
 
-@pytest.mark.expects_log("taken over by another server")
 async def test_server_that_was_only_paused_notices_that_its_reply_was_taken_over(make_app: Make) -> None:
     source = gated("one ", "two ", "three", said=1)
     paused = await make_app(source=source, checkpoint_ms=20, lease_ms=10_000)
@@ -385,7 +384,6 @@ async def test_server_that_was_only_paused_notices_that_its_reply_was_taken_over
     assert [each["content"] for each in messages] == ["Hello", "one "] and source.closed == 1
 
 
-@pytest.mark.expects_log("taken over by another server")
 async def test_stop_and_delete_reach_a_reply_of_another_server(make_app: Make) -> None:
     source = gated("one ", "two", said=1)
     writer = await make_app(source=source)

@@ -15,9 +15,12 @@ the back-pressure, `connection_lost` the end. The body ends with the connection,
 """
 
 import asyncio
+import fcntl
 import logging
 import random
 import socket
+import sys
+import termios
 from collections import Counter
 from collections.abc import Callable
 from typing import cast
@@ -125,7 +128,7 @@ class Connection(asyncio.Protocol):
         """Look after the connection, about once a second; return whether it was cut for taking nothing for `slow_s`."""
         if self._transport is None:
             return False
-        unsent = self._transport.get_write_buffer_size()
+        unsent = self._in_flight() if self._paused else 0
         if self._active or unsent != self._unsent:
             self._active, self._unsent, self._since = False, unsent, now
         elif self._paused and now - self._since >= slow_s:
@@ -139,6 +142,15 @@ class Connection(asyncio.Protocol):
             self.end()
         return False
 
+    def _in_flight(self) -> int:
+        """Return the bytes that the client has not taken: ours, and on Linux the kernel's (tcp(7), SIOCOUTQ)."""
+        assert self._transport is not None
+        unsent = self._transport.get_write_buffer_size()
+        if sys.platform == "linux":
+            descriptor = self._transport.get_extra_info("socket").fileno()
+            unsent += int.from_bytes(fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        return unsent
+
     def _pump(self) -> None:
         """Write what comes before the live frames, piece by piece; then end, or go on with the conversation's log."""
         if self._transport is None:
@@ -150,7 +162,8 @@ class Connection(asyncio.Protocol):
         if self._backlog or self._paused:
             return
         if self._ending:
-            self._transport.close()
+            # Not at once: a transport that is closed inside `resume_writing` tells `connection_lost` twice.
+            asyncio.get_running_loop().call_soon(self._transport.close)
         elif self.live is not None:
             self.live.catch_up(self)
 
@@ -282,7 +295,8 @@ class StreamHandler(BaseHandler):
         accepted.setblocking(False)
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         if hasattr(socket, "TCP_USER_TIMEOUT") and accepted.family in (socket.AF_INET, socket.AF_INET6):
-            # A client that vanished acknowledges nothing: the kernel gives it up as long after a keep-alive.
-            milliseconds = int(self.limits.slow_client_timeout_s * 1000)
+            # A client that vanished acknowledges nothing: the kernel gives it up so long after a keep-alive. One that
+            # is there and takes nothing is our own timer's, which comes first.
+            milliseconds = int(self.limits.slow_client_timeout_s * 1000) + 5000
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, accepted)

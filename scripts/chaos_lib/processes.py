@@ -1,10 +1,12 @@
 """The real processes: a `mongod` on a port of its own that keeps it, and `python -m chatserver`."""
 
 import asyncio
+import random
 import shutil
 import signal
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 from chatserver.mongod import find_mongod
@@ -12,14 +14,21 @@ from chatserver.store import initiate_replica_set
 from tests.servers import Server
 
 
+def steady_port() -> int:
+    """Return a free port below those that outgoing connections get, so that it is free again after a crash, too."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 class Mongod:
     """A replica set of one, always at the same address, to be killed and frozen."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.host = f"127.0.0.1:{probe.getsockname()[1]}"
+        self.host = f"127.0.0.1:{steady_port()}"
         self.uri = f"mongodb://{self.host}/chaos?directConnection=true"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -29,8 +38,25 @@ class Mongod:
         host, port = self.host.split(":")
         command = [find_mongod(), "--dbpath", str(self._folder), "--bind_ip", host, "--port", port, "--replSet", "rs0"]
         command += ["--oplogSize", "64", "--wiredTigerCacheSizeGB", "0.25", "--nounixsocket"]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        await initiate_replica_set(self.uri, self.host)
+        command += ["--logpath", str(self._folder / "mongod.log"), "--logappend"]
+        for _ in range(5):
+            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            if await self._listens():
+                await initiate_replica_set(self.uri, self.host)
+                return
+        log = (self._folder / "mongod.log").read_text().splitlines()
+        raise RuntimeError("mongod does not start again:\n" + "\n".join(log[-20:]))
+
+    async def _listens(self) -> bool:
+        """Wait until it accepts connections; return False if it ends instead."""
+        assert self._process is not None
+        host, port = self.host.split(":")
+        while self._process.poll() is None:
+            with socket.socket() as probe:
+                if probe.connect_ex((host, int(port))) == 0:
+                    return True
+            await asyncio.sleep(0.05)
+        return False
 
     def signal(self, number: int) -> None:
         assert self._process is not None
@@ -53,7 +79,7 @@ class ChatServer:
 
     def __init__(self, folder: Path, variables: dict[str, object], command: list[str] | None) -> None:
         folder.mkdir(exist_ok=True)
-        self._server = Server(folder, variables, command)
+        self._server = Server(folder, {**variables, "PORT": steady_port()}, command)
 
     @property
     def port(self) -> int:

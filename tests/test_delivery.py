@@ -1,0 +1,222 @@
+"""Delivery is fair to all, and its work is counted, not timed: frames, writes, tasks, database calls, bytes kept."""
+
+import asyncio
+import re
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from chatserver import sse
+from chatserver.hub import MAX_WRITE
+from tests.apps import App, Script
+from tests.clients import Client, RawStream, Transcript, new_id, text_of
+from tests.servers import Server
+
+pytestmark = pytest.mark.gen_test(timeout=110)
+
+Make = Callable[..., Awaitable[App]]
+
+
+class Stalled:
+    """A client that reads its stream's head, and then nothing more."""
+
+    def __init__(self, port: int, path: str) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        self._socket.connect(("127.0.0.1", port))
+        self._socket.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+async def test_frame_is_encoded_once_for_all_and_nothing_is_done_for_each_token(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = asyncio.Semaphore(0)
+    app = await make_app(source=Script(*["x"] * 20, gate=gate), checkpoint_ms=60_000, lease_ms=600_000)
+    answer = await app.client.say("hi")
+    path = f"/chat/stream/{answer['conversationId']}"
+    streams = [await RawStream(app.port, path).open() for _ in range(30)]
+    await app.until(lambda: app.subscribers == 30)
+    encoded: list[int] = []
+    calls: list[str] = []
+    token_frame = sse.token_frame
+
+    def counted(message_id: str, chars: int, text: str) -> bytes:
+        encoded.append(chars)
+        return token_frame(message_id, chars, text)
+
+    monkeypatch.setattr(sse, "token_frame", counted)
+    app.store.observe = lambda operation, _seconds, _ok: calls.append(operation)
+    tasks, writes = len(asyncio.all_tasks()), app.hub.counts.writes
+    for number in range(19):
+        gate.release()
+        for stream in streams:
+            await stream.reader.readuntil(b"event: token")
+        assert len(asyncio.all_tasks()) == tasks
+        # With time to spare each token leaves at once: one write for each subscriber.
+        assert app.hub.counts.writes - writes == 30 * (number + 1)
+    assert len(encoded) == 19 and calls == []
+    gate.release()
+    for stream in streams:
+        stream.close()
+
+
+async def test_pending_tokens_leave_in_one_write(make_app: Make) -> None:
+    gate = asyncio.Semaphore(0)
+    app = await make_app(source=Script("a", "b", "c", "d", gate=gate))
+    answer = await app.client.say("hi")
+    raw = await RawStream(app.port, f"/chat/stream/{answer['conversationId']}").open()
+    await app.until(lambda: app.subscribers == 1)
+    live = app.hub.lives[0]
+    (connection,) = live.subscribers
+    # As if its last bytes were still in flight: it is passed over, and catches up when they are gone.
+    connection.pause_writing()  # type: ignore[attr-defined]
+    writes, events = app.hub.counts.writes, app.hub.counts.events
+    for _ in range(3):
+        gate.release()
+    await app.until(lambda: live.reply is not None and live.reply.chars == 3)
+    await asyncio.sleep(0)
+    assert app.hub.counts.writes == writes
+    connection.resume_writing()  # type: ignore[attr-defined]
+    assert (app.hub.counts.writes - writes, app.hub.counts.events - events) == (1, 3)
+    gate.release()
+    raw.close()
+
+
+async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(make_app: Make) -> None:
+    app = await make_app(source=Script(*["some words " * 50] * 3000), slow_client_timeout_s=1.0)
+    conversation_id = new_id()
+    stalled = Stalled(app.port, f"/chat/stream/{conversation_id}")
+    await app.until(lambda: app.subscribers == 1)
+    (slow,) = app.hub.lives[0].subscribers
+    reader = asyncio.create_task(app.client.events(conversation_id))
+    await app.until(lambda: app.subscribers == 2)
+    answer = await app.client.say("hi", conversation_id)
+    events = await reader
+    # Whoever reads has all of it while the other one is stuck, with little of it kept for it.
+    assert events[-1].name == "done" and slow.cursor < app.hub.lives[0]._end
+    assert slow._transport.get_write_buffer_size() <= MAX_WRITE  # type: ignore[attr-defined]
+    await app.until(lambda: len(app.streams) == 0)
+    stalled.close()
+    assert app.metrics.slow_clients._value.get() == 1
+    history = await app.client.history(conversation_id)
+    rest = await app.client.events(conversation_id, f"{answer['replyId']}-1000")
+    assert text_of(rest) == history["messages"][-1]["content"][1000:]
+
+
+async def test_slow_client_that_takes_something_now_and_then_is_not_cut(make_app: Make) -> None:
+    app = await make_app(source=Script(*["some words " * 50] * 500), slow_client_timeout_s=2.0)
+    answer = await app.client.say("hi")
+    raw = await RawStream(
+        app.port, f"/chat/stream/{answer['conversationId']}?lastEventId={answer['lastEventId']}"
+    ).open()
+    raw.writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    await app.until_idle_but_watched()
+    seen, loop = Transcript(), asyncio.get_running_loop()
+    began = loop.time()
+    count = 0
+    async for event in raw.events():
+        seen.take(event)
+        count += 1
+        if count % 100 == 0:
+            await asyncio.sleep(1.2)
+        if event.name == "done":
+            break
+    assert loop.time() - began > 4
+    history = await app.client.history(answer["conversationId"])
+    assert seen.said[answer["replyId"]] == history["messages"][-1]["content"]
+    raw.close()
+
+
+async def test_client_that_lags_a_whole_turn_behind_is_cut_and_resumes(make_app: Make) -> None:
+    app = await make_app(source=Script(*["some words " * 50] * 2000), slow_client_timeout_s=60.0)
+    conversation_id = new_id()
+    stalled = Stalled(app.port, f"/chat/stream/{conversation_id}")
+    await app.until(lambda: app.subscribers == 1)
+    await app.client.turn("0", conversation_id)
+    live = app.hub.lives[0]
+    turn = len(live._log)
+    assert turn > 1_000_000
+    await app.client.turn("1", conversation_id)
+    (slow,) = live.subscribers
+    assert not slow.ready and slow._ending  # type: ignore[attr-defined]
+    # What it lacks is not kept for it.
+    assert len(live._log) < 1.1 * turn
+    stalled.close()
+    await app.until_idle()
+
+
+async def test_vanished_client_is_given_up_by_the_kernel(make_app: Make) -> None:
+    app = await make_app(slow_client_timeout_s=7.0)
+    raw = await RawStream(app.port, f"/chat/stream/{new_id()}").open()
+    await app.until(lambda: app.subscribers == 1)
+    (connection,) = app.hub.lives[0].subscribers
+    accepted = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]
+    assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12_000
+    raw.close()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    ["", "GET /chat HTTP/1.1\r\nHost: local", "POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"],
+)
+async def test_client_that_dawdles_over_its_request_is_let_go(make_server: Callable[..., Server], sent: str) -> None:
+    server = await asyncio.to_thread(make_server(REQUEST_TIMEOUT_S=0.5).start)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(sent.encode())
+    await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+
+
+async def test_head_that_is_too_large_is_refused(make_server: Callable[..., Server]) -> None:
+    server = await asyncio.to_thread(make_server(MAX_HEADER_BYTES=2000).start)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 5000 + b"\r\n\r\n")
+    answer = await asyncio.wait_for(reader.read(), 5)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+    writer.close()
+
+
+def peak_kib(server: Server) -> int:
+    assert server.process is not None
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert found
+    return int(found[1])
+
+
+@pytest.mark.timeout(120)
+async def test_stalled_client_costs_no_memory_while_fifty_megabytes_are_streamed(
+    make_server: Callable[..., Server],
+) -> None:
+    """The same run twice, with and without a client that stops reading."""
+    peaks = []
+    for stalls in (False, True):
+        server = await asyncio.to_thread(
+            make_server(SIMULATED_TOKENS=100_000, SIMULATED_TOKEN_DELAY_MS=0, LOG_LEVEL="warning").start
+        )
+        conversation_id, received = new_id(), 0
+        stalled = Stalled(server.port, f"/chat/stream/{conversation_id}") if stalls else None
+        client = Client(server.url)
+        async with client.http.stream("GET", f"/chat/stream/{conversation_id}") as stream:
+            chunks = stream.aiter_bytes()
+            await anext(chunks)
+            turn = 0
+            while received < 50_000_000:
+                turn += 1
+                await client.say(f"{turn}", conversation_id)
+                tail = b""
+                while b"event: done" not in tail:
+                    chunk = await anext(chunks)
+                    received += len(chunk)
+                    tail = tail[-100:] + chunk
+        peaks.append(peak_kib(server))
+        await client.close()
+        if stalled is not None:
+            stalled.close()
+        server.kill()
+    assert peaks[1] - peaks[0] < 8 * 1024, peaks

@@ -379,6 +379,10 @@ class Store:
             projection=self._turn_projection,
             return_document=ReturnDocument.AFTER,
         )
+        if document is not None and "last" not in document:
+            # The driver sent the write again after the line broke, and the server answered with the image that it had
+            # kept of the first one, to which it does not apply the projection.
+            document = await self._conversations.find_one({"_id": condition["_id"]}, self._turn_projection)
         return _begun(document) if document else None
 
     async def _refuse(self, conversation: ObjectId, key: str | None, needed: int) -> None:

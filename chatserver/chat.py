@@ -436,7 +436,8 @@ class Chat:
             self._publish_end(running.live, reply, stored)
         ended = stored.status if stored else "deleted"
         self._metrics.reply_duration.labels(ended).observe(_now() - running.started_at)
-        logger.info("reply %s", ended, extra=_ids(begun.turn))
+        code = stored.error.code if stored and stored.error else None
+        logger.info("reply %s", ended, extra={**_ids(begun.turn), "code": code})
 
     async def _generate(self, running: _Running) -> tuple[Status, ReplyError | None]:
         """Publish what the source says; return how it ended."""

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 from chatserver.settings import Settings
 
-CONTEXT = ("status", "ms", "conversation", "reply", "address", "request")
+CONTEXT = ("status", "ms", "code", "conversation", "reply", "address", "request")
 """The fields that a record may carry beside its message, given as `extra`."""
 
 

@@ -123,12 +123,11 @@ class BaseHandler(RequestHandler):
 
         :raises InvalidRequest: naming what is wrong
         """
-        wanted = schemas.load(schema)["properties"]
         values: dict[str, Any] = {}
-        for name, rule in wanted.items():
+        for name, kind in schemas.parameter_types(schema).items():
             text = self.get_query_argument(name, None, strip=False)
             if text is not None:
-                values[name] = int(text) if rule["type"] == "integer" and re.fullmatch("[0-9]{1,9}", text) else text
+                values[name] = int(text) if kind == "integer" and re.fullmatch("[0-9]{1,9}", text) else text
         schemas.validate(schema, values)
         return values
 

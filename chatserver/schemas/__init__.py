@@ -14,9 +14,15 @@ Schema = dict[str, Any]
 
 
 def load(name: str) -> Schema:
-    """Return the schema in `schemas/<name>.json`."""
+    """Return the schema in `schemas/<name>.json`, as a copy of the caller's own."""
     schema: Schema = json.loads(files(__package__).joinpath(f"{name}.json").read_text("utf-8"))
     return schema
+
+
+@cache
+def parameter_types(name: str) -> dict[str, str]:
+    """Return the parameters that a query's schema knows, with their types."""
+    return {parameter: schema["type"] for parameter, schema in load(name)["properties"].items()}
 
 
 @cache

@@ -17,8 +17,8 @@ smallest and the largest, then the targets: the exit code is 1 if one is missed.
 
 Needs two cores, `cc`, Node with npm, and what the server needs. What it makes is in `.bench/`.
 
-The files: `workloads.py`, `targets.py`, `processes.py` (servers, cores), `generator.py` and `load.c`, `tools.py` (what is
-compiled and installed), the twins.
+The files: `workloads.py`, `targets.py`, `processes.py` (servers, cores), `generator.py` and `load.c`, `tools.py` (what
+is compiled and installed), the twins.
 """
 
 import argparse

@@ -5,6 +5,7 @@ A result has plain numbers by name; `errors` counts whatever was not as promised
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -121,6 +122,10 @@ def highest_load(bench: Bench, side: str) -> Result:
     reached = 0
     for _ in range(7):
         result = _deliver(bench, side, conversations, 2, bench.ms(4000), finish=False)
+        said = (
+            f"{result['rate']:.0f}/s, p99 {result['latency_ms'].get('p99')} ms, {result['share']:.3f} of what was due"
+        )
+        print(f"  {conversations} conversations: {said} {result['first_error']}", file=sys.stderr, flush=True)
         in_time = result["latency_ms"].get("p99", math.inf) < LATENCY_MS and result["share"] >= SHARE
         if in_time and not result["errors"]:
             best, reached = result, conversations

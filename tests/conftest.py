@@ -142,6 +142,9 @@ def io_loop() -> Iterator[IOLoop]:
     asyncio.set_event_loop(loop)
     io_loop = IOLoop.current()
     yield io_loop
+    # Clients that a test left in the middle of a stream are generators that are yet to be closed.
+    loop.run_until_complete(asyncio.sleep(0.01))
+    loop.run_until_complete(loop.shutdown_asyncgens())
     io_loop.close(all_fds=True)
     asyncio.set_event_loop(None)
 

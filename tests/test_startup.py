@@ -5,7 +5,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -16,9 +16,18 @@ from tests.apps import Database
 from tests.servers import ROOT, Server
 
 
-def private(folder: Path, **variables: object) -> Server:
-    """Return a server on a private MongoDB in a folder of its own."""
-    return Server(folder, dict(variables))
+@pytest.fixture
+def private(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Return a function that makes a server on a private MongoDB, in this test's folder."""
+    servers: list[Server] = []
+
+    def make(**variables: object) -> Server:
+        servers.append(Server(tmp_path, dict(variables)))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.kill()
 
 
 def say(server: Server, text: str = "hi") -> dict[str, str]:
@@ -57,8 +66,8 @@ def failed(server: Server, seconds: float) -> str:
     return server.output
 
 
-def test_private_mongodb_starts_and_ends_with_the_server(tmp_path: Path) -> None:
-    server = private(tmp_path).start()
+def test_private_mongodb_starts_and_ends_with_the_server(private: Callable[..., Server]) -> None:
+    server = private().start()
     answer = say(server)
     pid = mongod_pid(server)
     assert re.search(r"mongodb://127\.0\.0\.1:\d+/chat-db", server.output)
@@ -69,8 +78,8 @@ def test_private_mongodb_starts_and_ends_with_the_server(tmp_path: Path) -> None
     assert server.stop() == 0
 
 
-def test_killed_server_starts_again_and_finds_its_data(tmp_path: Path) -> None:
-    server = private(tmp_path, SIMULATED_TOKEN_DELAY_MS=50, CHECKPOINT_MS=50).start()
+def test_killed_server_starts_again_and_finds_its_data(private: Callable[..., Server]) -> None:
+    server = private(SIMULATED_TOKEN_DELAY_MS=50, CHECKPOINT_MS=50).start()
     answer = say(server)
     time.sleep(0.5)
     pid = mongod_pid(server)
@@ -113,32 +122,32 @@ def test_second_signal_ends_it_at_once(make_server: Callable[..., Server]) -> No
     assert server.wait() == 1 and time.monotonic() - began < 2
 
 
-def test_address_without_a_database_is_an_error_that_hides_the_password(tmp_path: Path) -> None:
+def test_address_without_a_database_is_an_error_that_hides_the_password(private: Callable[..., Server]) -> None:
     uri = "mongodb://admin:pass%40word@127.0.0.1:1/?serverSelectionTimeoutMS=30000"
-    output = failed(private(tmp_path, MONGODB_URI=uri), 5)
+    output = failed(private(MONGODB_URI=uri), 5)
     assert "127.0.0.1:1" in output and "MONGODB_URI" in output
     assert "pass" not in output.replace("password", "")
 
 
 @pytest.mark.parametrize("uri", ["nonsense", "mongodb://", "http://x:secret@y/", "mongodb://u:secret@h:port/"])
-def test_wrong_uri_is_an_error_that_hides_the_password(tmp_path: Path, uri: str) -> None:
-    output = failed(private(tmp_path, MONGODB_URI=uri), 5)
+def test_wrong_uri_is_an_error_that_hides_the_password(private: Callable[..., Server], uri: str) -> None:
+    output = failed(private(MONGODB_URI=uri), 5)
     assert "MONGODB_URI" in output and "secret" not in output
 
 
-def test_wrong_password_is_an_error(tmp_path: Path, replica_set: str) -> None:
-    output = failed(private(tmp_path, MONGODB_URI=replica_set.replace("//", "//nobody:secret@")), 5)
+def test_wrong_password_is_an_error(private: Callable[..., Server], replica_set: str) -> None:
+    output = failed(private(MONGODB_URI=replica_set.replace("//", "//nobody:secret@")), 5)
     assert "MONGODB_URI" in output and "secret" not in output
 
 
-def test_port_that_is_taken_is_an_error(tmp_path: Path, database: Database) -> None:
+def test_port_that_is_taken_is_an_error(private: Callable[..., Server], database: Database) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}" in failed(private(tmp_path, MONGODB_URI=database.uri, PORT=port), 5)
+        assert f"127.0.0.1:{port}" in failed(private(MONGODB_URI=database.uri, PORT=port), 5)
         # Also when a private server would have to be ended again.
-        server = private(tmp_path, PORT=port)
+        server = private(PORT=port)
         assert f"127.0.0.1:{port}" in failed(server, 10)
 
 
@@ -157,19 +166,24 @@ def test_port_that_is_taken_is_an_error(tmp_path: Path, database: Database) -> N
         ({"CHAT_DATA_DIR": "/dev/null/x"}, "CHAT_DATA_DIR /dev/null/x"),
     ],
 )
-def test_setting_that_is_wrong_is_named_with_its_value(tmp_path: Path, variables: dict[str, object], said: str) -> None:
-    assert said in failed(private(tmp_path, **variables), 5)
+def test_setting_that_is_wrong_is_named_with_its_value(
+    private: Callable[..., Server], variables: dict[str, object], said: str
+) -> None:
+    assert said in failed(private(**variables), 5)
 
 
-def test_settings_come_from_the_environment_first_then_from_the_file(tmp_path: Path) -> None:
+def test_settings_come_from_the_environment_first_then_from_the_file(
+    tmp_path: Path, private: Callable[..., Server]
+) -> None:
     (tmp_path / ".env").write_text("PORT=abc\nREPLY_SOURCE=gpt\n")
-    assert "REPLY_SOURCE is 'gpt'" in failed(private(tmp_path), 5)
+    assert "REPLY_SOURCE is 'gpt'" in failed(private(), 5)
 
 
-def test_reload_restarts_it_when_the_code_changes(tmp_path: Path, database: Database) -> None:
+def test_reload_restarts_it_when_the_code_changes(
+    tmp_path: Path, private: Callable[..., Server], database: Database
+) -> None:
     shutil.copytree(ROOT / "chatserver", tmp_path / "chatserver", ignore=shutil.ignore_patterns("__pycache__"))
-    server = Server(tmp_path, {"MONGODB_URI": database.uri, "PYTHONPATH": tmp_path})
-    server.start("--reload")
+    server = private(MONGODB_URI=database.uri, PYTHONPATH=tmp_path).start("--reload")
 
     def changed_and_restarted() -> bool:
         with (tmp_path / "chatserver" / "sse.py").open("a") as file:

@@ -213,11 +213,12 @@ class Chat:
 
         :raises NotFound: if there is none
         """
-        found = await self._store.delete(conversation_id)
-        if (live := self._hub.get(conversation_id)) is not None:
+        with self._hub.hold(conversation_id) as live:
             reply = live.reply
-            live.reset()
-            self._hub.settle(live)
+            found = await self._store.delete(conversation_id)
+            # Unless a new conversation under this id has begun meanwhile: that one lives on.
+            if live.reply is reply:
+                live.reset()
             if reply is not None and (running := self._running.get(reply.message_id)):
                 self._end(running, "stopped", None)
         if not found:

@@ -235,6 +235,30 @@ async def test_delete_during_a_reply_leaves_nothing_and_brings_nothing_back(make
     assert events == ["reset"]
 
 
+async def test_delete_spares_a_conversation_that_begins_anew_in_the_same_moment(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = await make_app(source=gated("a", "b", said=1))
+    old = await app.client.say("old")
+    conversation_id = old["conversationId"]
+    await said(app, conversation_id, 1)
+    delete = app.store.delete
+
+    async def then_another_post(conversation_id: str) -> bool:
+        found = await delete(conversation_id)
+        new.append(await app.client.say("new", conversation_id))
+        return found
+
+    new: list[dict[str, str]] = []
+    monkeypatch.setattr(app.store, "delete", then_another_post)
+    assert (await app.client.http.delete(f"/chat/{conversation_id}")).status_code == 204
+    release(app.source, 5)
+    await app.until_idle()
+    messages = document(app, conversation_id)["messages"]
+    assert [(each["content"], each.get("status")) for each in messages] == [("new", None), ("ab", None)]
+    assert str(messages[1]["_id"]) == new[0]["replyId"]
+
+
 # -- list and pages ------------------------------------------------------------------------------------------------
 
 

@@ -43,7 +43,9 @@ def quick(tmp_path_factory: pytest.TempPathFactory, replica_set: str) -> Iterato
 def slow(tmp_path_factory: pytest.TempPathFactory, replica_set: str) -> Iterator[str]:
     """The address of a server whose replies take a second for each word, and which writes only two at a time."""
     folder = tmp_path_factory.mktemp("demo-slow")
-    yield from served(folder, replica_set, SIMULATED_TOKEN_DELAY_MS=1000, MAX_REPLIES=2, DRAIN_S=0)
+    yield from served(
+        folder, replica_set, SIMULATED_TOKEN_DELAY_MS=1000, MAX_REPLIES=2, DRAIN_S=0, DATABASE_TIMEOUT_S=20
+    )
 
 
 class Demo:
@@ -358,7 +360,7 @@ def test_a_line_that_drops_in_the_middle_of_a_reply_is_taken_up_again(quick: str
 
 
 def test_a_server_that_is_killed_and_started_again_is_got_over(make_server: Callable[..., Server]) -> None:
-    server = make_server(SIMULATED_TOKEN_DELAY_MS=50, CHECKPOINT_MS=20, LEASE_MS=300).start()
+    server = make_server(SIMULATED_TOKEN_DELAY_MS=80, CHECKPOINT_MS=20, LEASE_MS=300).start()
 
     async def run() -> None:
         conversation = new_id()

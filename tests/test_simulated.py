@@ -219,7 +219,7 @@ def test_the_shortest_delay_is_not_stretched_to_whole_ticks() -> None:
 
 def test_200_replies_at_delay_0_leave_room_for_all_streams_and_healthz(make_server: Callable[..., Server]) -> None:
     """That no reply, and no request, waits for another one's end."""
-    server = make_server(SIMULATED_TOKEN_DELAY_MS=0, SIMULATED_TOKENS=300, DATABASE_TIMEOUT_S=60).start()
+    server = make_server(SIMULATED_TOKEN_DELAY_MS=0, SIMULATED_TOKENS=1500, DATABASE_TIMEOUT_S=60).start()
 
     async def run() -> None:
         client = Client(server.url)
@@ -249,7 +249,7 @@ def test_200_replies_at_delay_0_leave_room_for_all_streams_and_healthz(make_serv
                 break
             answers += 1
             assert answers == 1 or all(received[each] > before[each] for each in conversations)
-        assert answers >= 5
+        assert answers >= 3
         await asyncio.gather(*watching)
         for each in conversations:
             assert len((await client.history(each))["messages"]) == 2

@@ -497,7 +497,7 @@ class Chat:
             # Deleted, or ended by another server with less than was seen here: only the history tells the truth.
             live.reset()
         else:
-            live.finish(_end_frame(message))
+            live.finish(_end_frame(message), failed=message.error is not None)
         self._hub.settle(live)
 
     # -- what runs in the background -----------------------------------------------------------------------------
@@ -597,6 +597,9 @@ def _missed(record: Record | None, at: Position, conversation_id: str, until_don
             continue
         if seen is None:
             continue
+        if seen > len(message.content) and message.error is None:
+            # It has ended with less than this client saw, and a `done` would be a lie to it.
+            return None
         if text := message.content[seen:]:
             frames.append(sse.token_frame(message.id, len(message.content), text))
         frames.append(_end_frame(message))

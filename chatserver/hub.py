@@ -115,6 +115,7 @@ class _Entry(NamedTuple):
     begin: int
     end: int | None
     reply: LiveReply | None
+    failed: bool = False
 
 
 class Live:
@@ -190,11 +191,11 @@ class Live:
         self._counts.tokens += 1
         self.dirty = True
 
-    def finish(self, frame: bytes) -> None:
-        """End the running reply with its `done` or `error` frame."""
+    def finish(self, frame: bytes, *, failed: bool = False) -> None:
+        """End the running reply with its `done` frame, or with its `error` frame if it `failed`."""
         assert self.reply is not None
         self._log += frame
-        self._entries[-1] = self._entries[-1]._replace(end=self._end)
+        self._entries[-1] = self._entries[-1]._replace(end=self._end, failed=failed)
         self.reply = None
         self.version += 1
         self.dirty = True
@@ -224,7 +225,8 @@ class Live:
                 return None if entry.end is None else Place(entry.end)
             if entry.reply is None:
                 return Place(entry.begin) if position.chars == 0 else None
-            if entry.end is None and position.chars > entry.reply.chars:
+            if position.chars > entry.reply.chars and not entry.failed:
+                # Not yet said; or it has ended, with less than this client saw, and a `done` would be a lie to it.
                 return None
             return entry.reply.locate(position.chars)
         return None
@@ -316,9 +318,10 @@ class Live:
 
     def _drop(self, offset: int, tail: Position | None) -> None:
         """Forget the log before an offset, at which the conversation stood at `tail`; cut who has not got that far."""
+        # At the end nothing is left, nor a reply that was replaced before its first word and has no length.
+        self._entries = [entry for entry in self._entries if entry.begin >= offset and offset < self._end]
         del self._log[: offset - self._base]
         self._base, self._tail = offset, tail
-        self._entries = [entry for entry in self._entries if entry.begin >= offset]
         self._cut = _NO_SLICE
         for subscriber in self.subscribers:
             if subscriber.cursor < offset:

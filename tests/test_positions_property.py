@@ -5,7 +5,7 @@ connections that take a few bytes at a time, stall, and are cut in the middle of
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import accumulate
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from bson import ObjectId
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -27,7 +27,7 @@ from chatserver import sse
 from chatserver.chat import Chat
 from chatserver.errors import DatabaseUnavailable, SourceError
 from chatserver.handlers.stream import Connection
-from chatserver.hub import Hub, LiveReply
+from chatserver.hub import Counts, Hub, Live, LiveReply
 from chatserver.metrics import Metrics
 from chatserver.settings import Settings
 from chatserver.sources import Prompt
@@ -40,8 +40,6 @@ IDS = st.text("0123456789abcdef", min_size=24, max_size=24)
 POSITIONS = st.builds(Position, IDS, st.none() | st.integers(0, 999_999_999))
 HARD = ["\n\n", "\u2028", "e\u0301", "\U0001f469\u200d\U0001f467", "data: x\n", "long " * 60]
 PIECES = st.text(min_size=1, max_size=12) | st.sampled_from(HARD)
-    ["\n\n", "\u2028", "e\u0301", "👩‍👩‍👧", "data: x\n", "long " * 60]
-)
 
 
 # -- the pure parts ------------------------------------------------------------------------------------------------
@@ -80,6 +78,16 @@ def test_what_follows_any_position_of_a_reply_is_the_rest_of_it(pieces: list[str
     assert "".join(event.data["text"] for event in client.events) == text[at:]
     ends = [end for end in accumulate(map(len, pieces)) if end > at]
     assert [event.id for event in client.events] == [f"{'b' * 24}-{end}" for end in ends]
+
+
+def test_reply_that_is_replaced_before_its_first_word_leaves_nothing_in_the_log() -> None:
+    """Its entry stayed, and the second turn after it could not begin."""
+    live, time = Live("c" * 24, Counts()), datetime.now(UTC)
+    live.begin(sse.start("c" * 24), None, "1" * 24, time)
+    for turn in range(2, 5):
+        live.begin(Position(f"{turn - 1}" * 24, None), None, f"{turn}" * 24, time)
+        assert live.locate(Position("1" * 24, 0)) is None
+        live.finish(sse.frame("done", Position(f"{turn}" * 24, None), {}))
 
 
 # -- a client and its connection -----------------------------------------------------------------------------------
@@ -191,7 +199,7 @@ class Fed:
     def __init__(self) -> None:
         self.food: asyncio.Queue[str | SourceError | None] = asyncio.Queue()
 
-    async def reply(self, prompt: Prompt) -> AsyncIterator[str]:
+    async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
         food = self.food = asyncio.Queue()
         while (piece := await food.get()) is not None:
             if isinstance(piece, SourceError):
@@ -243,13 +251,12 @@ class Server:
 
 @dataclass
 class Turn:
-    """A reply that runs: what it has said, how much of that is saved, and whether its lease was made to run out."""
+    """A reply that runs: what it has said, and how much of that is saved."""
 
     reply_id: str
     server: Server | None
     said: str = ""
     saved: str = ""
-    expired: bool = False
 
 
 @dataclass
@@ -265,7 +272,9 @@ class World:
 
 SERVERS = st.integers(0, 1)
 CLIENTS = st.integers(0, 4)
-PATIENCE_S = 10.0
+WINDOWS = st.integers(1, 400)
+MEANWHILE = st.none() | st.tuples(CLIENTS, SERVERS)
+PATIENCE_S = 4.0
 
 
 class Conversation(RuleBasedStateMachine):
@@ -285,12 +294,22 @@ class Conversation(RuleBasedStateMachine):
         self.turn: Turn | None = None
         self.ended_at: Server | None = None
 
-    def run(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do something, let all that it sets off come to rest, and look at the record."""
+    def run(self, work: Coroutine[Any, Any, None], meanwhile: tuple[int, int] | None = None) -> None:
+        """Do something, and let all that it sets off come to rest.
+
+        :param meanwhile: a client without a line, and the server that it comes to at the same moment
+        """
+
+        async def resume() -> None:
+            if meanwhile is not None and self.clients:
+                which, number = meanwhile
+                client = self.clients[which % len(self.clients)]
+                if client.line is None:
+                    await self.connect(client, self.servers[number], 100)
 
         async def bounded() -> None:
             async with asyncio.timeout(PATIENCE_S):
-                await work
+                await asyncio.gather(work, resume())
                 await self.settle()
 
         self.world.loop.run_until_complete(bounded())
@@ -339,8 +358,6 @@ class Conversation(RuleBasedStateMachine):
         turn = self.turn
         if turn is not None and stored and stored[-1][0] == turn.reply_id:
             *_, content, status = stored[-1]
-            if turn.expired:
-                allowed = (*allowed, ("interrupted", turn.saved))
             assert (status, content) in allowed
             self.record.append(stored[-1])
             self.ended_at = turn.server
@@ -365,8 +382,8 @@ class Conversation(RuleBasedStateMachine):
         return server
 
     @precondition(lambda self: self.turn is None)
-    @rule(number=SERVERS, text=PIECES, again=st.booleans())
-    def say(self, number: int, text: str, again: bool) -> None:
+    @rule(number=SERVERS, text=PIECES, again=st.booleans(), meanwhile=MEANWHILE)
+    def say(self, number: int, text: str, again: bool, meanwhile: tuple[int, int] | None = None) -> None:
         server = self.servers[number]
 
         async def say() -> None:
@@ -381,15 +398,15 @@ class Conversation(RuleBasedStateMachine):
             while server.source.food is food:
                 await asyncio.sleep(0)
 
-        self.run(say())
+        self.run(say(), meanwhile)
         self.look()
 
     @precondition(lambda self: self.turn is not None and self.turn.server is not None)
-    @rule(pieces=st.lists(PIECES, min_size=1, max_size=4))
-    def append(self, pieces: list[str]) -> None:
+    @rule(pieces=st.lists(PIECES, min_size=1, max_size=4), saved=st.booleans())
+    def append(self, pieces: list[str], saved: bool) -> None:
         turn = self.turn
         assert turn is not None and turn.server is not None
-        food = turn.server.source.food
+        server, food = turn.server, turn.server.source.food
 
         async def append() -> None:
             for piece in pieces:
@@ -399,112 +416,98 @@ class Conversation(RuleBasedStateMachine):
         self.run(append())
         turn.said += "".join(pieces)
         self.look()
+        if saved:
+            self.checkpoint(self.servers.index(server))
 
     @precondition(lambda self: self.turn is not None and self.turn.server is not None)
-    @rule(fails=st.booleans())
-    def end(self, fails: bool) -> None:
+    @rule(how=st.sampled_from(["complete", "failed", "stopped", "stopped elsewhere"]), meanwhile=MEANWHILE)
+    def end(self, how: str, meanwhile: tuple[int, int] | None = None) -> None:
         turn = self.turn
         assert turn is not None and turn.server is not None
         server = turn.server
-        server.source.food.put_nowait(SourceError("source_failed", "No more.") if fails else None)
-        self.run(server.until_ended())
-        self.look(("failed" if fails else "complete", turn.said))
-        assert self.turn is None
+        other = self.servers[server is self.servers[0]]
 
-    @precondition(lambda self: self.turn is not None)
-    @rule(number=SERVERS)
-    def stop(self, number: int) -> None:
-        turn, server = self.turn, self.servers[number]
-        assert turn is not None
-
-        async def stop() -> None:
-            await server.chat.stop(self.id)
-            if turn.server is server:
+        async def end() -> None:
+            if how == "stopped elsewhere":
+                await self.take_checkpoint(other)
+                await other.chat.stop(self.id)
+            elif how == "stopped":
+                await server.chat.stop(self.id)
+            else:
+                server.source.food.put_nowait(SourceError("source_failed", "No more.") if how == "failed" else None)
+            if how != "stopped elsewhere":
                 await server.until_ended()
 
-        self.run(stop())
-        self.look(("stopped", turn.said if turn.server is server else turn.saved))
+        self.run(end(), meanwhile)
+        self.look(("stopped", turn.saved) if how == "stopped elsewhere" else (how, turn.said))
         assert self.turn is None
 
     @rule(number=SERVERS)
     def checkpoint(self, number: int) -> None:
         server, turn = self.servers[number], self.turn
-
-        async def checkpoint() -> None:
-            await server.checkpoint()
-            ours = turn is not None and turn.server is server and self.stored() == self.record
-            while server.chat.running > ours:
-                await asyncio.sleep(0.001)
-            server.zombies = 0
-
-        self.run(checkpoint())
+        self.run(self.take_checkpoint(server))
         if turn is not None and turn.server is server and self.stored() == self.record:
-            turn.saved, turn.expired = turn.said, False
+            turn.saved = turn.said
         self.look()
+
+    async def take_checkpoint(self, server: Server) -> None:
+        """Have a checkpoint taken; it ends what the server still writes although another one has ended it."""
+        await server.checkpoint()
+        ours = self.turn is not None and self.turn.server is server and self.stored() == self.record
+        while server.chat.running > ours:
+            await asyncio.sleep(0.001)
+        server.zombies = 0
 
     # -- faults ----------------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.turn is not None)
     @rule(number=SERVERS)
     def run_out_of_lease(self, number: int) -> None:
-        """Let the reply's server seem lost, and let one of the servers look."""
-        turn, server = self.turn, self.servers[number]
+        """Let the reply's server seem lost; then the servers look, one after the other."""
+        turn = self.turn
         assert turn is not None
-        turn.expired = True
         long_ago = {"$set": {"reply.renewedAt": datetime(2020, 1, 1, tzinfo=UTC)}}
         self.world.conversations.update_one({"_id": ObjectId(self.id)}, long_ago)
 
         async def look() -> None:
-            await server.chat.history(self.id)
+            await self.servers[number].chat.history(self.id)
+            await self.servers[1 - number].chat.history(self.id)
 
         self.run(look())
-        self.look()
-        assert self.turn is None or turn.server is server
+        self.look(("interrupted", turn.saved))
+        assert self.turn is None
 
-    @rule(number=SERVERS)
-    def crash(self, number: int) -> None:
-        server = self.servers[number]
-
-        async def crash() -> None:
-            await server.chat.close()
-            for client in self.at(server):
-                client.lose_line()
-            self.servers[number] = await self.started()
-
-        self.run(crash())
-        if self.turn is not None and self.turn.server is server:
-            self.turn.server = None
-        self.look()
-
-    @rule(number=SERVERS)
-    def restart(self, number: int) -> None:
-        server = self.servers[number]
+    @rule(number=SERVERS, killed=st.booleans())
+    def restart(self, number: int, killed: bool) -> None:
+        server, turn = self.servers[number], self.turn
 
         async def restart() -> None:
-            await server.chat.drain()
-            for client in self.at(server):
-                assert client.line is not None
-                client.line.connection.end()
-            await self.settle()
+            if not killed:
+                await server.chat.drain()
+                for client in self.at(server):
+                    assert client.line is not None
+                    client.line.connection.end()
+                await self.settle()
             await server.chat.close()
             for client in self.at(server):
                 client.lose_line()
             self.servers[number] = await self.started()
 
         self.run(restart())
-        turn = self.turn
-        self.look(*([("interrupted", turn.said)] if turn is not None and turn.server is server else []))
+        ours = turn is not None and turn.server is server
+        if turn is not None and ours and killed:
+            turn.server = None
+        self.look(*([("interrupted", turn.said)] if turn is not None and ours and not killed else []))
 
     # -- clients ---------------------------------------------------------------------------------------------------
 
     def at(self, server: Server) -> list[Client]:
         return [client for client in self.clients if client.line is not None and client.server is server]
 
-    @rule(number=SERVERS, begins=st.sampled_from(["nowhere", "start", "history"]), window=st.integers(1, 400))
+    @precondition(lambda self: len(self.clients) < 5)
+    @rule(number=SERVERS, begins=st.sampled_from(["nowhere", "start", "history"]), window=WINDOWS)
     def come(self, number: int, begins: str, window: int) -> None:
         client, server = Client(), self.servers[number]
-        if len(self.clients) == 5:
-            return
         self.clients.append(client)
 
         async def come() -> None:
@@ -523,28 +526,26 @@ class Conversation(RuleBasedStateMachine):
         client.line, client.server = Line(connection, window), server
         connection.connection_made(client.line)
 
+    @precondition(lambda self: self.clients)
     @rule(which=CLIENTS, stalled=st.booleans())
     def stall(self, which: int, stalled: bool) -> None:
-        for client in self.clients[which : which + 1]:
-            if client.line is not None:
-                client.line.stalled = stalled
+        client = self.clients[which % len(self.clients)]
+        if client.line is not None:
+            client.line.stalled = stalled
         self.run(self.settle())
         self.look()
 
-    @rule(which=CLIENTS, share=st.floats(0, 1))
-    def cut(self, which: int, share: float) -> None:
-        for client in self.clients[which : which + 1]:
-            if client.line is not None:
-                client.line.cut(client, share)
-                client.lose_line()
+    @precondition(lambda self: self.clients)
+    @rule(which=CLIENTS, share=st.floats(0, 1), number=SERVERS | st.none(), window=WINDOWS)
+    def cut(self, which: int, share: float, number: int | None, window: int) -> None:
+        """Cut a client's line, if it has one; let it resume, if it is to."""
+        client = self.clients[which % len(self.clients)]
+        if client.line is not None:
+            client.line.cut(client, share)
+            client.lose_line()
         self.run(self.settle())
-        self.look()
-
-    @rule(which=CLIENTS, number=SERVERS, window=st.integers(1, 400))
-    def resume(self, which: int, number: int, window: int) -> None:
-        for client in self.clients[which : which + 1]:
-            if client.line is None:
-                self.run(self.connect(client, self.servers[number], window))
+        if number is not None:
+            self.run(self.connect(client, self.servers[number], window))
         self.look()
 
     # -- the end ---------------------------------------------------------------------------------------------------
@@ -556,11 +557,10 @@ class Conversation(RuleBasedStateMachine):
             self.compare()
         finally:
             self.run(self.leave())
-        assert not any(server.hub.lives for server in self.servers), "conversations that nobody watches are kept"
 
     def come_to_rest(self) -> None:
         if self.turn is not None and self.turn.server is not None:
-            self.end(fails=False)
+            self.end(how="complete")
         elif self.turn is not None:
             self.run_out_of_lease(0)
         for number in range(len(self.servers)):
@@ -571,10 +571,14 @@ class Conversation(RuleBasedStateMachine):
     async def catch_up(self) -> None:
         """Whoever is still at the server of the last turn has all of it; the others resume."""
         end = f"{self.record[-1][0]}-done" if self.record else str(sse.start(self.id))
-        for index, client in enumerate(self.clients):
+        for client in self.clients:
             if client.line is not None and client.server is self.ended_at:
                 assert client.position == end, "a client was left behind"
-            while client.position != end:
+            elif client.line is not None:
+                client.line.cut(client, 1.0)
+                client.lose_line()
+        for index, client in enumerate(self.clients):
+            while client.position != end or client.line is None:
                 if client.line is not None:
                     client.line.cut(client, 1.0)
                     client.lose_line()
@@ -596,13 +600,17 @@ class Conversation(RuleBasedStateMachine):
                     assert status == "superseded" or told.ended[message_id] == end_of(status, None)
 
     async def leave(self) -> None:
+        """Go; conversations that nobody watches are forgotten."""
         for client in self.clients:
             if client.line is not None:
                 client.line.cut(client, 0.0)
                 client.lose_line()
-        await self.settle()
-        for server in self.servers:
-            await server.chat.close()
+        try:
+            while any(server.hub.lives for server in self.servers):
+                await asyncio.sleep(0.001)
+        finally:
+            for server in self.servers:
+                await server.chat.close()
 
 
 def end_of(status: str, code: str | None) -> str:
@@ -616,16 +624,38 @@ def end_of(status: str, code: str | None) -> str:
 def world(database: Database) -> Iterator[World]:
     loop = asyncio.new_event_loop()
     client = connect(database.uri, 5.0)
-    client.get_io_loop = lambda: loop
     yield World(loop, client, database.conversations)
     client.close()
     loop.close()
 
 
-@pytest.mark.expects_log("taken over by another server")
-def test_any_sequence_of_events_ends_with_the_stored_text(world: World) -> None:
-    machine = type("ThisConversation", (Conversation,), {"world": world})
+@pytest.fixture
+def machine(world: World) -> type[Conversation]:
+    return type("ThisConversation", (Conversation,), {"world": world})
+
+
+def test_any_sequence_of_events_ends_with_the_stored_text(machine: type[Conversation]) -> None:
     run_state_machine_as_test(
         machine,
-        settings=settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True),
+        settings=settings(
+            max_examples=60,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=True,
+            phases=[Phase.generate],  # to make a failing sequence shorter takes minutes, since much of it is waiting
+        ),
     )
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_client_that_saw_more_than_a_stop_elsewhere_kept_is_reset(machine: type[Conversation], waits: bool) -> None:
+    """A `done` was told to clients whose text went further than what the other server had of it and stored."""
+    conversation = machine()
+    conversation.start()
+    conversation.come(number=0, begins="start", window=400)
+    conversation.say(number=0, text="hi", again=False)
+    conversation.append(pieces=["Hello"], saved=False)
+    conversation.cut(which=0, share=1.0, number=1 if waits else None, window=400)
+    conversation.end(how="stopped elsewhere")
+    conversation.cut(which=0, share=1.0, number=1, window=400)
+    conversation.teardown()

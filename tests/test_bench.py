@@ -14,7 +14,18 @@ from tests.servers import ROOT
 @pytest.mark.timeout(180)
 def test_bench_delivers_every_token_in_order_to_everybody(tmp_path: Path) -> None:
     results = tmp_path / "results.json"
-    options = ["--workloads", "A,D", "--sides", "ours,express", "--rounds", "1", "--scale", "0.05", "--json", results]
+    options = [
+        "--workloads",
+        "A,D",
+        "--sides",
+        "ours,express",
+        "--rounds",
+        "1",
+        "--scale",
+        "0.05",
+        "--json",
+        str(results),
+    ]
     command = [sys.executable, "-m", "scripts.bench_lib", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
     # Exit code 1 tells that a target was missed, which a busy machine may do; no results are another thing.

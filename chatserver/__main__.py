@@ -40,7 +40,6 @@ async def serve(settings: Settings, *, reload: bool = False) -> None:
             if mongod is not None:
                 mongod.kill()
             os._exit(1)
-        logger.info("shutting down; again to exit at once")
         stopping.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -91,6 +90,10 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
         if reload:
             autoreload.start()
         await stopping.wait()
+        replies = (
+            f"waiting up to {settings.drain_s:g} s for {chat.running} replies" if chat.running else "no reply runs"
+        )
+        logger.info("shutting down, %s; again to exit at once", replies)
         server.stop()
         await chat.drain()
         await streams.close()

@@ -40,6 +40,7 @@ RETRY_MS = 1000
 """How soon a client shall reconnect."""
 FULL = ReplyError("conversation_full", "The reply was cut where the conversation had no more room.")
 CRASHED = ReplyError("source_failed", "The source of replies failed unexpectedly; try again.")
+_STOP_PATIENCE_S = 1.0
 _SETTLE_LOOKS = 3
 _SETTLE_PAUSE_S = 0.5
 
@@ -201,7 +202,11 @@ class Chat:
                 if record is None:
                     raise NotFound("There is no conversation with this id.")
             if live.reply is not None and (running := self._running.get(live.reply.message_id)):
-                return live.reply.message_id if self._end(running, "stopped", None) else None
+                if not self._end(running, "stopped", None) or running.task is None:
+                    return None
+                # Stored, as a rule, when this returns, so that a retry or a post may follow at once.
+                await asyncio.wait({running.task}, timeout=_STOP_PATIENCE_S)
+                return running.reply.message_id
         if record is None or record.reply is None:
             return None
         # It runs on another server, which will find its reply ended at its next checkpoint.

@@ -191,6 +191,8 @@ def connect(uri: str, timeout_s: float) -> "AsyncIOMotorClient[Any]":
 
     :raises SetupError: if the URI is wrong
     """
+    if not uri.startswith(("mongodb://", "mongodb+srv://")):
+        raise SetupError("MONGODB_URI is no MongoDB URI: it must begin with mongodb:// or mongodb+srv://")
     try:
         return AsyncIOMotorClient(uri, **client_options(timeout_s))
     except (InvalidURI, ConfigurationError, ValueError) as error:

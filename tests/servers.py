@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,6 +28,8 @@ class Server:
         self.stdout: list[str] = []
         self.stderr: list[str] = []
         self.process: subprocess.Popen[str] | None = None
+        self._listening = threading.Event()
+        self._readers: list[threading.Thread] = []
 
     @property
     def url(self) -> str:
@@ -38,8 +41,7 @@ class Server:
         given = {name: str(value) for name, value in self.variables.items() if value is not None}
         if self.port:
             given["PORT"] = str(self.port)
-        self.stdout, self.stderr = [], []
-        self._listening = threading.Event()
+        self.stdout, self.stderr, self._listening = [], [], threading.Event()
         self.process = subprocess.Popen(
             [*self.command, *options],
             cwd=self.folder,
@@ -49,7 +51,9 @@ class Server:
             text=True,
         )
         for name in ("stdout", "stderr"):
-            threading.Thread(target=self._collect, args=(self.process, name, getattr(self, name)), daemon=True).start()
+            # A thread of its own event, since that of a process that was killed may come to its end later.
+            collected = (self.process, name, getattr(self, name), self._listening)
+            threading.Thread(target=self._collect, args=collected, daemon=True).start()
         return self
 
     def start(self, *options: str) -> "Server":
@@ -59,8 +63,12 @@ class Server:
         return self
 
     def wait_until_listening(self, seconds: float = 30.0) -> None:
-        assert self._listening.wait(seconds) and self.port, self.output
-        self._listening.clear()
+        """Wait until it has said its address; fail with what it did say, if it ends before."""
+        assert self._listening.wait(seconds) and self.is_running, self.output
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     @property
     def output(self) -> str:
@@ -72,9 +80,12 @@ class Server:
         self.process.send_signal(number)
 
     def wait(self, seconds: float = 30.0) -> int:
-        """Wait for its end; return its exit code."""
+        """Wait for its end and for the last of its output; return its exit code."""
         assert self.process is not None
-        return self.process.wait(seconds)
+        code = self.process.wait(seconds)
+        for reader in self._readers:
+            reader.join(5)
+        return code
 
     def stop(self) -> int:
         """End it in order; return its exit code."""
@@ -83,15 +94,17 @@ class Server:
 
     def kill(self) -> None:
         """End it at once, if it runs."""
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None and self.is_running:
             self.process.kill()
-            self.process.wait()
+            self.wait()
 
-    def _collect(self, process: "subprocess.Popen[str]", name: str, lines: list[str]) -> None:
-        with getattr(process, name) as pipe:
+    def _read(self, pipe: IO[str] | None, lines: list[str], listening: threading.Event) -> None:
+        assert pipe is not None
+        with pipe:
             for line in pipe:
                 lines.append(line)
-                if name == "stdout" and (match := re.search(r"http://[^ ]*:(\d+)/", line)):
+                if lines is self.stdout and (match := re.search(r"http://[^ ]*:(\d+)/", line)):
                     self.port = int(match[1])
-                    self._listening.set()
-        self._listening.set()
+                    listening.set()
+        # Its end: whoever waits for an address waits in vain.
+        listening.set()

@@ -163,7 +163,7 @@ class BaseHandler(RequestHandler):
         self.set_status(status)
         self.set_header("Content-Type", "application/json")
         self.set_header("Cache-Control", "no-store")
-        self.finish(json.dumps(value, ensure_ascii=False))
+        self.finish(json.dumps(value, ensure_ascii=False) + "\n")
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Render every error of every route as problem+json (RFC 9457)."""
@@ -187,7 +187,7 @@ class BaseHandler(RequestHandler):
         }
         if problem.fields:
             body["errors"] = problem.fields
-        self.finish(json.dumps(body))
+        self.finish(json.dumps(body) + "\n")
 
     def allowed_methods(self) -> list[str]:
         """Return the methods that this resource supports, as a 405 must say (RFC 9110, 15.5.6)."""

@@ -50,10 +50,13 @@ class Server:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for name in ("stdout", "stderr"):
-            # A thread of its own event, since that of a process that was killed may come to its end later.
-            collected = (self.process, name, getattr(self, name), self._listening)
-            threading.Thread(target=self._collect, args=collected, daemon=True).start()
+        # Each reader keeps the event of its own process: one that lags must not announce the process after it.
+        self._readers = [
+            threading.Thread(target=self._read, args=(pipe, lines, self._listening), daemon=True)
+            for pipe, lines in ((self.process.stdout, self.stdout), (self.process.stderr, self.stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
         return self
 
     def start(self, *options: str) -> "Server":

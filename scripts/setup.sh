@@ -3,28 +3,32 @@
 
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
 
-# set_up FILE...: installs the requirements in FILE..., unless just these were installed before.
+# set_up FILE...: installs the requirements in FILE..., unless each was installed before as it is now.
 set_up() {
-  local python
-  for python in python3 python3.13 python3.12 python3.11; do
-    "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
-    python=
-  done
-  if [ -z "$python" ]; then
-    say "needs Python 3.11 or newer with its venv module (Debian: apt-get install python3 python3-venv)"
-    exit 1
-  fi
-  local stamp
-  stamp=$("$python" -c 'import hashlib, sys; print(hashlib.sha256(b"".join(open(n, "rb").read() for n in sys.argv[1:])).hexdigest())' "$@")
-  [ -x .venv/bin/python ] && [ "$(cat ".venv/installed-$#" 2>/dev/null)" = "$stamp" ] && return
-  if [ ! -x .venv/bin/python ]; then
+  local fits='import sys; sys.exit(sys.version_info < (3, 11))'
+  if ! .venv/bin/python -c "$fits" 2>/dev/null; then
+    local python
+    for python in python3 python3.13 python3.12 python3.11; do
+      "$python" -c "import ensurepip, venv; $fits" 2>/dev/null && break
+      python=
+    done
+    if [ -z "$python" ]; then
+      say "needs Python 3.11 or newer with its venv module (Debian: apt-get install python3 python3-venv)"
+      exit 1
+    fi
     say "making .venv with $("$python" --version)"
     "$python" -m venv --clear .venv
   fi
+  local file options=() changed=
+  for file in "$@"; do
+    options+=(-r "$file")
+    cmp -s "$file" ".venv/installed/$file" || changed=1
+  done
+  [ -n "$changed" ] || return 0
   say "installing $*"
-  local options=()
-  local file
-  for file in "$@"; do options+=(-r "$file"); done
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "${options[@]}"
-  printf '%s\n' "$stamp" >".venv/installed-$#"
+  for file in "$@"; do
+    mkdir -p ".venv/installed/$(dirname "$file")"
+    cp "$file" ".venv/installed/$file"
+  done
 }

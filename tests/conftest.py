@@ -27,7 +27,8 @@ TOOLS = {
     "cc": "cc",
     "openssl": "openssl",
 }
-NODE_MODULES = Path(__file__).parent / "node" / "node_modules"
+NODE_PACKAGES = Path(__file__).parent / "node" / "node_modules" / "installed.json"
+"""Written by scripts/test once all the packages are there."""
 
 
 # -- what is not run is said ---------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _is_there(tool: str) -> bool:
-    return shutil.which(TOOLS[tool]) is not None and (tool != "node" or NODE_MODULES.is_dir())
+    return shutil.which(TOOLS[tool]) is not None and (tool != "node" or NODE_PACKAGES.is_file())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,7 +72,7 @@ def no_unexpected_logs(request: pytest.FixtureRequest, caplog: pytest.LogCapture
     """Fail a test that logs above INFO, unless it says so with `expects_log`."""
     yield
     expected = [pattern for mark in request.node.iter_markers("expects_log") for pattern in mark.args]
-    records = [*caplog.get_records("setup"), *caplog.get_records("call")]
+    records = [record for phase in ("setup", "call", "teardown") for record in caplog.get_records(phase)]
     unexpected = [
         f"{record.name}: {record.getMessage()}"
         for record in records
@@ -186,6 +187,7 @@ def make_server(database: Database, tmp_path: Path) -> Iterator[Callable[..., Se
     yield make
     for server in servers:
         server.kill()
+        assert "Traceback" not in server.output, server.output
 
 
 @pytest.fixture

@@ -93,14 +93,15 @@ def kinds(run: Ledger, conversations: dict[str, Any]) -> set[str]:
 def test_checker_finds_nothing_where_nothing_is_wrong() -> None:
     verdict = check(ledger(said(), token("Hel", 3), token("lo", 5), done()), stored())
     assert not verdict.lines and (verdict.events, verdict.ends) == (4, 1)
-    # A client that joined in the middle, and one that began anew with the history.
-    assert not kinds(ledger(token("lo", 5), done()), stored())
+    # A client that came after the question, and one that began anew with the history, as it had what is not stored.
+    assert not kinds(ledger(token("Hello", 5), done()), stored())
     messages = [
         {"id": USER, "content": "hi", "status": "complete"},
         {"id": REPLY, "content": "He", "status": "streaming"},
     ]
     history = Seen(2.5, "history", f"{REPLY}-2", {"messages": messages})
     assert not kinds(ledger(said(), token("x", 1), history, token("llo", 5), done()), stored())
+    assert kinds(ledger(said(), token("Hel", 3), history, token("llo", 5), done()), stored()) == {"text repeated"}
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,8 @@ def test_checker_finds_nothing_where_nothing_is_wrong() -> None:
         ([said(), token("Hello", 5), done(), done()], "text repeated"),
         ([said(), token("Hello", 5), done(), token("x", 6)], "text repeated"),
         ([said(), token("Hel", 3), token("o", 5), done()], "text skipped"),
+        ([said(), token("lo", 5), done()], "text skipped"),
+        ([done(), said()], "text skipped"),
         ([said("ho"), token("Hello", 5), done()], "message lost"),
     ],
 )

@@ -77,7 +77,6 @@ class _Reader:
         self._ledger, self._name, self._verdict = ledger, name, verdict
         self._stored = {str(message["_id"]): message for message in document["messages"]}
         self._texts: dict[str, list[tuple[float, str]]] = {}
-        self._begins: dict[str, int] = {}
         self._ended: set[str] = set()
 
     def read(self, seen: list[Seen]) -> None:
@@ -91,10 +90,24 @@ class _Reader:
                 self._take_input(event)
             elif event.kind in ("done", "error"):
                 self._take_end(event)
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """From the first message that it was told of, a client is told of all, in their order."""
+        told, stored = list(self._texts), list(self._stored)
+        if told and told[0] in stored:
+            first = stored.index(told[0])
+            stored = stored[first : first + len(told)]
+        if told and told != stored:
+            self._verdict.blame("text skipped", f"{self._name}: told of {told}, stored {stored}")
 
     def _take_history(self, event: Seen) -> None:
-        """After a reset a client has what the history says, and nothing else."""
-        self._texts, self._begins, self._ended = {}, {}, set()
+        """After a reset a client has what the history says, and nothing else; it must have had what is not stored."""
+        kept = {message_id: message["content"] for message_id, message in self._stored.items()}
+        texts = {message_id: _text(pieces) for message_id, pieces in self._texts.items()}
+        if all(kept.get(message_id, "").startswith(text) for message_id, text in texts.items()):
+            self._verdict.blame("text repeated", f"{self._name}: a reset, although all that it had is stored")
+        self._texts, self._ended = {}, set()
         for message in event.data["messages"]:
             self._texts[message["id"]] = [(event.time, message["content"])]
             if message["status"] != "streaming":
@@ -105,11 +118,7 @@ class _Reader:
         if message_id in self._ended:
             self._verdict.blame("text repeated", f"{self._name}: a token of {message_id} after its end")
         pieces = self._texts.setdefault(message_id, [])
-        text = event.data["text"]
-        if not pieces:
-            # A client that joined in the middle has the text from there on.
-            self._begins[message_id] = int(chars) - len(text)
-        had = self._begins.get(message_id, 0) + sum(len(piece) for _, piece in pieces)
+        text, had = event.data["text"], len(_text(pieces))
         begins = int(chars) - len(text)
         if begins < had:
             self._verdict.blame("text repeated", f"{self._name}: {message_id} from {begins}, had {had}")
@@ -133,10 +142,9 @@ class _Reader:
         self._ended.add(message_id)
         self._verdict.ends += 1
         stored = self._stored.get(message_id)
-        begin = self._begins.get(message_id, 0)
-        pieces = self._texts.get(message_id, [])
-        text = "".join(piece for _, piece in pieces)
-        kept = stored["content"][begin:] if stored else ""
+        pieces = self._texts.setdefault(message_id, [])
+        text = _text(pieces)
+        kept = stored["content"] if stored else ""
         if event.kind == "done":
             status = stored.get("status", "complete") if stored else None
             if status != event.data["status"] or kept != text:
@@ -144,6 +152,8 @@ class _Reader:
                 self._verdict.blame("done not kept", line)
         elif stored is None or stored.get("error", {}).get("code") != event.data["code"]:
             self._verdict.blame("done not kept", f"{self._name}: error of {message_id} is not stored so")
+        elif not any(fault.hits == "server" and fault.begin <= event.time for fault in self._ledger.faults):
+            self._verdict.blame("text lost", f"{self._name}: {message_id} has an error, but no server was hit")
         elif not text.startswith(kept):
             self._verdict.blame("text skipped", f"{self._name}: {message_id}: told {text!r}, stored {kept!r}")
         elif len(text) > len(kept):
@@ -156,6 +166,10 @@ class _Reader:
         if status != "interrupted" or bound is None or first_lost < bound:
             late = "no server fault" if bound is None else f"{bound - first_lost:.2f} s before the last checkpoint"
             self._verdict.blame("text lost", f"{self._name}: {message_id} ({status}), first lost token {late}")
+
+
+def _text(pieces: list[tuple[float, str]]) -> str:
+    return "".join(piece for _, piece in pieces)
 
 
 def _running_totals(pieces: list[tuple[float, str]]) -> list[tuple[float, int]]:

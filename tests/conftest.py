@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ TOOLS = {
 }
 NODE_PACKAGES = Path(__file__).parent / "node" / "node_modules" / "installed.json"
 """Written by scripts/test once all the packages are there."""
+
+
+# A run in the background ignores Ctrl-C, and so would all that it starts, the programs under test among them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # -- what is not run is said ---------------------------------------------------------------------------------------

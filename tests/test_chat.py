@@ -339,6 +339,7 @@ async def lose(app: App) -> None:
     await asyncio.gather(*app.chat._tasks, return_exceptions=True)
 
 
+@pytest.mark.expects_log("could not be stored")
 async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: Make) -> None:
     source = gated("seen ", "kept ", "lost", said=2)
     lost = await make_app(source=source, checkpoint_ms=20, lease_ms=400)
@@ -368,6 +369,7 @@ async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: Ma
     assert len(again) == 4
 
 
+@pytest.mark.expects_log("could not be stored")
 async def test_post_to_a_conversation_whose_server_is_lost_finishes_its_reply(make_app: Make) -> None:
     lost = await make_app(source=gated("a"), lease_ms=300, checkpoint_ms=20)
     answer = await lost.client.say("Hello")

@@ -334,7 +334,7 @@ async def test_hundred_conversations_at_once_keep_their_tokens_apart(app: App) -
 async def test_others_advance_while_two_hundred_replies_stream_without_delay(
     make_app: Callable[..., Awaitable[App]],
 ) -> None:
-    app = await make_app(source=Endless())
+    app = await make_app(source=Endless(), database_timeout_s=30.0)
     answers = await asyncio.gather(*(app.client.say(f"n {n}") for n in range(200)))
     lives = [live for answer in answers if (live := app.hub.get(answer["conversationId"])) and live.reply]
     assert len(lives) == 200

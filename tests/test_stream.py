@@ -334,7 +334,7 @@ async def test_hundred_conversations_at_once_keep_their_tokens_apart(app: App) -
 async def test_others_advance_while_two_hundred_replies_stream_without_delay(
     make_app: Callable[..., Awaitable[App]],
 ) -> None:
-    app = await make_app(source=Endless(), database_timeout_s=30.0)
+    app = await make_app(source=Endless(), database_timeout_s=30.0, checkpoint_ms=250)
     answers = await asyncio.gather(*(app.client.say(f"n {n}") for n in range(200)))
     lives = [live for answer in answers if (live := app.hub.get(answer["conversationId"])) and live.reply]
     assert len(lives) == 200
@@ -344,8 +344,8 @@ async def test_others_advance_while_two_hundred_replies_stream_without_delay(
         assert (await app.client.http.get("/healthz")).status_code == 200
         after = [live.reply.chars for live in lives if live.reply]
         assert len(after) == 200 and all(b > a for a, b in zip(before, after, strict=True))
-    for answer in answers:
-        await app.client.http.post(f"/chat/{answer['conversationId']}/stop")
+    stops = (app.client.http.post(f"/chat/{answer['conversationId']}/stop") for answer in answers)
+    assert {stop.status_code for stop in await asyncio.gather(*stops)} == {202}
     await app.until_idle()
 
 

@@ -1,7 +1,8 @@
 """A private MongoDB server for `python -m chatserver` without `MONGODB_URI`: a process, its folder and its lock.
 
 The folder is locked for as long as a chatserver lives, so that a `mongod` found running on it can only be one that a
-killed chatserver left behind. The server listens on a port of its own on the loopback interface.
+killed chatserver left behind. The server asks for no password; so it listens on no port, but on a Unix socket in a
+folder that nobody else on the machine can enter.
 """
 
 import asyncio
@@ -9,25 +10,34 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
+from urllib.parse import quote
 
 from chatserver.errors import SetupError
 
 _STOP_S = 20.0
 _START_S = 30.0
-_NOWHERE = """There is no MongoDB server to be had: no `mongod` on the PATH, and no package with one for this machine.
-Start one, and say where it is:
+_LOG_LINES = 5
+_ANOTHER = """Start one, and say where it is:
 
     docker run -d --name chat-mongo -p 127.0.0.1:27017:27017 mongo:7
     MONGODB_URI=mongodb://127.0.0.1:27017/chat-db scripts/run"""
+_NOWHERE = f"""There is no MongoDB server to be had: no `mongod` on the PATH, and no package with one for this machine.
+{_ANOTHER}"""
+_LACKS = f"""It lacks a library (Debian: apt-get install libssl3 libcurl4). Or do without it:
+{_ANOTHER}"""
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def find_mongod() -> str:
@@ -53,12 +63,16 @@ class Mongod:
     """
 
     def __init__(self, data_dir: Path, *, replica_set: bool = True) -> None:
-        self._folder = data_dir.absolute()
+        self._folder = data_dir.resolve()
         self._replica_set = replica_set
         self._lock: IO[str] | None = None
+        self._socket: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self.host = ""
-        """Its address, as `host:port`, once it is started."""
+
+    @property
+    def host(self) -> str:
+        """Its address as a member of a replica set has it, once it is started."""
+        return str(self._socket)
 
     async def start(self) -> str:
         """Start the server, ending one that a killed chatserver left on this folder; return its URI.
@@ -69,31 +83,30 @@ class Mongod:
         self._take_folder()
         try:
             await self._end_stale()
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            self.host = f"127.0.0.1:{port}"
-            self._process = self._spawn(binary, port)
-            await self._wait_until_listening(port)
+            self._make_socket_folder()
+            self._process = self._spawn(binary)
+            await self._wait_until_listening()
         except BaseException:
             self.kill()
             self._release_folder()
             raise
-        return f"mongodb://{self.host}/?directConnection=true"
+        return f"mongodb://{quote(self.host, safe='')}/?directConnection=true"
 
     async def stop(self) -> None:
         """End the server in order, by force after 20 seconds; then let go of the folder."""
         if self._process is not None:
             self._process.terminate()
-            if not await _within(_STOP_S, lambda: self._exited):
-                self.kill()
+            await _within(_STOP_S, lambda: self._exited)
+        self.kill()
         self._release_folder()
 
     def kill(self) -> None:
-        """End the server at once; its journal keeps what was acknowledged."""
+        """End the server at once, if it runs; its journal keeps what was acknowledged."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+        if self._socket is not None:
+            shutil.rmtree(self._socket.parent, ignore_errors=True)
 
     @property
     def _exited(self) -> bool:
@@ -101,9 +114,17 @@ class Mongod:
 
     # -- the folder ----------------------------------------------------------------------------------------------
 
+    @property
+    def _data(self) -> Path:
+        return self._folder / "db"
+
+    @property
+    def _log(self) -> Path:
+        return self._folder / "mongod.log"
+
     def _take_folder(self) -> None:
         try:
-            (self._folder / "db").mkdir(parents=True, exist_ok=True)
+            self._data.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / "lock").open("a+")
         except OSError as error:
             raise SetupError(f"CHAT_DATA_DIR {self._folder} cannot be used: {error.strerror}") from None
@@ -123,11 +144,11 @@ class Mongod:
     async def _end_stale(self) -> None:
         """End the server that the folder's own lock file names, if it still runs on this folder."""
         try:
-            pid = int((self._folder / "db" / "mongod.lock").read_text().strip() or 0)
+            pid = int((self._data / "mongod.lock").read_text().strip() or 0)
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except (OSError, ValueError):
             return
-        if str(self._folder / "db").encode() not in command:
+        if os.fsencode(self._data) not in command:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
@@ -135,41 +156,66 @@ class Mongod:
             if await _within(_STOP_S, lambda: _ended(pid)):
                 return
 
+    def _make_socket_folder(self) -> None:
+        """Make a folder for the socket, whose path must be short, and remove the one of a killed chatserver."""
+        assert self._lock is not None
+        self._lock.seek(0)
+        if (last := Path(self._lock.read().strip())).name.startswith("chatserver-"):
+            shutil.rmtree(last, ignore_errors=True)
+        usual = tempfile.gettempdir()
+        folder = tempfile.mkdtemp(prefix="chatserver-", dir=usual if re.fullmatch(r"[\w/.-]{1,50}", usual) else "/tmp")
+        self._lock.truncate(0)
+        self._lock.write(folder)
+        self._lock.flush()
+        self._socket = Path(folder, "mongodb.sock")
+
     # -- the process ---------------------------------------------------------------------------------------------
 
-    def _spawn(self, binary: str, port: int) -> "subprocess.Popen[bytes]":
-        command = [binary, "--dbpath", str(self._folder / "db"), "--bind_ip", "127.0.0.1", "--port", str(port)]
-        command += ["--logpath", str(self._folder / "mongod.log"), "--wiredTigerCacheSizeGB", "0.25", "--quiet"]
-        command += ["--nounixsocket", "--setParameter", "diagnosticDataCollectionEnabled=false"]
+    def _spawn(self, binary: str) -> "subprocess.Popen[bytes]":
+        command = [binary, "--dbpath", str(self._data), "--bind_ip", self.host, "--wiredTigerCacheSizeGB", "0.25"]
+        command += ["--logpath", str(self._log), "--logappend", "--quiet"]
+        command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
         if self._replica_set:
             command += ["--replSet", "rs0", "--oplogSize", "64"]
+        if self._log.exists():
+            self._log.replace(self._folder / "mongod.log.1")
         try:
-            # A session of its own: Ctrl-C in the terminal ends us, and we end it after the last write.
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-            )
+            # What the loader says of a library that is missing belongs in the log, too. A session of its own: Ctrl-C
+            # in the terminal ends us, and we end it after the last write.
+            with self._log.open("ab") as log:
+                return subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    preexec_fn=_die_with_parent if _libc else None,
+                )
         except OSError as error:
             raise SetupError(f"{binary} cannot be run: {error.strerror}") from None
 
-    async def _wait_until_listening(self, port: int) -> None:
-        def listening() -> bool:
-            with socket.socket() as probe:
-                return probe.connect_ex(("127.0.0.1", port)) == 0
-
-        if not await _within(_START_S, lambda: self._exited or listening()) or self._exited:
-            log = self._folder / "mongod.log"
-            last = "\n".join(log.read_text(errors="replace").splitlines()[-5:]) if log.is_file() else ""
-            raise SetupError(f"The private MongoDB server does not start; the end of {log}:\n{last}")
+    async def _wait_until_listening(self) -> None:
+        if await _within(_START_S, lambda: self._exited or _listens(self.host)) and not self._exited:
+            return
+        code = self._process.returncode if self._process is not None else None
+        how = "takes too long to start" if code is None else f"does not start (exit code {code})"
+        last = "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        lacks = f"\n{_LACKS}" if "shared librar" in last else ""
+        raise SetupError(f"The private MongoDB server {how}; the end of {self._log}:\n{last}{lacks}")
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end the server in order if we are killed (prctl PR_SET_PDEATHSIG, Linux)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    """Have the kernel end the server in order if we are killed (prctl PR_SET_PDEATHSIG, Linux).
+
+    It watches the thread that started the server: that of the event loop, which lives as long as we do.
+    """
+    assert _libc is not None
+    _libc.prctl(1, signal.SIGTERM)
+
+
+def _listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
 
 
 def _ended(pid: int) -> bool:

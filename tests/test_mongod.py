@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import stat
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -101,6 +103,47 @@ async def test_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Pat
     mongod = Mongod(tmp_path)
     mongod._take_folder()
     mongod._release_folder()
+
+
+async def test_nobody_else_can_reach_it(tmp_path: Path) -> None:
+    async with started(tmp_path) as (mongod, _):
+        path = Path(mongod.host)
+        assert path.is_socket() and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        inodes = {os.readlink(link) for link in Path(f"/proc/{pid_on(tmp_path)}/fd").iterdir() if link.is_symlink()}
+        listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines() if " 0A " in line]
+        assert not any(f"socket:[{fields[9]}]" in inodes for fields in listening)
+    assert not path.parent.exists()
+
+
+async def test_socket_folder_of_a_killed_chatserver_is_removed(tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="chatserver-"))
+    (folder / "mongodb.sock").write_text("")
+    other = tmp_path / "other"
+    other.mkdir()
+    for left, stays in ((folder, False), (other, True)):
+        (tmp_path / "lock").write_text(str(left))
+        async with started(tmp_path):
+            pass
+        assert left.exists() == stays
+
+
+async def test_temporary_folder_with_a_long_name_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("d" * 120)))
+    async with started(tmp_path) as (mongod, _):
+        assert mongod.host.startswith("/tmp/")
+
+
+async def test_library_that_is_missing_is_named_and_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "mongod"
+    program.write_text(
+        "#!/bin/sh\necho 'mongod: error while loading shared libraries: libssl.so.3: no' >&2\nexit 127\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(mongod_module, "find_mongod", lambda: str(program))
+    with pytest.raises(SetupError, match=r"(?s)exit code 127.*libssl\.so\.3.*apt-get install libssl3.*docker run"):
+        await Mongod(tmp_path).start()
 
 
 async def test_server_that_hangs_is_ended_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import pymongo
 import pytest
 
 from chatserver.mongod import _ended
@@ -47,6 +49,14 @@ def mongod_pid(server: Server) -> int:
     return int((server.folder / ".data" / "db" / "mongod.lock").read_text())
 
 
+def mongodb_uri(server: Server) -> str:
+    """Return the address of the database as the server prints it, right after its own."""
+    until(lambda: "conversations are in" in server.output)
+    found = re.search(r"mongodb://\S+", server.output)
+    assert found is not None
+    return found[0]
+
+
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     """Wait until a condition of another process holds."""
     deadline = time.monotonic() + seconds
@@ -61,7 +71,6 @@ def failed(server: Server, seconds: float) -> str:
     server.spawn()
     assert server.wait(seconds + 5) == 1
     assert time.monotonic() - began < seconds
-    time.sleep(0.1)
     assert "Traceback" not in server.output
     return server.output
 
@@ -70,7 +79,8 @@ def test_private_mongodb_starts_and_ends_with_the_server(private: Callable[..., 
     server = private().start()
     answer = say(server)
     pid = mongod_pid(server)
-    assert re.search(r"mongodb://127\.0\.0\.1:\d+/chat-db", server.output)
+    with pymongo.MongoClient[dict[str, Any]](mongodb_uri(server)) as client:
+        assert client.get_default_database().conversations.count_documents({}) == 1
     assert server.stop() == 0
     assert _ended(pid)
     server.start()
@@ -81,7 +91,9 @@ def test_private_mongodb_starts_and_ends_with_the_server(private: Callable[..., 
 def test_killed_server_starts_again_and_finds_its_data(private: Callable[..., Server]) -> None:
     server = private(SIMULATED_TOKEN_DELAY_MS=50, CHECKPOINT_MS=50).start()
     answer = say(server)
-    time.sleep(0.5)
+    with pymongo.MongoClient[dict[str, Any]](mongodb_uri(server)) as client:
+        conversations = client.get_default_database().conversations
+        until(lambda: conversations.count_documents({"reply.content": {"$gt": ""}}) == 1)
     pid = mongod_pid(server)
     server.kill()
     server.start()
@@ -115,8 +127,7 @@ def test_second_signal_ends_it_at_once(make_server: Callable[..., Server]) -> No
     server = make_server(SIMULATED_TOKEN_DELAY_MS=1000, DRAIN_S=60).start()
     say(server)
     server.signal(signal.SIGTERM)
-    while "shutting down" not in server.output:
-        time.sleep(0.01)
+    until(lambda: "shutting down" in server.output)
     began = time.monotonic()
     server.signal(signal.SIGTERM)
     assert server.wait() == 1 and time.monotonic() - began < 2
@@ -179,11 +190,14 @@ def test_settings_come_from_the_environment_first_then_from_the_file(
     assert "REPLY_SOURCE is 'gpt'" in failed(private(), 5)
 
 
+@pytest.mark.parametrize("own_database", [False, True])
 def test_reload_restarts_it_when_the_code_changes(
-    tmp_path: Path, private: Callable[..., Server], database: Database
+    tmp_path: Path, private: Callable[..., Server], database: Database, own_database: bool
 ) -> None:
     shutil.copytree(ROOT / "chatserver", tmp_path / "chatserver", ignore=shutil.ignore_patterns("__pycache__"))
-    server = private(MONGODB_URI=database.uri, PYTHONPATH=tmp_path).start("--reload")
+    uri = None if own_database else database.uri
+    server = private(MONGODB_URI=uri, PYTHONPATH=tmp_path).start("--reload")
+    answer = say(server)
 
     def changed_and_restarted() -> bool:
         with (tmp_path / "chatserver" / "sse.py").open("a") as file:
@@ -191,5 +205,7 @@ def test_reload_restarts_it_when_the_code_changes(
         return "".join(server.stdout).count("listens") == 2
 
     until(changed_and_restarted)
-    assert httpx.get(f"{server.url}/healthz", trust_env=False).status_code == 200
+    assert history(server, answer["conversationId"])["messages"]
+    pid = mongod_pid(server) if own_database else None
     assert server.stop() == 0
+    assert pid is None or _ended(pid)

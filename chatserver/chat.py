@@ -198,7 +198,7 @@ class Chat:
         with self._hub.hold(conversation_id) as live:
             record = None
             if live.reply is None or live.reply.message_id not in self._running:
-                record = await self._read(live, last=1)
+                record = await self._read(live, peek=True)
                 if record is None:
                     raise NotFound("There is no conversation with this id.")
             if live.reply is not None and (running := self._running.get(live.reply.message_id)):
@@ -304,11 +304,17 @@ class Chat:
         """Let a subscriber go, if it watches anything."""
         self._hub.unsubscribe(subscriber)
 
-    async def _read(self, live: Live, **what: Any) -> Record | None:
-        """Read a conversation while no turn begins or ends here, so that it can be put together with what is live."""
+    async def _read(self, live: Live, *, peek: bool = False, **what: Any) -> Record | None:
+        """Read a conversation while no turn begins or ends here, so that it can be put together with what is live.
+
+        :param peek: whether its messages do not matter; else `what` of them: see `Store.read`
+        """
         while True:
             version = live.version
-            record = await self._store.read(live.conversation_id, **what)
+            if peek:
+                record = await self._store.peek(live.conversation_id)
+            else:
+                record = await self._store.read(live.conversation_id, **what)
             reply = record.reply if record else None
             if reply is not None and (begun := self._beginning.get(reply.id)) is not None:
                 # Stored, but not yet published: our own begin is about to return, or to be settled.
@@ -375,7 +381,7 @@ class Chat:
                     turn = await begin()
                 except ReplyInProgress:
                     # Whoever reads finishes a reply that has lost its server; then there may be room for ours.
-                    record = await self._read(live, last=1)
+                    record = await self._read(live, peek=True)
                     if record is not None and record.reply is not None:
                         raise
                     turn = await begin()
@@ -615,9 +621,9 @@ def _missed(record: Record | None, at: Position, conversation_id: str, until_don
 
 
 def _what_to_read(conversation_id: str, at: Position | None) -> dict[str, Any]:
-    """Return what of the record is needed to go on from a position: the last message only, if there is none."""
+    """Return what of the record is needed to go on from a position: no message, if there is none."""
     if at is None:
-        return {"last": 1}
+        return {"peek": True}
     if at == sse.start(conversation_id):
         return {}
     return {"since": at.message_id}

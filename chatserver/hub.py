@@ -33,14 +33,12 @@ class Subscriber(Protocol):
 
     cursor: int
     """Offset in the conversation's log of the first byte not yet written to this connection."""
+    ready: bool
+    """Whether a write would leave at once: the connection is up, not ending, and has no bytes in flight."""
     live: "Live | None"
     """The conversation that it watches; whenever the connection is ready again, it has that one `catch_up`."""
     until_done: bool
     """Whether the connection ends after the first `done` or `error`."""
-
-    @property
-    def ready(self) -> bool:
-        """Whether a write would leave at once: the connection is up, not ending, and has no bytes in flight."""
 
     def replay(self, data: bytes) -> None:
         """Take what comes before the live frames; it is written first, in pieces if it is long."""
@@ -266,7 +264,7 @@ class Live:
             self._place_the_ahead()
         end = self._end
         for subscriber in self.subscribers:
-            if subscriber.cursor < end and subscriber.ready:
+            if subscriber.ready and subscriber.cursor < end:
                 self.catch_up(subscriber)
         if self.reply is None and self._log and all(each.cursor == end for each in self.subscribers):
             self._drop(end, self.position)

@@ -266,6 +266,8 @@ class Store:
         self._timeout_s = timeout_s
         self._slots = asyncio.Semaphore(_CONCURRENT_CALLS)
         self._away_until = 0.0
+        self._peek: tuple[set[ObjectId], asyncio.Task[Mapping[str, Record]]] | None = None
+        self._peeking = asyncio.Lock()
         self.observe: Callable[[str, float, bool], None] = lambda _operation, _seconds, _ok: None
         """Called after each call: its name, its duration in seconds, whether the database answered."""
         kept = {"$filter": {"input": "$messages", "cond": {"$ne": ["$$this.status", "superseded"]}}}
@@ -280,7 +282,15 @@ class Store:
         }
         """What a new turn needs, instead of the whole document; `messages` ends with the user's."""
         age = {"$subtract": ["$$NOW", lease_ms]}
-        self._expired = {"$lt": ["$reply.renewedAt", age]}
+        self._standing = {
+            "createdAt": 1,
+            "updatedAt": 1,
+            "reply": 1,
+            "count": {"$size": "$messages"},
+            "last": {"$slice": ["$messages._id", -1]},
+            "expired": {"$lt": ["$reply.renewedAt", age]},
+        }
+        """All that a `Record` has but the messages."""
 
     async def prepare(self) -> None:
         """Make the indexes: one for the list, one of the running replies.
@@ -490,7 +500,7 @@ class Store:
         """
         condition: dict[str, Any] = {"reply._id": {"$exists": True, "$nin": [ObjectId(each) for each in own]}}
         if not alone:
-            condition["$expr"] = self._expired
+            condition["$expr"] = self._standing["expired"]
         async with self._call("find_lost"):
             documents = await self._conversations.find(condition, {"reply": 1}).to_list(1000)
         return [(str(each["_id"]), _reply(each["reply"], expired=True)) for each in documents]
@@ -511,14 +521,7 @@ class Store:
         :param before: a message's id
         :param last: how many
         """
-        projection: dict[str, Any] = {
-            "createdAt": 1,
-            "updatedAt": 1,
-            "reply": 1,
-            "count": {"$size": "$messages"},
-            "last": {"$slice": ["$messages._id", -1]},
-            "expired": self._expired,
-        }
+        projection: dict[str, Any] = dict(self._standing)
         asked = since or before
         if asked:
             projection["at"] = {"$indexOfArray": ["$messages._id", ObjectId(asked)]}
@@ -534,24 +537,29 @@ class Store:
             document = await self._conversations.find_one({"_id": ObjectId(conversation_id)}, projection)
         if document is None:
             return None
-        messages = [_message(each) for each in document["messages"]]
-        at = document.get("at", 0)
+        found = document.get("at", 0)
         if before:
-            first = max(0, at - len(messages))
-        elif since:
-            first = max(0, at)
-        else:
-            first = document["count"] - len(messages)
-        reply = document.get("reply")
-        return Record(
-            document["createdAt"],
-            document["updatedAt"],
-            messages,
-            _reply(reply, expired=bool(document["expired"])) if reply else None,
-            str(document["last"][0]) if document["last"] else None,
-            first,
-            at >= 0,
-        )
+            return _record(document, first=max(0, found - len(document["messages"])))
+        return _record(document, first=max(0, found) if since else document["count"] - len(document["messages"]))
+
+    async def peek(self, conversation_id: str) -> Record | None:
+        """Return a conversation without its messages (None if unknown): where it stands, and the reply that runs.
+
+        One query reads all that is asked for in one moment, or while the query before it is on its way.
+        """
+        if self._peek is None:
+            ids: set[ObjectId] = set()
+            self._peek = (ids, asyncio.get_running_loop().create_task(self._peek_at(ids)))
+        ids, records = self._peek
+        ids.add(ObjectId(conversation_id))
+        return (await asyncio.shield(records)).get(conversation_id)
+
+    async def _peek_at(self, ids: Collection[ObjectId]) -> Mapping[str, Record]:
+        async with self._peeking:
+            self._peek = None
+            async with self._call("peek"):
+                documents = await self._conversations.find({"_id": {"$in": [*ids]}}, self._standing).to_list(None)
+        return {str(each["_id"]): _record(each, first=each["count"]) for each in documents}
 
     async def summaries(self, limit: int, after: tuple[datetime, str] | None) -> Sequence[Summary]:
         """Return up to `limit` conversations, newest first, older than `after` (creation time and id)."""
@@ -703,6 +711,19 @@ def _message(document: Document) -> Message:
         document["createdAt"],
         document.get("status", "complete"),
         ReplyError(error["code"], error["message"]) if error else None,
+    )
+
+
+def _record(document: Document, *, first: int) -> Record:
+    reply = document.get("reply")
+    return Record(
+        document["createdAt"],
+        document["updatedAt"],
+        [_message(each) for each in document.get("messages", ())],
+        _reply(reply, expired=bool(document["expired"])) if reply else None,
+        str(document["last"][0]) if document["last"] else None,
+        first,
+        document.get("at", 0) >= 0,
     )
 
 

@@ -106,7 +106,7 @@ class Client:
     async def stream(
         self, conversation_id: str, position: str = "", *, until_done: bool = False, in_query: bool = False
     ) -> AsyncIterator[Event]:
-        """Yield events until the server ends the stream."""
+        """Yield events until the server ends the stream; come again while it says that it cannot answer now."""
         query = {"until": "done"} if until_done else {}
         headers = {}
         if position and in_query:
@@ -114,16 +114,15 @@ class Client:
         elif position:
             headers["Last-Event-ID"] = position
         url = f"/chat/stream/{conversation_id}"
-        async with self.http.stream("GET", url, params=query, headers=headers) as response:
-            assert response.status_code == 200, await response.aread()
-            decoder = EventDecoder()
-            # Not aiter_lines: it also splits at U+2028 and its like, which is no line's end in an event stream.
-            rest = ""
-            async for chunk in response.aiter_text():
-                *lines, rest = (rest + chunk).split("\n")
-                for line in lines:
-                    if (event := decoder.feed(line)) is not None:
-                        yield event
+        while True:
+            async with self.http.stream("GET", url, params=query, headers=headers) as response:
+                if response.status_code == 503:
+                    await asyncio.sleep(0.1)
+                    continue
+                assert response.status_code == 200, await response.aread()
+                async for event in _events(response):
+                    yield event
+                return
 
     async def events(self, conversation_id: str, position: str = "", **options: Any) -> list[Event]:
         """Return the events up to the first end of a reply."""
@@ -161,3 +160,14 @@ class RawStream:
 def text_of(events: list[Event]) -> str:
     """Return the text of all token events."""
     return "".join(event.data["text"] for event in events if event.name == "token")
+
+
+async def _events(response: httpx.Response) -> AsyncIterator[Event]:
+    decoder = EventDecoder()
+    # Not aiter_lines: it also splits at U+2028 and its like, which is no line's end in an event stream.
+    rest = ""
+    async for chunk in response.aiter_text():
+        *lines, rest = (rest + chunk).split("\n")
+        for line in lines:
+            if (event := decoder.feed(line)) is not None:
+                yield event

@@ -83,8 +83,8 @@ class CuttingProxy:
         except OSError:
             pass  # one of the two has left; that ends both
         finally:
+            await _drop(writer)
             self._tasks.discard(task)
-            writer.close()
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", self._target)
@@ -104,7 +104,7 @@ class CuttingProxy:
                 await asyncio.gather(up, down, return_exceptions=True)
         finally:
             self._lines.discard(writer.transport)
-            upstream.close()
+            await _drop(upstream)
 
     async def _count(self, *, connections: int = 0, refused: int = 0, cuts: int = 0) -> None:
         async with self._changed:
@@ -112,6 +112,15 @@ class CuttingProxy:
             self.refused += refused
             self.cuts += cuts
             self._changed.notify_all()
+
+
+async def _drop(writer: asyncio.StreamWriter) -> None:
+    """Close a connection and wait until its socket is closed; cut it if its other end takes nothing for a second."""
+    writer.close()
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(1):
+            await writer.wait_closed()
+    writer.transport.abort()
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int | None) -> bool:

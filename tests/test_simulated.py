@@ -162,17 +162,22 @@ def test_the_pace_is_the_delay_without_drift() -> None:
     assert any(0.49 <= asyncio.run(run()) < 0.54 for _ in range(10))
 
 
-def test_a_stall_is_not_made_good_by_a_burst() -> None:
-    async def run() -> list[float]:
+def test_what_falls_due_in_a_stall_is_said_right_after_it() -> None:
+    async def run(stall_s: float) -> list[float]:
         times = []
-        async for _ in Simulated(0.03, 8).reply(prompt("hello")):
+        async for _ in Simulated(0.03, 30).reply(prompt("hello")):
             times.append(time.monotonic())
             if len(times) == 2:
-                time.sleep(0.15)
+                time.sleep(stall_s)
         return times
 
-    times = asyncio.run(run())
-    assert times[-1] - times[2] >= 0.03 * 4
+    def whole_run_is(least_s: float, most_s: float, stall_s: float) -> bool:
+        times = asyncio.run(run(stall_s))
+        return least_s <= times[-1] - times[0] < most_s
+
+    # Once out of ten, since the machine may be busy.
+    assert any(whole_run_is(0.84, 0.96, stall_s=0.3) for _ in range(10)), "29 intervals: the stall is made good"
+    assert any(whole_run_is(1.34, 1.46, stall_s=1.0) for _ in range(10)), "half a second of it is"
 
 
 def test_a_reply_can_be_cancelled_or_closed_anywhere() -> None:
@@ -206,15 +211,6 @@ def test_replies_that_share_a_timer_do_not_depend_on_each_other() -> None:
     started = time.monotonic()
     asyncio.run(run())
     assert time.monotonic() - started >= 0.2
-
-
-def test_the_shortest_delay_is_not_stretched_to_whole_ticks() -> None:
-    async def run() -> float:
-        started = time.monotonic()
-        await tokens_of(Simulated(0.0015, 200), "hello")
-        return time.monotonic() - started
-
-    assert any(0.3 <= asyncio.run(run()) < 0.36 for _ in range(10)), "0.4 s if each token waited for two ticks"
 
 
 def test_200_replies_at_delay_0_leave_room_for_all_streams_and_healthz(make_server: Callable[..., Server]) -> None:

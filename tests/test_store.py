@@ -239,6 +239,30 @@ async def test_only_the_messages_asked_for_are_read(stores: Stores) -> None:
         assert await store.read(new_id()) is None
 
 
+async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_query(stores: Stores) -> None:
+    async with stores.open() as store:
+        turns = [turn() for _ in range(150)]
+        for each in turns[:120]:
+            await store.begin(each, "hello", None, new=True)
+        await store.finish(turns[0].conversation_id, reply_of(turns[0], "hi"))
+        queries: list[str] = []
+        store.observe = lambda operation, _seconds, _ok: queries.append(operation)
+        records = await asyncio.gather(*(store.peek(each.conversation_id) for each in [*turns, *turns]))
+        assert queries == ["peek"] and records[:150] == records[150:]
+        assert [record is None for record in records[:150]] == [False] * 120 + [True] * 30
+        first, second = records[:2]
+        assert first is not None and first.reply is None and first.last_id == turns[0].reply_id
+        assert second is not None and second.reply is not None and second.reply.id == turns[1].reply_id
+        # Whoever asks while a query is on its way is answered by one that was sent after that.
+        early = asyncio.create_task(store.peek(turns[1].conversation_id))
+        while not store._peeking.locked():
+            await asyncio.sleep(0)
+        await store.finish(turns[1].conversation_id, reply_of(turns[1], "hi"))
+        late = await store.peek(turns[1].conversation_id)
+        assert await early is not None and late is not None and late.reply is None
+        assert queries == ["peek", "peek", "finish", "peek"] or queries == ["peek", "finish", "peek", "peek"]
+
+
 async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:
     """Conversations that other code has written in the same shape are ours, too."""
     time = datetime(2025, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)

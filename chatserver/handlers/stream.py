@@ -53,6 +53,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, head: bytes, until_done: bool, on_end: Callable[["Connection"], None]) -> None:
         self.cursor = 0
+        self.ready = False
         self.until_done = until_done
         self.live: Live | None = None
         self.expires_at: float | None = None
@@ -67,11 +68,8 @@ class Connection(asyncio.Protocol):
 
     # -- what the hub sees ---------------------------------------------------------------------------------------
 
-    @property
-    def ready(self) -> bool:
-        return self._transport is not None and not (self._paused or self._ending or self._backlog)
-
     def replay(self, data: bytes) -> None:
+        self.ready = False
         self._backlog += data
         self._pump()
 
@@ -82,6 +80,7 @@ class Connection(asyncio.Protocol):
 
     def end(self, data: bytes = b"") -> None:
         if not self._ending:
+            self.ready = False
             self._backlog += data
             self._ending = True
             self._pump()
@@ -95,6 +94,7 @@ class Connection(asyncio.Protocol):
         self._pump()
 
     def pause_writing(self) -> None:
+        self.ready = False
         self._paused = True
 
     def resume_writing(self) -> None:
@@ -110,6 +110,7 @@ class Connection(asyncio.Protocol):
 
     def leave(self) -> None:
         """Let go of everything; the connection is gone, or never came up."""
+        self.ready = False
         self._transport = None
         self._ending = True
         self._backlog.clear()
@@ -164,8 +165,10 @@ class Connection(asyncio.Protocol):
         if self._ending:
             # Not at once: a transport that is closed inside `resume_writing` tells `connection_lost` twice.
             asyncio.get_running_loop().call_soon(self._transport.close)
-        elif self.live is not None:
-            self.live.catch_up(self)
+        else:
+            self.ready = True
+            if self.live is not None:
+                self.live.catch_up(self)
 
 
 class Streams:

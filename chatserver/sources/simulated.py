@@ -12,7 +12,8 @@ from chatserver.sources import Prompt
 
 QUOTED_CHARS = 90
 QUOTED_WORDS = 12
-TICK_S = 0.001  # no longer than the shortest delay, or it would set the pace
+TICK_S = 0.001  # the shortest; else an eighth of the delay
+LATE_S = 0.5
 
 
 class Simulated:
@@ -21,6 +22,7 @@ class Simulated:
     def __init__(self, delay_s: float, tokens: int | None) -> None:
         """Take the seconds before each token (0: as fast as the loop allows) and the exact number of tokens, if any."""
         self._delay_s = delay_s
+        self._tick_s = max(TICK_S, delay_s / 8)
         self._tokens = tokens
         self._sleepers: dict[int, list[asyncio.Future[None]]] = {}
 
@@ -32,10 +34,13 @@ class Simulated:
         clock = asyncio.get_running_loop().time
         due = clock()
         for token in tokens:
-            # By the clock, so that small delays do not add up; a token that is late by more than a whole interval
-            # moves all that follow, so that a stall is not made good by a burst.
-            due = max(due + self._delay_s, clock())
-            await (self._sleep_until(due) if self._delay_s else asyncio.sleep(0))
+            # By the clock: what falls due while the loop is busy is said at once when it has time, as a model's tokens
+            # would be there by then. Who is later than `LATE_S` begins a new schedule.
+            due = max(due + self._delay_s, clock() - LATE_S)
+            if not self._delay_s:
+                await asyncio.sleep(0)
+            elif due > clock():
+                await self._sleep_until(due)
             yield token
 
     def _sleep_until(self, due: float) -> "asyncio.Future[None]":
@@ -45,11 +50,11 @@ class Simulated:
         """
         loop = asyncio.get_running_loop()
         sleeper: asyncio.Future[None] = loop.create_future()
-        tick = math.ceil(due / TICK_S)
+        tick = math.ceil(due / self._tick_s)
         sleepers = self._sleepers.get(tick)
         if sleepers is None:
             sleepers = self._sleepers[tick] = []
-            loop.call_at(tick * TICK_S, self._wake, tick)
+            loop.call_at(tick * self._tick_s, self._wake, tick)
         sleepers.append(sleeper)
         return sleeper
 

@@ -347,6 +347,7 @@ async def test_metrics_count_what_happened(app: App) -> None:
     for name, value in {
         "chatserver_open_streams": 0,
         "chatserver_running_replies": 0,
+        "chatserver_live_conversations": 0,
         "chatserver_resumes_total": 1,
         "chatserver_resets_total": 1,
         "chatserver_slow_clients_cut_total": 0,
@@ -355,4 +356,5 @@ async def test_metrics_count_what_happened(app: App) -> None:
         'chatserver_store_operation_duration_seconds_count{operation="begin"}': 1,
     }.items():
         assert float(values[name]) == value, name
+    assert float(values["chatserver_tasks"]) > 0
     assert "chatserver_event_loop_lag_seconds_bucket" in text and ID not in text

@@ -7,9 +7,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, Any, Self
+
+from bson import ObjectId
+from pymongo import MongoClient
 
 from chatserver.mongod import Mongod
 from chatserver.store import initiate_replica_set
@@ -58,6 +63,25 @@ class Database:
         self._mongod.kill()
         asyncio.run(self._mongod.stop())
         shutil.rmtree(self._folder)
+
+    def seed(self, uri: str, conversation_ids: Sequence[str], length: int) -> str:
+        """Store conversations of so many messages, as the server would have; return their last message's id."""
+        time = datetime.now(UTC)
+        messages = [
+            {
+                "_id": ObjectId(),
+                "role": "assistant" if number % 2 else "user",
+                "content": "Some words of a usual length, and then a few more. " * (8 if number % 2 else 1),
+                "createdAt": time,
+            }
+            for number in range(length)
+        ]
+        with MongoClient[dict[str, Any]](uri) as client:
+            client.get_default_database()["conversations"].insert_many(
+                {"_id": ObjectId(each), "createdAt": time, "updatedAt": time, "messages": messages}
+                for each in conversation_ids
+            )
+        return str(messages[-1]["_id"])
 
     def fresh_uri(self) -> str:
         """Return the URI of a database that nobody has used yet."""
@@ -124,9 +148,11 @@ class Server:
         assert match is not None
         return int(match[1])
 
-    def open_files(self) -> int:
-        """Return how many files and sockets it has open."""
-        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+    def metrics(self) -> dict[str, float]:
+        """Return the figures of our own server, by their names."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, _, value in (each.rpartition(" ") for each in lines if each[:1] != "#")}
 
 
 def ours(core: int, uri: str, tokens: int, delay_ms: int, **settings: object) -> Server:

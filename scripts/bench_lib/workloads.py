@@ -1,13 +1,16 @@
-"""The workloads A to E, each measured on one side at a time; a run's result is what the table is made of.
+"""The workloads A to H, each measured on one side at a time; a run's result is what the table is made of.
 
 A result has plain numbers by name; `errors` counts whatever was not as promised (a token out of order, an answer of
 500), `first_error` says the first of them, `generator` is the load generator's share of its core.
 """
 
 import math
+import secrets
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 
 from scripts.bench_lib import processes
 from scripts.bench_lib.generator import Result, idle, load
@@ -19,6 +22,9 @@ LATENCY_MS = 100.0
 SHARE = 0.99
 """B: and so much of what was due must have been delivered."""
 IDLE_KEEPALIVE_S = 4
+_LONG = 4
+"""F: so many conversations of each length."""
+_LEAST_SAMPLES = 4
 
 
 @dataclass
@@ -83,7 +89,9 @@ def closing(result: Result) -> Result:
     }
 
 
-def _deliver(bench: Bench, side: str, conversations: int, subscribers: int, window_ms: int, *, finish: bool) -> Result:
+def _deliver(
+    bench: Bench, side: str, conversations: int, subscribers: int, window_ms: int, *, finish: bool, cut: int = 0
+) -> Result:
     # Posting takes 4 ms each at the most; no reply may end within the window.
     tokens = tokens_for(4 * conversations + 500 + window_ms + 1500)
     with bench.server(side, tokens, INTERVAL_MS) as server:
@@ -98,6 +106,7 @@ def _deliver(bench: Bench, side: str, conversations: int, subscribers: int, wind
             window_ms=window_ms,
             patience_ms=30_000,
             finish=finish,
+            cut=cut,
         )
     if result["ended_early"]:
         result["errors"] += 1
@@ -198,12 +207,99 @@ def turns(bench: Bench, side: str) -> Result:
     }
 
 
+def long_conversations(bench: Bench, length: str) -> Result:
+    """F: a turn, a page of history and a resume in conversations of so many messages, and what MongoDB pays."""
+    uri = bench.database.fresh_uri()
+    prefix = secrets.token_hex(10)
+    ids = [f"{prefix}{number:04x}" for number in range(_LONG)]
+    last = bench.database.seed(uri, ids, int(length))
+    requests = {"page": f"/chat/{ids[0]}?limit=20", "resume": f"/chat/stream/{ids[0]}?until=done&lastEventId={last}-9"}
+    figures: Result = {}
+    faults: list[str] = []
+    with processes.ours(bench.core, uri, 20, 0) as server:
+        load("get", server, path=requests["page"], settle_ms=200, window_ms=200)  # warm
+        for what, path in requests.items():
+            result = load("get", server, bench.database.pid, path=path, settle_ms=200, window_ms=bench.ms(2000))
+            figures |= _costs(what, result, result["answer_ms"])
+            faults += [result["first_error"]] * result["errors"]
+        turns = bench.count(20, 2)
+        result = load("turns", server, bench.database.pid, clients=_LONG, tokens=20, conversation=prefix, turns=turns)
+        figures |= _costs("turn", result, result["turn_ms"])
+        faults += [result["first_error"]] * result["errors"]
+    return {**figures, "errors": len(faults), "first_error": "; ".join(faults[:1])}
+
+
+def _costs(what: str, result: Result, times: Result) -> Result:
+    count = max(1, times["count"])
+    return {
+        f"{what}_us": 1e6 * result["cpu"][0] / count,
+        f"{what}_database_us": 1e6 * result["cpu"][1] / count,
+        f"{what}_p50_ms": times["p50"],
+    }
+
+
+def mass_reconnect(bench: Bench, side: str) -> Result:
+    """G: 2 of 3 clients of each of 500 running replies are cut at once and resume; `latency` is the others'."""
+    result = _deliver(bench, side, bench.count(500), 3, bench.ms(4000), finish=True, cut=2)
+    resumed = {f"caught_up_{name}_ms": value for name, value in result["caught_up_ms"].items() if name != "count"}
+    return {**resumed, **figures(result)}
+
+
+def soak(bench: Bench, side: str) -> Result:
+    """H: 20 minutes of turns, joins and cuts; memory and what is left are taken in the quiet after each round."""
+    until = time.monotonic() + bench.ms(20 * 60_000) / 1000
+    samples: list[tuple[int, dict[str, float]]] = []
+    turns = cuts = errors = 0
+    first_error = ""
+    with bench.server(side, 200, 10) as server:
+        while time.monotonic() < until or len(samples) < _LEAST_SAMPLES:
+            said = load("turns", server, clients=bench.count(100), tokens=200, rotate=2, window_ms=bench.ms(6000))
+            cut = load(
+                "deliver",
+                server,
+                conversations=bench.count(100),
+                subscribers=4,
+                tokens=200,
+                interval_us=10_000,
+                settle_ms=100,
+                window_ms=1000,
+                cut=2,
+                finish=True,
+            )
+            turns += said["turns"]
+            cuts += cut["caught_up_ms"]["count"]
+            errors += said["errors"] + cut["errors"]
+            first_error = first_error or said["first_error"] or cut["first_error"]
+            time.sleep(1)
+            samples.append((server.memory_kib(), server.metrics()))
+    quarter = len(samples) // 4
+    second, last = samples[quarter : 2 * quarter], samples[-quarter:]
+    before, after = (median(memory for memory, _ in part) for part in (second, last))
+    tasks, tasks_after = (median(seen["chatserver_tasks"] for _, seen in part) for part in (second, last))
+    return {
+        "rounds": len(samples),
+        "turns": turns,
+        "cuts": cuts,
+        "memory_second_quarter_kib": before,
+        "memory_last_quarter_kib": after,
+        "memory_growth_percent": 100 * (after - before) / before,
+        "tasks": tasks_after,
+        "tasks_growth": tasks_after - tasks,
+        "streams_left": max(seen["chatserver_open_streams"] for _, seen in samples),
+        "conversations_left": max(seen["chatserver_live_conversations"] for _, seen in samples),
+        "errors": errors,
+        "first_error": first_error,
+    }
+
+
 @dataclass(frozen=True)
 class Workload:
     """A workload that several sides take turns at."""
 
     run: Callable[[Bench, str], Result]
     sides: tuple[str, ...]
+    once: bool = False
+    """Whether one round is enough."""
 
     @property
     def title(self) -> str:
@@ -218,4 +314,7 @@ WORKLOADS = {
     "C": Workload(many_subscribers, ALL),
     "D": Workload(idle_streams, ALL),
     "E": Workload(turns, ("ours", "fastapi")),
+    "F": Workload(long_conversations, ("10", "100", "1000", "10000")),
+    "G": Workload(mass_reconnect, ("ours",)),
+    "H": Workload(soak, ("ours",), once=True),
 }

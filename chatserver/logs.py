@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from chatserver.settings import Settings
 
@@ -15,7 +16,7 @@ class HumanFormatter(logging.Formatter):
     """`12:30:05.123 INFO reply started conversation=… reply=…`"""
 
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created).strftime("%H:%M:%S.%f")[:-3]
+        time = f"{_clock(int(record.created))}.{int(record.msecs):03d}"
         fields = "".join(f" {name}={value}" for name, value in _context(record).items())
         line = f"{time} {record.levelname:<7} {record.getMessage()}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
@@ -44,6 +45,11 @@ def set_up(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
     for noisy in ("pymongo", "httpx", "httpx2", "openai"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@lru_cache(maxsize=1)
+def _clock(second: int) -> str:
+    return datetime.fromtimestamp(second).strftime("%H:%M:%S")
 
 
 def _context(record: logging.LogRecord) -> dict[str, object]:

@@ -3,10 +3,10 @@
 import json
 import logging
 import re
+import secrets
 from functools import cached_property
 from http import HTTPStatus
 from typing import Any
-from uuid import uuid4
 
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
@@ -49,7 +49,7 @@ class BaseHandler(RequestHandler):
     def request_id(self) -> str:
         """The request's X-Request-Id, or one made for it."""
         given = self.request.headers.get("X-Request-Id", "")
-        return given if _REQUEST_ID.match(given) else uuid4().hex
+        return given if _REQUEST_ID.match(given) else secrets.token_hex(16)
 
     @cached_property
     def address(self) -> str:
@@ -59,16 +59,18 @@ class BaseHandler(RequestHandler):
         )
 
     def set_default_headers(self) -> None:
-        self.clear_header("Server")
-        for name, value in self.common_headers().items():
-            self.set_header(name, value)
+        if hasattr(self, "limits"):
+            self.clear_header("Server")
+            for name, value in self.common_headers().items():
+                self.set_header(name, value)
 
     def common_headers(self) -> dict[str, str]:
         """Return the headers of every answer, streams and errors among them."""
-        headers = {"X-Content-Type-Options": "nosniff", "X-Request-Id": self.request_id}
-        if hasattr(self, "limits"):
-            headers |= cors_headers(self.request.headers.get("Origin"), self.limits)
-        return headers
+        return {
+            "X-Content-Type-Options": "nosniff",
+            "X-Request-Id": self.request_id,
+            **cors_headers(self.request.headers.get("Origin"), self.limits),
+        }
 
     def options(self, *_: str) -> None:
         """Answer a preflight (Fetch standard, "CORS protocol"), or say what is supported."""
@@ -124,6 +126,8 @@ class BaseHandler(RequestHandler):
         :raises InvalidRequest: naming what is wrong
         """
         values: dict[str, Any] = {}
+        if not self.request.query:
+            return values  # no parameter is required
         for name, kind in schemas.parameter_types(schema).items():
             text = self.get_query_argument(name, None, strip=False)
             if text is not None:

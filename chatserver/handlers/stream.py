@@ -25,8 +25,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import cast
 
-from tornado.httputil import HTTPHeaders
-
 from chatserver import sse
 from chatserver.chat import Chat
 from chatserver.errors import TooManyStreams
@@ -276,18 +274,21 @@ class StreamHandler(BaseHandler):
             raise
 
     def _head(self) -> bytes:
-        headers = HTTPHeaders(self.common_headers())
-        headers["Content-Type"] = "text/event-stream"
-        headers["Cache-Control"] = "no-cache"
-        headers["Connection"] = "keep-alive"
-        headers["X-Accel-Buffering"] = "no"
-        lines = [f"{name}: {value}\r\n" for name, value in headers.get_all()]
+        headers = {
+            **self.common_headers(),
+            "Content-Type": "text/event-stream",
+            "Cache-Control": "no-cache",
+            "Connection": "keep-alive",
+            "X-Accel-Buffering": "no",
+        }
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         return f"HTTP/1.1 200 OK\r\n{''.join(lines)}\r\n".encode("latin-1")
 
     async def _hand_over(self, connection: Connection) -> None:
         """Give the socket to a transport of the loop; this handler is done with it."""
         stream = self.detach()
         self.application.log_request(self)
+        self.ui.clear()  # the one cycle by which a handler that never finishes would outlive its socket
         if stream.closed():
             connection.leave()
             return

@@ -19,11 +19,11 @@ import hashlib
 import inspect
 import logging
 import sys
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import pymongo
@@ -72,6 +72,8 @@ _CONCURRENT_CALLS = 10
 
 Status = Literal["complete", "stopped", "failed", "interrupted", "superseded"]
 Document = Mapping[str, Any]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class ReplyError(NamedTuple):
@@ -266,8 +268,8 @@ class Store:
         self._timeout_s = timeout_s
         self._slots = asyncio.Semaphore(_CONCURRENT_CALLS)
         self._away_until = 0.0
-        self._peek: tuple[set[ObjectId], asyncio.Task[Mapping[str, Record]]] | None = None
-        self._peeking = asyncio.Lock()
+        self._peeks = _Joined(self._peek_at)
+        self._finishes = _Joined(self._finish_all)
         self.observe: Callable[[str, float, bool], None] = lambda _operation, _seconds, _ok: None
         """Called after each call: its name, its duration in seconds, whether the database answered."""
         kept = {"$filter": {"input": "$messages", "cond": {"$ne": ["$$this.status", "superseded"]}}}
@@ -452,8 +454,7 @@ class Store:
             for reply_id, (conversation_id, content) in replies.items()
         ]
         async with self._call("checkpoint"):
-            result = await self._conversations.bulk_write(writes, ordered=False)
-            if result.matched_count == len(writes):
+            if await self._write_all(writes) == len(writes):
                 return ()
             held = await self._conversations.find(
                 {"reply._id": {"$in": [ObjectId(each) for each in replies]}}, {"reply._id": 1}
@@ -465,10 +466,12 @@ class Store:
     ) -> Message | None:
         """Store a reply as a message and end it, if it still runs.
 
+        Replies that end in one moment are stored in one bulk write.
+
         :param if_renewed_at: only if its lease was not renewed since
         :return: the message as the database has it now, whoever stored it; None if it has none
+        :raises RuntimeError: if MongoDB refuses to store it
         """
-        conversation = ObjectId(conversation_id)
         stored: dict[str, Any] = {
             "_id": ObjectId(message.id),
             "role": message.role,
@@ -479,19 +482,39 @@ class Store:
             stored["status"] = message.status
         if message.error is not None:
             stored["error"] = message.error._asdict()
-        condition = {"_id": conversation, "reply._id": stored["_id"]}
+        condition = {"_id": ObjectId(conversation_id), "reply._id": stored["_id"]}
         if if_renewed_at is not None:
             condition["reply.renewedAt"] = if_renewed_at
+        update = {"$push": {"messages": stored}, "$unset": {"reply": ""}, "$set": {"updatedAt": now()}}
+        if await self._finishes.ask(UpdateOne(condition, update)):
+            return message
         async with self._call("finish"):
-            result = await self._conversations.update_one(
-                condition, {"$push": {"messages": stored}, "$unset": {"reply": ""}, "$set": {"updatedAt": now()}}
-            )
-            if result.modified_count:
-                return message
             document = await self._conversations.find_one(
-                {"_id": conversation}, {"messages": {"$elemMatch": {"_id": stored["_id"]}}}
+                {"_id": condition["_id"]}, {"messages": {"$elemMatch": {"_id": stored["_id"]}}, "reply._id": 1}
             )
-        return _message(document["messages"][0]) if document and document.get("messages") else None
+        if document and document.get("messages"):
+            return _message(document["messages"][0])
+        if document and if_renewed_at is None and document.get("reply") == {"_id": stored["_id"]}:
+            raise RuntimeError("MongoDB refuses to store the reply")
+        return None
+
+    async def _finish_all(self, finishes: Sequence[UpdateOne]) -> Sequence[bool]:
+        """Return for each whether it is known to be done."""
+        async with self._call("finish"):
+            done = await self._write_all(finishes) == len(finishes)
+        return [done] * len(finishes)
+
+    async def _write_all(self, writes: Sequence[UpdateOne]) -> int:
+        """Write in bulk; return how many found what they change. One that MongoDB refuses stops none of the others."""
+        try:
+            return int((await self._conversations.bulk_write(writes, ordered=False)).matched_count)
+        except BulkWriteError as error:
+            details: Any = error.details
+            if not details["writeErrors"]:
+                raise
+            codes = {each["code"] for each in details["writeErrors"]}
+            logger.error("MongoDB refuses %d of %d writes: %s", len(details["writeErrors"]), len(writes), codes)
+            return int(details["nMatched"])
 
     async def find_lost(self, own: Collection[str], *, alone: bool = False) -> Sequence[tuple[str, StoredReply]]:
         """Return conversation id and reply of each reply whose lease has run out, but for our `own`.
@@ -545,21 +568,15 @@ class Store:
     async def peek(self, conversation_id: str) -> Record | None:
         """Return a conversation without its messages (None if unknown): where it stands, and the reply that runs.
 
-        One query reads all that is asked for in one moment, or while the query before it is on its way.
+        All that are asked for in one moment are read by one query.
         """
-        if self._peek is None:
-            ids: set[ObjectId] = set()
-            self._peek = (ids, asyncio.get_running_loop().create_task(self._peek_at(ids)))
-        ids, records = self._peek
-        ids.add(ObjectId(conversation_id))
-        return (await asyncio.shield(records)).get(conversation_id)
+        return await self._peeks.ask(ObjectId(conversation_id))
 
-    async def _peek_at(self, ids: Collection[ObjectId]) -> Mapping[str, Record]:
-        async with self._peeking:
-            self._peek = None
-            async with self._call("peek"):
-                documents = await self._conversations.find({"_id": {"$in": [*ids]}}, self._standing).to_list(None)
-        return {str(each["_id"]): _record(each, first=each["count"]) for each in documents}
+    async def _peek_at(self, ids: Sequence[ObjectId]) -> Sequence[Record | None]:
+        async with self._call("peek"):
+            documents = await self._conversations.find({"_id": {"$in": ids}}, self._standing).to_list(None)
+        records = {each["_id"]: _record(each, first=each["count"]) for each in documents}
+        return [records.get(each) for each in ids]
 
     async def summaries(self, limit: int, after: tuple[datetime, str] | None) -> Sequence[Summary]:
         """Return up to `limit` conversations, newest first, older than `after` (creation time and id)."""
@@ -624,8 +641,6 @@ class Store:
             finally:
                 self._slots.release()
         except (ConnectionFailure, ExecutionTimeout, WriteConcernError, BulkWriteError) as error:
-            if isinstance(error, BulkWriteError) and error.details and error.details["writeErrors"]:
-                raise
             if loop.time() >= self._away_until:
                 logger.warning("the database does not answer (%s): %s", operation, type(error).__name__)
             self._away_until = loop.time() + _PROBE_S
@@ -633,6 +648,33 @@ class Store:
             raise OutcomeUnknown if write and not never_sent else DatabaseUnavailable from error
         finally:
             self.observe(operation, loop.time() - started, ok)
+
+
+class _Joined(Generic[Item, Result]):
+    """One call for all that is asked for in one moment, or while the call before it is on its way.
+
+    :param call: is given what was asked for, and returns an answer to each
+    """
+
+    def __init__(self, call: Callable[[Sequence[Item]], Coroutine[Any, Any, Sequence[Result]]]) -> None:
+        self._call = call
+        self._calling = asyncio.Lock()
+        self._next: tuple[list[Item], asyncio.Task[Sequence[Result]]] | None = None
+
+    async def ask(self, item: Item) -> Result:
+        """Return the answer to one."""
+        if self._next is None:
+            items: list[Item] = []
+            self._next = (items, asyncio.get_running_loop().create_task(self._run(items)))
+        items, answers = self._next
+        items.append(item)
+        place = len(items) - 1
+        return (await asyncio.shield(answers))[place]
+
+    async def _run(self, items: Sequence[Item]) -> Sequence[Result]:
+        async with self._calling:
+            self._next = None
+            return await self._call(items)
 
 
 def _begun(document: Document) -> Begun:

@@ -255,12 +255,46 @@ async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_qu
         assert second is not None and second.reply is not None and second.reply.id == turns[1].reply_id
         # Whoever asks while a query is on its way is answered by one that was sent after that.
         early = asyncio.create_task(store.peek(turns[1].conversation_id))
-        while not store._peeking.locked():
+        while not store._peeks._calling.locked():
             await asyncio.sleep(0)
         await store.finish(turns[1].conversation_id, reply_of(turns[1], "hi"))
         late = await store.peek(turns[1].conversation_id)
         assert await early is not None and late is not None and late.reply is None
         assert queries == ["peek", "peek", "finish", "peek"] or queries == ["peek", "finish", "peek", "peek"]
+
+
+@pytest.mark.expects_log("MongoDB refuses 1 of 30 writes")
+async def test_replies_that_end_in_one_moment_are_stored_by_one_write(stores: Stores) -> None:
+    async with stores.open() as store:
+        turns = [turn() for _ in range(90)]
+        for each in turns:
+            await store.begin(each, "hello", None, new=True)
+        writes: list[str] = []
+        store.observe = lambda operation, _seconds, _ok: writes.append(operation)
+        whole, lost, full = turns[:30], turns[30:60], turns[60:]
+
+        async def finish(turns: list[Turn]) -> list[Any]:
+            messages = [(each.conversation_id, reply_of(each, "hi" * 500)) for each in turns]
+            stored = await asyncio.gather(*(store.finish(*each) for each in messages), return_exceptions=True)
+            return [each.content if isinstance(each, Message) else each for each in stored]
+
+        assert await finish(whole) == 30 * ["hi" * 500]
+        assert writes == ["finish"]
+        # One that another server has ended, and one that is gone: each is told the truth, and the others are stored.
+        await store.finish(lost[0].conversation_id, reply_of(lost[0], "mine", status="interrupted"))
+        await store.delete(lost[1].conversation_id)
+        assert await finish(lost) == ["mine", None, *28 * ["hi" * 500]]
+        # One that has no room: the others are stored.
+        filler = {
+            "_id": ObjectId(),
+            "role": "user",
+            "content": "x" * (DOCUMENT_BYTES - 900),
+            "createdAt": datetime.now(UTC),
+        }
+        of_the_first = {"_id": ObjectId(full[0].conversation_id)}
+        stores.database.conversations.update_one(of_the_first, {"$push": {"messages": filler}})
+        refused, *others = await finish(full)
+        assert isinstance(refused, RuntimeError) and others == 29 * ["hi" * 500]
 
 
 async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:

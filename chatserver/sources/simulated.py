@@ -6,7 +6,7 @@ import math
 import re
 import unicodedata
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 
 from chatserver.sources import Prompt
 
@@ -30,7 +30,7 @@ class Simulated:
         """Return the reply's tokens, yielding to the event loop before each."""
         tokens: Iterable[str] = tokenise(compose(prompt.messages[-1].content, prompt.turn))
         if self._tokens is not None:
-            tokens = islice(cycle([*tokens, "\n\n"]), self._tokens)
+            tokens = islice(cycle(chain(tokens, ["\n\n"])), self._tokens)
         clock = asyncio.get_running_loop().time
         due = clock()
         for token in tokens:
@@ -99,7 +99,8 @@ def tokenise(text: str) -> Iterator[str]:
     The pieces are never empty, joined they are exactly `text`, and none ends within a character as people see it.
     """
     held = ""
-    for piece in _PIECE.findall(text):
+    for match in _PIECE.finditer(text):
+        piece = match[0]
         if held and not _extends(held[-1], piece[0]):
             yield held
             held = ""

@@ -5,6 +5,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -32,6 +33,8 @@ with suppress(ImportError):
 
 logger = logging.getLogger("chatserver")
 
+_OTHER_FILES = 100
+"""Open files that are no streams: requests, connections to MongoDB, a source's."""
 _GC_THRESHOLD = 10_000
 """Objects with references, made and not yet unmade, before the youngest are looked through; Python's own is 700."""
 
@@ -44,6 +47,7 @@ async def serve(settings: Settings, *, reload: bool = False) -> None:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     mongod = None if settings.mongodb_uri else Mongod(settings.chat_data_dir)
+    keeping: asyncio.Task[None] | None = None
 
     def stop() -> None:
         if stopping.is_set():
@@ -59,21 +63,26 @@ async def serve(settings: Settings, *, reload: bool = False) -> None:
         if mongod is not None:
             uri = await mongod.start()
             await initiate_replica_set(uri, mongod.host)
+            keeping = asyncio.create_task(mongod.keep_running())
         assert uri is not None
         await _serve_on(settings, uri, stopping, alone=mongod is not None, reload=reload)
     finally:
+        if keeping is not None:
+            keeping.cancel()
         if mongod is not None:
             await mongod.stop()
 
 
 async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, alone: bool, reload: bool) -> None:
+    client = connect(uri, settings.database_timeout_s)
     address = describe_uri(uri)
     try:
         sockets = bind_sockets(settings.port, settings.host)
-    except OSError as error:
-        raise SetupError(f"{settings.host}:{settings.port} cannot be listened on: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no host name"
+        raise SetupError(f"{settings.host}:{settings.port} (HOST, PORT) cannot be listened on: {why}") from None
     store = Store(
-        connect(uri, settings.database_timeout_s),
+        client,
         timeout_s=settings.database_timeout_s,
         lease_ms=settings.lease_ms,
         history=settings.history_messages,
@@ -118,6 +127,16 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
         await store.close()
 
 
+def _allow_files(streams: int) -> None:
+    """Allow this process as many open files as the system lets it have: each stream is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < streams + _OTHER_FILES:
+        logger.warning("MAX_STREAMS is %d, but this process may open only %d files (ulimit -n)", streams, files)
+
+
 def main() -> int:
     """Run the server; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m chatserver", description="A chat backend that never loses a word.")
@@ -126,6 +145,7 @@ def main() -> int:
     try:
         settings = read_settings()
         logs.set_up(settings)
+        _allow_files(settings.max_streams)
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
             runner.run(serve(settings, reload=arguments.reload))
     except SetupError as error:

@@ -40,6 +40,7 @@ RETRY_MS = 1000
 """How soon a client shall reconnect."""
 FULL = ReplyError("conversation_full", "The reply was cut where the conversation had no more room.")
 CRASHED = ReplyError("source_failed", "The source of replies failed unexpectedly; try again.")
+_STOPPED: tuple[Status, ReplyError | None] = ("stopped", None)
 _STOP_PATIENCE_S = 1.0
 _SETTLE_LOOKS = 3
 _SETTLE_PAUSE_S = 0.5
@@ -104,6 +105,7 @@ class Chat:
         self._beginning: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._out_of_time = False
         counts = hub.counts
         store.observe = metrics.observe_store
         metrics.watch("chatserver_running_replies", "Replies that are being written.", lambda: self.running)
@@ -130,13 +132,14 @@ class Chat:
         await self._store.prepare()
         await self._finish_lost(alone=self._alone)
         self._spawn(self._hub.deliver())
-        self._spawn(self._checkpoint_for_ever())
-        self._spawn(self._sweep_for_ever())
+        self._spawn(_for_ever(self._settings.checkpoint_ms / 1000, self._checkpoint))
+        self._spawn(_for_ever(min(self._settings.lease_ms / 4000, 5.0), self._finish_lost))
 
     async def drain(self) -> None:
         """Refuse new turns, let replies end for `DRAIN_S`, finish the rest as interrupted with their text stored."""
         self._draining = True
         if not await self._idle_within(self._settings.drain_s):
+            self._out_of_time = True
             for running in list(self._running.values()):
                 self._end(running, "interrupted", INTERRUPTED)
             if not await self._idle_within(self._settings.database_timeout_s + 1):
@@ -198,22 +201,25 @@ class Chat:
         :raises NotFound: if there is no such conversation
         """
         with self._hub.hold(conversation_id) as live:
-            record = None
-            if live.reply is None or live.reply.message_id not in self._running:
-                record = await self._read(live, peek=True)
-                if record is None:
-                    raise NotFound("There is no conversation with this id.")
-            if live.reply is not None and (running := self._running.get(live.reply.message_id)):
-                if not self._end(running, "stopped", None) or running.task is None:
+            while True:
+                record = None
+                if live.reply is None or live.reply.message_id not in self._running:
+                    record = await self._read(live, peek=True)
+                    if record is None:
+                        raise NotFound("There is no conversation with this id.")
+                if live.reply is not None and (running := self._running.get(live.reply.message_id)):
+                    self._end(running, "stopped", None)
+                    if running.ending != _STOPPED or running.task is None:
+                        return None
+                    # Stored, as a rule, when this returns, so that a retry or a post may follow at once.
+                    await asyncio.wait({running.task}, timeout=_STOP_PATIENCE_S)
+                    return running.reply.message_id
+                if record is None or record.reply is None:
                     return None
-                # Stored, as a rule, when this returns, so that a retry or a post may follow at once.
-                await asyncio.wait({running.task}, timeout=_STOP_PATIENCE_S)
-                return running.reply.message_id
-        if record is None or record.reply is None:
-            return None
-        # It runs on another server, which will find its reply ended at its next checkpoint.
-        await self._finish_checkpointed(conversation_id, record.reply, "stopped", None)
-        return record.reply.id
+                # It runs on another server, which will find its reply ended at its next checkpoint. One that was
+                # checkpointed since we looked is looked at again.
+                if await self._finish_checkpointed(conversation_id, record.reply, *_STOPPED):
+                    return record.reply.id
 
     async def delete(self, conversation_id: str) -> None:
         """Delete a conversation, its running reply first; its streams end with `reset`.
@@ -224,7 +230,7 @@ class Chat:
             reply = live.reply
             found = await self._store.delete(conversation_id)
             # Unless a new conversation under this id has begun meanwhile: that one lives on.
-            if live.reply is reply:
+            if found and live.reply is reply:
                 live.reset()
             if reply is not None and (running := self._running.get(reply.message_id)):
                 self._end(running, "stopped", None)
@@ -240,6 +246,9 @@ class Chat:
         """
         with self._hub.hold(conversation_id) as live:
             record = await self._read(live, before=before, last=limit)
+            if record is not None and record.reply is not None and record.reply.id == before:
+                # Before the reply in flight are all that are stored.
+                record = await self._read(live, last=limit)
             # No await from here on, so that text and position are of one moment.
             if record is None:
                 raise NotFound("There is no conversation with this id.")
@@ -282,20 +291,25 @@ class Chat:
         if position is not None:
             self._metrics.resumes.inc()
         with self._hub.hold(conversation_id) as live:
-            at = position or _where_a_stream_begins(live)
+            record = None
+            # What is idle here may have gone on elsewhere.
+            if not _is_live(live, position) or (live.reply is None and not self._alone):
+                try:
+                    record = await self._read(live, **_what_to_read(conversation_id, position))
+                    self._align(live, record)
+                except DatabaseUnavailable:
+                    if not _is_live(live, position):
+                        raise
+            # No await from here on: snapshot and cursor are of one moment, so that no token lands between them.
+            at = position or _where_a_stream_begins(live) or sse.start(conversation_id)
             missed = _Missed()
-            if at is None or not live.covers(at):
-                record = await self._read(live, **_what_to_read(conversation_id, at))
-                # No await from here on: snapshot and cursor are of one moment, so that no token lands between them.
-                self._align(live, record)
-                at = at or _where_a_stream_begins(live) or sse.start(conversation_id)
-                if not live.covers(at):
-                    found = _missed(record, at, conversation_id, subscriber.until_done)
-                    if found is None:
-                        self._metrics.resets.inc()
-                        subscriber.end(sse.RESET)
-                        return
-                    missed = found
+            if not live.covers(at):
+                found = _missed(record, at, conversation_id, subscriber.until_done)
+                if found is None:
+                    self._metrics.resets.inc()
+                    subscriber.end(sse.RESET)
+                    return
+                missed = found
             subscriber.replay(sse.preamble(RETRY_MS, at) + missed.frames)
             if missed.ended:
                 subscriber.end()
@@ -431,6 +445,8 @@ class Chat:
         running = self._running[begun.turn.reply_id] = _Running(begun, live, live.reply)
         running.task = self._spawn(self._answer(running))
         logger.info("reply started", extra=_ids(begun.turn))
+        if self._out_of_time:
+            self._end(running, "interrupted", INTERRUPTED)
 
     async def _answer(self, running: _Running) -> None:
         """Write one reply from its source's first piece to its stored end."""
@@ -515,46 +531,34 @@ class Chat:
 
     # -- what runs in the background -----------------------------------------------------------------------------
 
-    async def _checkpoint_for_ever(self) -> None:
+    async def _checkpoint(self) -> None:
         """Save what the running replies have said; end those that another server has taken for lost."""
-        while True:
-            await asyncio.sleep(self._settings.checkpoint_ms / 1000)
-            replies = {
-                each.reply.message_id: (each.live.conversation_id, each.reply.content)
-                for each in self._running.values()
-            }
-            if not replies:
-                continue
-            try:
-                lost = await self._store.checkpoint(replies)
-            except DatabaseUnavailable:
-                continue
-            for reply_id in lost:
-                if (running := self._running.get(reply_id)) and self._end(running, "interrupted", INTERRUPTED):
-                    logger.info("reply ended or deleted by another hand", extra=_ids(running.begun.turn))
-
-    async def _sweep_for_ever(self) -> None:
-        """Finish the replies whose servers were lost."""
-        while True:
-            await asyncio.sleep(min(self._settings.lease_ms / 4000, 5.0))
-            try:
-                await self._finish_lost()
-            except DatabaseUnavailable:
-                continue
+        replies = {
+            each.reply.message_id: (each.live.conversation_id, each.reply.content) for each in self._running.values()
+        }
+        lost = await self._store.checkpoint(replies) if replies else ()
+        for reply_id in lost:
+            if (running := self._running.get(reply_id)) and self._end(running, "interrupted", INTERRUPTED):
+                logger.info("reply ended or deleted by another hand", extra=_ids(running.begun.turn))
 
     async def _finish_lost(self, *, alone: bool = False) -> None:
+        """Finish the replies whose servers were lost."""
         own = [*self._running, *self._beginning]
         for conversation_id, reply in await self._store.find_lost(own, alone=alone):
             await self._finish_checkpointed(conversation_id, reply, "interrupted", INTERRUPTED)
 
     async def _finish_checkpointed(
         self, conversation_id: str, reply: StoredReply, status: Status, error: ReplyError | None
-    ) -> None:
-        """Finish a reply of another server with what was checkpointed, unless it has been renewed since we looked."""
+    ) -> bool:
+        """Finish a reply of another server with what was checkpointed, unless it has been renewed since we looked.
+
+        :return: whether this did it
+        """
         message = Message(reply.id, "assistant", reply.content, reply.created_at, status, error)
-        if await self._store.finish(conversation_id, message, if_renewed_at=reply.renewed_at) is message:
-            turn = {"conversation": conversation_id, "reply": reply.id}
-            logger.info("reply of a lost server finished", extra=turn)
+        if await self._store.finish(conversation_id, message, if_renewed_at=reply.renewed_at) is not message:
+            return False
+        logger.info("reply of another server finished", extra={"conversation": conversation_id, "reply": reply.id})
+        return True
 
     async def _idle_within(self, seconds: float) -> bool:
         """Wait until no reply runs; return whether that came within so many seconds."""
@@ -581,6 +585,18 @@ class Chat:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a background task crashed", exc_info=error)
+
+
+async def _for_ever(pause_s: float, work: Callable[[], Awaitable[None]]) -> None:
+    """Do something again and again; whatever fails is done again the next time."""
+    while True:
+        await asyncio.sleep(pause_s)
+        try:
+            await work()
+        except DatabaseUnavailable:
+            continue
+        except Exception:
+            logger.exception("what runs in the background failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -634,6 +650,12 @@ def _what_to_read(conversation_id: str, at: Position | None) -> dict[str, Any]:
 def _where_a_stream_begins(live: Live) -> Position | None:
     """Return where a stream without a position begins: at the running reply's start, else at the end; None: unknown."""
     return Position(live.reply.message_id, 0) if live.reply else live.position
+
+
+def _is_live(live: Live, position: Position | None) -> bool:
+    """Return whether all that follows a position (None: where a stream begins) is in memory."""
+    at = position or _where_a_stream_begins(live)
+    return at is not None and live.covers(at)
 
 
 def _append(live: Live, reply: LiveReply, text: str, room: int | None = None) -> bool:

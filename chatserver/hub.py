@@ -156,7 +156,9 @@ class Live:
 
         Subscribers that stand elsewhere missed turns of another server: they are cut, and resume from the database.
         """
-        if self.position not in (None, position):
+        if self.position == position:
+            return
+        if self.position is not None:
             self.cut()
         self._drop(self._end, position)
 
@@ -274,7 +276,7 @@ class Live:
         if subscriber in self._ahead:
             return
         while subscriber.ready and (cursor := subscriber.cursor) < self._end:
-            stop = min(self._end, cursor + MAX_WRITE)
+            stop = self._frame_end(cursor, min(self._end, cursor + MAX_WRITE))
             if subscriber.until_done and (end := self._end_of_reply_after(cursor)) and end <= stop:
                 subscriber.cursor = end
                 subscriber.end(self._slice(cursor, end))
@@ -286,6 +288,16 @@ class Live:
 
     def _end_of_reply_after(self, offset: int) -> int | None:
         return next((each.end for each in self._entries if each.reply and each.end and each.end > offset), None)
+
+    def _frame_end(self, cursor: int, stop: int) -> int:
+        """Return the end of the last whole frame up to `stop`, or of the first one after `cursor` if that is longer."""
+        if stop == self._end:
+            return stop
+        begin, end = cursor - self._base, stop - self._base
+        found = self._log.rfind(b"\n\n", begin, end)
+        if found < 0:
+            found = self._log.find(b"\n\n", begin)
+        return self._base + found + 2
 
     def _slice(self, begin: int, stop: int) -> bytes:
         """Return bytes of the log, to be written to one subscriber; those that stand at one place share them."""

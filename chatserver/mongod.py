@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -25,8 +26,11 @@ from urllib.parse import quote
 
 from chatserver.errors import SetupError
 
+logger = logging.getLogger(__name__)
+
 _STOP_S = 20.0
 _START_S = 30.0
+_LOOK_S = 1.0
 _LOG_LINES = 5
 _ANOTHER = """Start one, and say where it is:
 
@@ -91,6 +95,17 @@ class Mongod:
             self._release_folder()
             raise
         return f"mongodb://{quote(self.host, safe='')}/?directConnection=true"
+
+    async def keep_running(self) -> None:
+        """Start the server again, on the same folder and socket, whenever it has ended by itself; for ever."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if self._process is not None and self._exited:
+                logger.error("the private MongoDB server has ended (%d) and is started again", self._process.returncode)
+                try:
+                    self._process = self._spawn(find_mongod())
+                except SetupError as error:
+                    logger.error("%s", error)
 
     async def stop(self) -> None:
         """End the server in order, by force after 20 seconds; then let go of the folder."""

@@ -18,13 +18,13 @@ import asyncio
 import hashlib
 import inspect
 import logging
+import re
 import sys
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
 import pymongo
 from bson import ObjectId
@@ -32,6 +32,7 @@ from bson.codec_options import CodecOptions
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import ReturnDocument, UpdateOne
 from pymongo.errors import (
+    AutoReconnect,
     BulkWriteError,
     ConfigurationError,
     ConnectionFailure,
@@ -69,6 +70,8 @@ _MARGIN = 4096
 _PROBE_S = 0.5
 _CONCURRENT_CALLS = 10
 """Motor runs each call on a thread of a pool of five a core: what waits shall wait here, where it can time out."""
+
+_SECRET_OPTION = re.compile("[^=]*password|authMechanismProperties", re.IGNORECASE)
 
 Status = Literal["complete", "stopped", "failed", "interrupted", "superseded"]
 Document = Mapping[str, Any]
@@ -185,11 +188,15 @@ def now() -> datetime:
 
 
 def describe_uri(uri: str) -> str:
-    """Return a MongoDB URI with the database's name and without a password, as it may be shown and pasted."""
-    parts = urlsplit(uri)
-    user, at, hosts = parts.netloc.rpartition("@")
-    database = parts.path if parts.path.strip("/") else f"/{DEFAULT_DATABASE}"
-    return urlunsplit(parts._replace(netloc=user.partition(":")[0] + at + hosts, path=database))
+    """Return a valid MongoDB URI with the database's name and without secrets, as it may be shown and pasted."""
+    scheme, _, rest = uri.partition("://")
+    address, _, query = rest.partition("?")
+    # Not as URLs in general: what PyMongo takes for a password may hold a `#`.
+    authority, _, database = address.partition("/")
+    user, at, hosts = authority.rpartition("@")
+    options = "&".join(each for each in query.split("&") if each and not _SECRET_OPTION.match(each))
+    shown = f"{scheme}://{user.partition(':')[0]}{at}{hosts}/{database or DEFAULT_DATABASE}"
+    return f"{shown}?{options}" if options else shown
 
 
 def connect(uri: str, timeout_s: float) -> "AsyncIOMotorClient[Any]":
@@ -303,8 +310,12 @@ class Store:
             async with self._call("prepare"):
                 await self._conversations.create_index([("createdAt", -1), ("_id", -1)])
                 await self._conversations.create_index("reply._id", sparse=True)
-        except OperationFailure as error:
-            said = (error.details or {}).get("errmsg", "unknown error")
+        except ConfigurationError as error:
+            raise SetupError(f"MONGODB_URI cannot be followed: {error}") from None
+        except DatabaseUnavailable as error:
+            if not isinstance(refused := error.__cause__, OperationFailure) or isinstance(refused, ExecutionTimeout):
+                raise
+            said = (refused.details or {}).get("errmsg", "unknown error")
             raise SetupError(f"MongoDB refuses us (MONGODB_URI): {said}") from None
 
     async def ping(self) -> None:
@@ -402,7 +413,10 @@ class Store:
         if document is not None and "last" not in document:
             # The driver sent the write again after the line broke, and the server answered with the image that it had
             # kept of the first one, to which it does not apply the projection.
-            document = await self._conversations.find_one({"_id": condition["_id"]}, self._turn_projection)
+            try:
+                document = await self._conversations.find_one({"_id": condition["_id"]}, self._turn_projection)
+            except ServerSelectionTimeoutError as error:
+                raise AutoReconnect("after the turn was stored") from error
         return _begun(document) if document else None
 
     async def _refuse(self, conversation: ObjectId, key: str | None, needed: int) -> None:
@@ -640,10 +654,13 @@ class Store:
                 ok = True
             finally:
                 self._slots.release()
-        except (ConnectionFailure, ExecutionTimeout, WriteConcernError, BulkWriteError) as error:
-            if loop.time() >= self._away_until:
-                logger.warning("the database does not answer (%s): %s", operation, type(error).__name__)
-            self._away_until = loop.time() + _PROBE_S
+        except (ConnectionFailure, OperationFailure) as error:
+            if isinstance(error, ConnectionFailure | ExecutionTimeout | WriteConcernError | BulkWriteError):
+                if loop.time() >= self._away_until:
+                    logger.warning("the database does not answer (%s): %s", operation, type(error).__name__)
+                self._away_until = loop.time() + _PROBE_S
+            else:
+                logger.warning("the database refuses (%s): code %s", operation, error.code)
             never_sent = isinstance(error, ServerSelectionTimeoutError)
             raise OutcomeUnknown if write and not never_sent else DatabaseUnavailable from error
         finally:

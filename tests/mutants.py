@@ -49,10 +49,11 @@ def text_repeated_on_resume() -> None:
 def lost_replies_left_alone() -> None:
     """Nobody finishes the replies of a server that was lost."""
 
-    async def nothing(*_: Any, **__: Any) -> None:
+    async def nothing(*_: Any, **__: Any) -> bool:
         await asyncio.sleep(0.05)
+        return False
 
-    Chat._finish_lost = nothing  # type: ignore[method-assign]
+    Chat._finish_lost = nothing  # type: ignore[assignment, method-assign]
     Chat._finish_checkpointed = nothing  # type: ignore[method-assign]
 
 

@@ -11,8 +11,9 @@ from bson import ObjectId
 
 from chatserver import store as store_module
 from chatserver.errors import DatabaseUnavailable, OutcomeUnknown, SourceError
+from chatserver.sources.simulated import Simulated
 from tests.apps import App, Database, Script, running
-from tests.clients import Transcript, new_id, text_of
+from tests.clients import RawStream, Transcript, new_id, text_of
 
 pytestmark = pytest.mark.gen_test
 
@@ -290,7 +291,7 @@ async def test_list_pages_stay_right_while_conversations_are_added_and_touched(a
     oldest = first[-1]
     assert oldest["conversationId"] == ids[0] and oldest["status"] == "idle" and oldest["messageCount"] == 8
     assert oldest["title"] == "Number 0, and more than fits into a title of at most sixty…"
-    for cursor in ("x", "1-2", f"-1-{ids[0]}", f"999999999999999-{ids[0]}"):
+    for cursor in ("x", "1-2", f"-1-{ids[0]}", f"999999999999999-{ids[0]}", f"{1:014}-{ids[0]}\n"):
         assert (await app.client.http.get("/chat", params={"cursor": cursor})).status_code == 400
 
 
@@ -428,6 +429,123 @@ async def test_stop_and_delete_reach_a_reply_of_another_server(make_app: Make) -
             assert [event.name for event in await watcher] == ["token", "reset"]
         release(source)
         await writer.until_idle()
+
+
+async def test_stream_opened_on_another_server_goes_on_from_what_is_stored(make_app: Make) -> None:
+    """Also while that server keeps in memory, for somebody who watches, how the conversation stood before."""
+    writer, other = await make_app(), await make_app()
+    first, _ = await writer.client.turn("one")
+    conversation_id = first["conversationId"]
+    end = f"{first['replyId']}-done"
+    watcher = await RawStream(other.port, f"/chat/stream/{conversation_id}?lastEventId={end}").open()
+    await other.until(lambda: other.subscribers == 1)
+    await writer.client.turn("two", conversation_id)
+    events = await other.client.events(conversation_id, end)
+    assert [event.name for event in events][:1] == ["input"] and events[-1].name == "done"
+    assert text_of(events) == document(writer, conversation_id)["messages"][-1]["content"]
+    watcher.close()
+
+
+async def test_idle_conversation_in_memory_needs_no_database(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = await make_app()
+    answer, _ = await app.client.turn("one")
+    path = f"/chat/stream/{answer['conversationId']}?lastEventId={answer['replyId']}-done"
+    watcher = await RawStream(app.port, path).open()
+    await app.until(lambda: app.subscribers == 1)
+
+    async def away(*_: Any, **__: Any) -> None:
+        raise DatabaseUnavailable
+
+    monkeypatch.setattr(app.store, "read", away)
+    monkeypatch.setattr(app.store, "peek", away)
+    second = await RawStream(app.port, path).open()
+    assert second.head.startswith("HTTP/1.1 200") and app.subscribers == 2
+    unknown = await RawStream(app.port, f"/chat/stream/{new_id()}").open()
+    assert unknown.head.startswith("HTTP/1.1 503")
+    for each in (watcher, second, unknown):
+        each.close()
+
+
+async def test_stop_that_meets_checkpoints_of_another_server_stops(make_app: Make) -> None:
+    writer = await make_app(source=Simulated(0.002, 5000), checkpoint_ms=10, lease_ms=10_000)
+    other = await make_app()
+    for _ in range(10):
+        answer = await writer.client.say("Hello")
+        response = await other.client.http.post(f"/chat/{answer['conversationId']}/stop")
+        assert response.json() == {"status": "stopping", "messageId": answer["replyId"]}
+        assert document(writer, answer["conversationId"])["messages"][-1]["status"] == "stopped"
+    await writer.until_idle()
+
+
+async def test_several_stops_at_once_say_the_same(make_app: Make) -> None:
+    app = await make_app(source=Simulated(0.01, 5000))
+    answer = await app.client.say("Hello")
+    path = f"/chat/{answer['conversationId']}/stop"
+    responses = await asyncio.gather(*(app.client.http.post(path) for _ in range(5)))
+    assert [each.json() for each in responses] == 5 * [{"status": "stopping", "messageId": answer["replyId"]}]
+    assert (await app.client.http.post(path)).json() == {"status": "idle"}
+
+
+@pytest.mark.expects_log("what runs in the background failed")
+async def test_checkpoints_go_on_after_one_that_failed(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = gated("one ", "two ", said=1)
+    app = await make_app(source=source)
+    checkpoint, failed = app.store.checkpoint, asyncio.Event()
+
+    async def fails_once(replies: Any) -> Any:
+        if failed.is_set():
+            return await checkpoint(replies)
+        failed.set()
+        raise RuntimeError("nobody foresaw this")
+
+    monkeypatch.setattr(app.store, "checkpoint", fails_once)
+    answer = await app.client.say("Hello")
+    await failed.wait()
+    await app.until(lambda: document(app, answer["conversationId"])["reply"]["content"] == "one ")
+    release(source)
+
+
+async def test_reply_that_begins_when_the_time_to_drain_is_over_is_interrupted(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = await make_app(source=Simulated(0.05, 1000))
+    begin, held = app.store.begin, asyncio.Event()
+
+    async def late(*arguments: Any, **options: Any) -> Any:
+        begun = await begin(*arguments, **options)
+        await held.wait()
+        return begun
+
+    monkeypatch.setattr(app.store, "begin", late)
+    saying = asyncio.create_task(app.client.say("Hello"))
+    await app.until(lambda: app.chat._beginning)
+    draining = asyncio.create_task(app.chat.drain())
+    await app.until(lambda: app.chat._out_of_time)
+    held.set()
+    answer = await saying
+    await asyncio.wait_for(draining, 2)
+    assert document(app, answer["conversationId"])["messages"][-1]["status"] == "interrupted"
+
+
+async def test_page_before_the_reply_in_flight(make_app: Make) -> None:
+    source = gated("one ", "two ", said=1)
+    app = await make_app(source=source)
+    answer = await app.client.say("Hello")
+    newest = await app.client.history(answer["conversationId"], limit=1)
+    assert newest["messages"][0]["id"] == answer["replyId"] and newest["hasMore"]
+    older = await app.client.history(answer["conversationId"], limit=1, before=answer["replyId"])
+    assert [each["id"] for each in older["messages"]] == [answer["messageId"]] and not older["hasMore"]
+    release(source)
+
+
+async def test_deleting_what_is_not_there_leaves_those_who_wait_for_it(app: App) -> None:
+    conversation_id = new_id()
+    waiting = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
+    await app.until(lambda: app.subscribers == 1)
+    assert (await app.client.http.delete(f"/chat/{conversation_id}")).status_code == 404
+    await app.client.say("Hello", conversation_id)
+    assert (await anext(waiting.events())).name == "input"
+    waiting.close()
 
 
 async def test_turns_that_another_server_wrote_meanwhile_are_not_missed(make_app: Make) -> None:

@@ -108,6 +108,29 @@ async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(ma
     assert text_of(rest) == history["messages"][-1]["content"][1000:]
 
 
+async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: Make) -> None:
+    """So that whatever a slow client is told next, were it that its conversation is gone, begins a frame."""
+    gate = asyncio.Semaphore(0)
+    app = await make_app(source=Script(*["some words " * 80] * 400, "x" * 3 * MAX_WRITE, "end", gate=gate))
+    answer = await app.client.say("hi")
+    raw = await RawStream(app.port, f"/chat/stream/{answer['conversationId']}").open()
+    await app.until(lambda: app.subscribers == 1)
+    (live,) = app.hub.lives
+    (connection,) = live.subscribers
+    written: list[bytes] = []
+    connection.write = written.append  # type: ignore[assignment, method-assign]
+    connection.pause_writing()  # type: ignore[attr-defined]
+    for _ in range(401):
+        gate.release()
+    await app.until(lambda: live.reply is not None and live.reply.size > 3 * MAX_WRITE + 400 * 800)
+    connection.resume_writing()  # type: ignore[attr-defined]
+    assert len(written) > 3 and all(each.endswith(b"\n\n") and each.startswith(b"id: ") for each in written)
+    assert all(len(each) <= MAX_WRITE or each.count(b"\n\n") == 1 for each in written)
+    raw.close()
+    for _ in range(2):
+        gate.release()
+
+
 async def test_slow_client_that_takes_something_now_and_then_is_not_cut(make_app: Make) -> None:
     app = await make_app(source=Script(*["some words " * 50] * 500), slow_client_timeout_s=2.0)
     answer = await app.client.say("hi")

@@ -152,7 +152,7 @@ async def test_unknown_and_unsupported_have_the_one_shape(app: App) -> None:
         f"/chat/stream/{ID}": {"GET", "OPTIONS"},
         f"/chat/{ID}/stop": {"POST", "OPTIONS"},
         f"/chat/{ID}/retry": {"POST", "OPTIONS"},
-        "/healthz": {"GET", "OPTIONS"},
+        "/healthz": {"GET", "HEAD", "OPTIONS"},
     }
     for path, methods in allowed.items():
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - methods:
@@ -322,6 +322,25 @@ async def test_stream_ends_at_its_age_and_is_resumed(make_app: Callable[..., Awa
     async with asyncio.timeout(5):
         events = [event async for event in app.client.stream(ID, answer["lastEventId"])]
     assert events[-1].name == "done"
+
+
+async def test_path_with_a_nul_is_not_found(app: App) -> None:
+    assert_problem(await app.client.http.get("/web/%00"), 404, "not_found")
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "9" * 18])
+async def test_length_beyond_all_measure_is_too_large(app: App, length: str) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+    writer.write(f"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode())
+    assert (await reader.readline()).split()[1] == b"413"
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_monitor_may_ask_for_the_head_only(app: App) -> None:
+    for path in ("/healthz", "/readyz"):
+        response = await app.client.http.head(path)
+        assert response.status_code == 200 and response.content == b""
 
 
 async def test_health_readiness_and_metrics(app: App) -> None:

@@ -1,6 +1,7 @@
 """The private MongoDB server: a real one, on real folders."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import stat
@@ -144,6 +145,25 @@ async def test_library_that_is_missing_is_named_and_how_to_get_it(
     monkeypatch.setattr(mongod_module, "find_mongod", lambda: str(program))
     with pytest.raises(SetupError, match=r"(?s)exit code 127.*libssl\.so\.3.*apt-get install libssl3.*docker run"):
         await Mongod(tmp_path).start()
+
+
+@pytest.mark.expects_log("private MongoDB server has ended \\(-9\\) and is started again")
+async def test_server_that_is_killed_is_started_again(tmp_path: Path) -> None:
+    async with started(tmp_path) as (mongod, client):
+        client.db.things.insert_one({"_id": 1})
+        killed = pid_on(tmp_path)
+        os.kill(killed, signal.SIGKILL)
+        keeping = asyncio.create_task(mongod.keep_running())
+        try:
+            async with asyncio.timeout(20):
+                while True:
+                    await asyncio.sleep(0.1)
+                    with contextlib.suppress(pymongo.errors.ConnectionFailure):
+                        if (await asyncio.to_thread(client.admin.command, "hello"))["isWritablePrimary"]:
+                            break
+        finally:
+            keeping.cancel()
+        assert client.db.things.count_documents({}) == 1 and pid_on(tmp_path) != killed
 
 
 async def test_server_that_hangs_is_ended_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,22 @@ def test_wrong_uri_is_an_error_that_hides_the_password(private: Callable[..., Se
     assert "MONGODB_URI" in output and "secret" not in output
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MONGODB_URI", "mongodb://[::1/x"),
+        ("MONGODB_URI", "mongodb+srv://nowhere.invalid/x"),
+        ("HOST", "a..b"),
+        ("HOST", "x" * 64),
+    ],
+)
+def test_address_that_cannot_be_one_is_named(
+    private: Callable[..., Server], database: Database, name: str, value: str
+) -> None:
+    server = private(**{"MONGODB_URI": database.uri, "DATABASE_TIMEOUT_S": 1, name: value})
+    assert name in failed(server, 15)
+
+
 def test_wrong_password_is_an_error(private: Callable[..., Server], replica_set: str) -> None:
     output = failed(private(MONGODB_URI=replica_set.replace("//", "//nobody:secret@")), 5)
     assert "MONGODB_URI" in output and "secret" not in output

@@ -9,6 +9,7 @@ from typing import Any
 import pymongo
 import pytest
 from bson import ObjectId
+from pymongo.errors import OperationFailure
 
 from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
 from chatserver.store import (
@@ -20,6 +21,7 @@ from chatserver.store import (
     Turn,
     client_options,
     connect,
+    describe_uri,
     new_id,
 )
 from tests.apps import Database
@@ -321,6 +323,35 @@ async def test_list_and_running_replies_are_found_by_an_index(database: Database
     ]
     for plan in plans:
         assert "COLLSCAN" not in str(plan["queryPlanner"]["winningPlan"])
+
+
+@pytest.mark.expects_log("the database refuses \\(begin\\): code 8000")
+async def test_database_that_refuses_is_unavailable(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quota or a rate limit, say: nobody's fault here, and it passes."""
+    async with Stores(database, "motor").open() as store:
+
+        async def refuse(*_: Any, **__: Any) -> None:
+            raise OperationFailure("you are over your space quota", 8000)
+
+        monkeypatch.setattr(type(store._conversations), "update_one", refuse)
+        with pytest.raises(DatabaseUnavailable):
+            await store.begin(turn(), "hello", None, new=True)
+        monkeypatch.undo()
+        await store.begin(turn(), "hello", None, new=True)
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("mongodb://h", "mongodb://h/chat-db"),
+        ("mongodb://u:p@h:1,i:2/db?tls=true", "mongodb://u@h:1,i:2/db?tls=true"),
+        ("mongodb://u:p#ss@h/db", "mongodb://u@h/db"),
+        ("mongodb://h/?tlsCertificateKeyFilePassword=p&tls=true", "mongodb://h/chat-db?tls=true"),
+        ("mongodb+srv://u:p@h/?authMechanismProperties=AWS_SESSION_TOKEN:p", "mongodb+srv://u@h/chat-db"),
+    ],
+)
+async def test_uri_is_shown_without_secrets(uri: str, shown: str) -> None:
+    assert describe_uri(uri) == shown
 
 
 @pytest.mark.expects_log("database does not answer")

@@ -254,6 +254,23 @@ async def test_stream_stays_open_across_turns_and_shows_what_others_say(app: App
     await stream.aclose()  # type: ignore[attr-defined]
 
 
+async def test_clients_that_resume_together_read_twice_each_at_the_most(app: App) -> None:
+    """After a restart, say: only the first one's look at the database makes the others' out of date."""
+    answer, _ = await app.client.turn("hi")
+    reads: list[str] = []
+    app.store.observe = lambda operation, _seconds, _ok: reads.append(operation)
+    position = answer["replyId"] + "-5"
+    several = await asyncio.gather(*(app.client.events(answer["conversationId"], position) for _ in range(60)))
+    assert all(text_of(events) == text_of(several[0]) and events[-1].name == "done" for events in several)
+    assert reads.count("read") <= 120
+    reads.clear()
+    path = f"/chat/stream/{answer['conversationId']}"
+    streams = await asyncio.gather(*(RawStream(app.port, path).open() for _ in range(60)))
+    assert len(reads) <= 30
+    for each in streams:
+        each.close()
+
+
 async def test_stream_from_the_start_of_an_unknown_conversation_resumes_without_a_gap(app: App) -> None:
     """Guards: a line cut before the first event left an EventSource with nothing to resume from."""
     conversation_id = new_id()

@@ -21,7 +21,7 @@ def host_is_allowed(name: str, settings: Settings) -> bool:
         return True
     if allowed:
         return False
-    return name in _LOCAL or name == settings.host or (settings.host in _ANY_ADDRESS and _is_address(name))
+    return name in _LOCAL or name == settings.host.lower() or (settings.host in _ANY_ADDRESS and _is_address(name))
 
 
 def cors_headers(origin: str | None, settings: Settings) -> dict[str, str]:

@@ -88,7 +88,8 @@ class BaseHandler(RequestHandler):
         if not host_is_allowed(self.request.host_name, self.limits):
             raise HostNotAllowed
         length = self.request.headers.get("Content-Length", "0")
-        if length.isdigit() and int(length) > self.limits.max_body_bytes:
+        # What is no number is refused where the body would be read.
+        if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > self.limits.max_body_bytes):
             raise PayloadTooLarge
 
     def data_received(self, chunk: bytes) -> None:

@@ -125,7 +125,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
 
 def _cursor(summary: Summary) -> str:
     """Return the opaque place after a conversation: its creation time in milliseconds and its id."""
-    return f"{round(summary.created_at.timestamp() * 1000)}-{summary.id}"
+    return f"{round(summary.created_at.timestamp() * 1000):014}-{summary.id}"
 
 
 def _parse_cursor(cursor: str) -> tuple[datetime, str]:

@@ -13,6 +13,8 @@ class HealthHandler(BaseHandler):
         """The process is up."""
         self.answer({"status": "ok"})
 
+    head = get
+
 
 class ReadyHandler(BaseHandler):
     """`/readyz`"""
@@ -21,6 +23,8 @@ class ReadyHandler(BaseHandler):
         """New turns can be taken: MongoDB answers, and no shutdown is under way."""
         await self.chat.ping()
         self.answer({"status": "ready"})
+
+    head = get
 
 
 class MetricsHandler(BaseHandler):

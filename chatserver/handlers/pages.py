@@ -5,6 +5,7 @@ from typing import Any
 
 from tornado.web import StaticFileHandler
 
+from chatserver.errors import NotFound
 from chatserver.handlers.base import BaseHandler
 
 WEB = Path(__file__).parent.parent / "web"
@@ -24,6 +25,11 @@ class PageHandler(BaseHandler, StaticFileHandler):
     def initialize(self, **kwargs: Any) -> None:  # type: ignore[override]
         BaseHandler.initialize(self, **kwargs)
         StaticFileHandler.initialize(self, str(WEB), default_filename="index.html")
+
+    def validate_absolute_path(self, root: str, absolute_path: str) -> str | None:
+        if "\0" in absolute_path:
+            raise NotFound
+        return StaticFileHandler.validate_absolute_path(self, root, absolute_path)
 
     def compute_etag(self) -> str | None:
         """Return the file's."""

@@ -35,7 +35,7 @@ logger = logging.getLogger("chatserver")
 
 _OTHER_FILES = 100
 """Open files that are no streams: requests, connections to MongoDB, a source's."""
-_GC_THRESHOLD = 10_000
+_GC_THRESHOLD = 50_000
 """Objects with references, made and not yet unmade, before the youngest are looked through; Python's own is 700."""
 
 

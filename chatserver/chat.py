@@ -42,6 +42,7 @@ FULL = ReplyError("conversation_full", "The reply was cut where the conversation
 CRASHED = ReplyError("source_failed", "The source of replies failed unexpectedly; try again.")
 _STOPPED: tuple[Status, ReplyError | None] = ("stopped", None)
 _STOP_PATIENCE_S = 1.0
+_CHECKPOINTS_AT_ONCE = 200
 _SETTLE_LOOKS = 3
 _SETTLE_PAUSE_S = 0.5
 
@@ -132,8 +133,8 @@ class Chat:
         await self._store.prepare()
         await self._finish_lost(alone=self._alone)
         self._spawn(self._hub.deliver())
-        self._spawn(_for_ever(self._settings.checkpoint_ms / 1000, self._checkpoint))
-        self._spawn(_for_ever(min(self._settings.lease_ms / 4000, 5.0), self._finish_lost))
+        self._spawn(_for_ever(self._checkpoint))
+        self._spawn(_for_ever(self._sweep))
 
     async def drain(self) -> None:
         """Refuse new turns, let replies end for `DRAIN_S`, finish the rest as interrupted with their text stored."""
@@ -532,14 +533,27 @@ class Chat:
     # -- what runs in the background -----------------------------------------------------------------------------
 
     async def _checkpoint(self) -> None:
-        """Save what the running replies have said; end those that another server has taken for lost."""
-        replies = {
-            each.reply.message_id: (each.live.conversation_id, each.reply.content) for each in self._running.values()
-        }
-        lost = await self._store.checkpoint(replies) if replies else ()
-        for reply_id in lost:
-            if (running := self._running.get(reply_id)) and self._end(running, "interrupted", INTERRUPTED):
-                logger.info("reply ended or deleted by another hand", extra=_ids(running.begun.turn))
+        """Save, over one interval, what the running replies have said; end those that others have taken for lost.
+
+        Many are saved in several parts, so that no one write of them holds the process up.
+        """
+        parts = len(self._running) // _CHECKPOINTS_AT_ONCE + 1
+        for part in range(parts):
+            await asyncio.sleep(self._settings.checkpoint_ms / 1000 / parts)
+            replies = {
+                reply_id: (each.live.conversation_id, each.reply.content)
+                for reply_id, each in self._running.items()
+                if hash(reply_id) % parts == part
+            }
+            lost = await self._store.checkpoint(replies) if replies else ()
+            for reply_id in lost:
+                if (running := self._running.get(reply_id)) and self._end(running, "interrupted", INTERRUPTED):
+                    logger.info("reply ended or deleted by another hand", extra=_ids(running.begun.turn))
+
+    async def _sweep(self) -> None:
+        """Finish, after a while, the replies whose servers were lost."""
+        await asyncio.sleep(min(self._settings.lease_ms / 4000, 5.0))
+        await self._finish_lost()
 
     async def _finish_lost(self, *, alone: bool = False) -> None:
         """Finish the replies whose servers were lost."""
@@ -587,10 +601,9 @@ class Chat:
             logger.error("a background task crashed", exc_info=error)
 
 
-async def _for_ever(pause_s: float, work: Callable[[], Awaitable[None]]) -> None:
+async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
     """Do something again and again; whatever fails is done again the next time."""
     while True:
-        await asyncio.sleep(pause_s)
         try:
             await work()
         except DatabaseUnavailable:

@@ -6,12 +6,15 @@ connection and a cursor into that log, never a queue: publishing marks the conve
 writes to each subscriber, in one write, all that lies after its cursor.
 """
 
+import asyncio
 from array import array
 from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from time import monotonic
 from typing import NamedTuple, Protocol
 
 from tornado.locks import Condition
@@ -25,6 +28,8 @@ MAX_WRITE = 128 * 1024
 
 KEPT_TURN = 256 * 1024
 """Bytes of an ended turn that are kept for those who lag when the next one begins."""
+_SLICE_S = 0.005
+"""After so long a delivery lets others run, requests above all; seconds."""
 _NO_SLICE = (0, 0, b"", 0)
 
 
@@ -275,8 +280,9 @@ class Live:
         """Write to one subscriber what lies after its cursor, for as long as its connection takes it."""
         if subscriber in self._ahead:
             return
-        while subscriber.ready and (cursor := subscriber.cursor) < self._end:
-            stop = self._frame_end(cursor, min(self._end, cursor + MAX_WRITE))
+        while subscriber.ready and (cursor := subscriber.cursor) < (stop := self._end):
+            if stop - cursor > MAX_WRITE:
+                stop = self._frame_end(cursor, cursor + MAX_WRITE)
             if subscriber.until_done and (end := self._end_of_reply_after(cursor)) and end <= stop:
                 subscriber.cursor = end
                 subscriber.end(self._slice(cursor, end))
@@ -291,8 +297,6 @@ class Live:
 
     def _frame_end(self, cursor: int, stop: int) -> int:
         """Return the end of the last whole frame up to `stop`, or of the first one after `cursor` if that is longer."""
-        if stop == self._end:
-            return stop
         begin, end = cursor - self._base, stop - self._base
         found = self._log.rfind(b"\n\n", begin, end)
         if found < 0:
@@ -344,7 +348,8 @@ class Hub:
 
     def __init__(self) -> None:
         self._lives: dict[str, Live] = {}
-        self._marked: set[Live] = set()
+        self._marked: OrderedDict[Live, None] = OrderedDict()
+        """To be delivered in this order: the first one marked comes first, and then waits for all others."""
         self._wake = Condition()
         self.counts = Counts()
 
@@ -379,7 +384,7 @@ class Hub:
     def settle(self, live: Live) -> None:
         """Have what was published delivered; forget a conversation with no reply and nobody who watches."""
         if live.dirty and live not in self._marked:
-            self._marked.add(live)
+            self._marked[live] = None
             self._wake.notify()
         if live.reply is None and not live.holders and not live.subscribers and not live._ahead:
             self._forget(live)
@@ -393,6 +398,9 @@ class Hub:
         while True:
             while not self._marked:
                 await self._wake.wait()
-            marked, self._marked = self._marked, set()
-            for live in marked:
+            pause_at = monotonic() + _SLICE_S
+            while self._marked and monotonic() < pause_at:
+                live, _ = self._marked.popitem(last=False)
                 live.deliver()
+            if self._marked:
+                await asyncio.sleep(0)

@@ -12,7 +12,6 @@ const texts = JSON.parse(fs.readFileSync(process.env.TOKENS_FILE, "utf8"));
 const tokens = Number(process.env.TOKENS);
 const delay = Number(process.env.DELAY_MS);
 const keepalive = Number(process.env.KEEPALIVE_S || 15) * 1000;
-const LATE_MS = 500; // who is later than that begins a new schedule
 
 const streams = new Map();
 
@@ -24,13 +23,12 @@ function reply(conversationId) {
   const messageId = randomBytes(12).toString("hex");
   let chars = 0;
   let said = 0;
-  // By the clock: what fell due while the loop was busy is said as soon as it has time.
+  // By the clock, so that timers that fire late do not add up.
   let due = performance.now();
   const wait = () => {
     const now = performance.now();
-    due = Math.max(due + delay, now - LATE_MS);
-    if (due > now) setTimeout(next, due - now);
-    else if (delay) next();
+    due = Math.max(due + delay, now);
+    if (delay) setTimeout(next, due - now);
     else setImmediate(next);
   };
   const next = () => {

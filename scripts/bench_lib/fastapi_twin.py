@@ -27,7 +27,6 @@ from pymongo import ReturnDocument
 from sse_starlette import EventSourceResponse, ServerSentEvent  # type: ignore[import-not-found, unused-ignore]
 
 HISTORY = 50
-LATE_S = 0.5  # who is later than that begins a new schedule
 
 texts: list[str] = json.loads(Path(os.environ["TOKENS_FILE"]).read_text(encoding="utf-8"))
 tokens = int(os.environ["TOKENS"])
@@ -109,10 +108,8 @@ async def answer(conversation_id: str, reply_id: ObjectId) -> None:
     due = clock()
     for text in islice(cycle(texts), tokens):
         now = clock()
-        # By the clock: what fell due while the loop was busy is said as soon as it has time.
-        due = max(due + delay_s, now - LATE_S)
-        if due > now or not delay_s:
-            await asyncio.sleep(max(0.0, due - now))
+        due = max(due + delay_s, now)  # by the clock, so that timers that fire late do not add up
+        await asyncio.sleep(due - now)
         chars += len(text)
         said.append(text)
         broadcast(conversation_id, "token", f"{reply_id}-{chars}", {"text": text})

@@ -35,13 +35,13 @@ from scripts.bench_lib import tools
 from scripts.bench_lib.generator import Result
 from scripts.bench_lib.processes import Database, bind, cores
 from scripts.bench_lib.targets import table, verdicts
-from scripts.bench_lib.workloads import ALL, WORKLOADS, Bench
+from scripts.bench_lib.workloads import SIDES, WORKLOADS, Bench
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of A to H; default: all")
-    parser.add_argument("--sides", default=",".join(ALL), help="ours, express, fastapi; default: all")
+    parser.add_argument("--sides", default=",".join(SIDES), help=f"of {', '.join(SIDES)}; default: all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of loads and times; to try the bench itself")
     parser.add_argument("--json", type=Path, help="where to write every run's results")
@@ -71,14 +71,14 @@ def main() -> int:
     arguments = _arguments()
     names = [name.strip().upper() for name in arguments.workloads.split(",") if name.strip()]
     sides = arguments.sides.split(",")
-    if unknown := [*({*names} - {*WORKLOADS}), *({*sides} - {*ALL})]:
+    if unknown := [*({*names} - {*WORKLOADS}), *({*sides} - {*SIDES})]:
         print(f"bench: unknown: {', '.join(unknown)}", file=sys.stderr)
         return 2
     machine = _machine()
     tools.load_generator()
-    if "express" in sides:
+    if any(side.startswith("express") for side in sides):
         tools.express_modules()
-    if "fastapi" in sides:
+    if any(side.startswith("fastapi") for side in sides):
         tools.twin_python()
     server_core, other_core = cores()
     bind(other_core)
@@ -87,7 +87,7 @@ def main() -> int:
         bench = Bench(database, server_core, arguments.scale)
         for number in range(arguments.rounds):
             for name in names:
-                taking_part = [side for side in WORKLOADS[name].sides if side in sides or side not in ALL]
+                taking_part = [side for side in WORKLOADS[name].sides if side in sides or side not in SIDES]
                 if WORKLOADS[name].once and number:
                     continue
                 turn = number % max(1, len(taking_part))

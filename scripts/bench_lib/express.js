@@ -2,7 +2,8 @@
 //
 // The same routes, events, positions and pace as chatserver's, but no database, no resume and no limits: what is measured
 // is the delivery. Each event is encoded once, whoever watches. Settings come from the environment:
-// PORT, TOKENS_FILE (a JSON array of strings, said over and over), TOKENS (of a reply), DELAY_MS, KEEPALIVE_S.
+// PORT, TOKENS_FILE (a JSON array of strings, said over and over), TOKENS (of a reply), DELAY_MS, LATE_MS (0: a token
+// that is late makes all after it late), KEEPALIVE_S.
 
 const fs = require("node:fs");
 const { randomBytes } = require("node:crypto");
@@ -11,6 +12,7 @@ const express = require("express");
 const texts = JSON.parse(fs.readFileSync(process.env.TOKENS_FILE, "utf8"));
 const tokens = Number(process.env.TOKENS);
 const delay = Number(process.env.DELAY_MS);
+const late = Number(process.env.LATE_MS || 0);
 const keepalive = Number(process.env.KEEPALIVE_S || 15) * 1000;
 
 const streams = new Map();
@@ -23,12 +25,13 @@ function reply(conversationId) {
   const messageId = randomBytes(12).toString("hex");
   let chars = 0;
   let said = 0;
-  // By the clock, so that timers that fire late do not add up.
+  // By the clock, so that timers that fire late do not add up; what fell due within LATE_MS is said at once.
   let due = performance.now();
   const wait = () => {
     const now = performance.now();
-    due = Math.max(due + delay, now);
-    if (delay) setTimeout(next, due - now);
+    due = Math.max(due + delay, now - late);
+    if (delay && due <= now && late) next();
+    else if (delay) setTimeout(next, due - now);
     else setImmediate(next);
   };
   const next = () => {

@@ -3,7 +3,8 @@
 The same routes, events, positions and pace as chatserver's, but no resume and no limits. Each event is encoded once,
 whoever watches. With `MONGODB_URI` a turn is the same two writes with the same write concern, and the history that a
 source would need is read. Settings come from the environment: TOKENS_FILE (a JSON array of strings, said over and
-over), TOKENS (of a reply), DELAY_MS, KEEPALIVE_S, MONGODB_URI.
+over), TOKENS (of a reply), DELAY_MS, LATE_MS (0: a token that is late makes all after it late), KEEPALIVE_S,
+MONGODB_URI.
 
 Run it in its own venv: `python fastapi_twin.py`; it prints its address.
 """
@@ -31,6 +32,7 @@ HISTORY = 50
 texts: list[str] = json.loads(Path(os.environ["TOKENS_FILE"]).read_text(encoding="utf-8"))
 tokens = int(os.environ["TOKENS"])
 delay_s = int(os.environ["DELAY_MS"]) / 1000
+late_s = int(os.environ.get("LATE_MS", "0")) / 1000
 keepalive_s = float(os.environ.get("KEEPALIVE_S", "15"))
 uri = os.environ.get("MONGODB_URI")
 
@@ -108,8 +110,10 @@ async def answer(conversation_id: str, reply_id: ObjectId) -> None:
     due = clock()
     for text in islice(cycle(texts), tokens):
         now = clock()
-        due = max(due + delay_s, now)  # by the clock, so that timers that fire late do not add up
-        await asyncio.sleep(due - now)
+        # By the clock, so that timers that fire late do not add up; what fell due within LATE_MS is said at once.
+        due = max(due + delay_s, now - late_s)
+        if due > now or not late_s:
+            await asyncio.sleep(due - now)
         chars += len(text)
         said.append(text)
         broadcast(conversation_id, "token", f"{reply_id}-{chars}", {"text": text})

@@ -6,7 +6,7 @@ from statistics import median
 
 from scripts.bench_lib.generator import Result
 
-TWINS = ("express", "fastapi")
+TWINS = ("express", "fastapi", "express-paced", "fastapi-paced")
 Runs = Mapping[str, Sequence[Result]]
 """The results of a workload's rounds, by side."""
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -160,6 +161,19 @@ def test_address_that_cannot_be_one_is_named(
 ) -> None:
     server = private(**{"MONGODB_URI": database.uri, "DATABASE_TIMEOUT_S": 1, name: value})
     assert name in failed(server, 15)
+
+
+@pytest.mark.parametrize(("limits", "said"), [("-S -n 200", False), ("-n 300", True)])
+def test_as_many_files_may_be_open_as_the_system_allows(
+    make_server: Callable[..., Server], limits: str, said: bool
+) -> None:
+    server = make_server(MAX_STREAMS=250)
+    server.command = ["sh", "-c", f"ulimit {limits}; exec {sys.executable} -m chatserver"]
+    server.start()
+    assert server.process is not None
+    limit = re.search(r"Max open files +(\d+) +(\d+)", Path(f"/proc/{server.process.pid}/limits").read_text())
+    assert limit is not None and limit[1] == limit[2]
+    assert ("MAX_STREAMS is 250, but this process may open only 300 files" in server.output) == said
 
 
 def test_wrong_password_is_an_error(private: Callable[..., Server], replica_set: str) -> None:

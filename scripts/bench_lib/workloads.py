@@ -108,7 +108,7 @@ def _deliver(
     bench: Bench, side: str, conversations: int, subscribers: int, window_ms: int, *, finish: bool, cut: int = 0
 ) -> Result:
     # No reply may end within the window, however long the posts before it take; those that must end end soon after it.
-    tokens = tokens_for((4 if finish else 40) * conversations + 500 + window_ms + 1500)
+    tokens = tokens_for((8 if finish else 40) * conversations + 500 + window_ms + 1500)
     with bench.server(side, tokens, INTERVAL_MS) as server:
         result = load(
             "deliver",

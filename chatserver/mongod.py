@@ -187,7 +187,9 @@ class Mongod:
     # -- the process ---------------------------------------------------------------------------------------------
 
     def _spawn(self, binary: str) -> "subprocess.Popen[bytes]":
-        command = [binary, "--dbpath", str(self._data), "--bind_ip", self.host, "--wiredTigerCacheSizeGB", "0.25"]
+        command = [binary, "--dbpath", str(self._data), "--bind_ip", self.host]
+        # At most; with half of it, an update of a document of 16 MB is now and then refused as too large for the cache.
+        command += ["--wiredTigerCacheSizeGB", "0.5"]
         command += ["--logpath", str(self._log), "--logappend", "--quiet"]
         command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
         if self._replica_set:

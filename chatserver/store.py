@@ -68,6 +68,8 @@ REPLY_ROOM = 1024 * 1024
 _MARGIN = 4096
 """Bytes for the fields around two messages, an error and the document's own."""
 _PROBE_S = 0.5
+_BUSY = {112, 365, 388}
+"""WriteConflict, TemporarilyUnavailable, TransactionTooLargeForCache: a write is refused for now, not for good."""
 _CONCURRENT_CALLS = 10
 """Motor runs each call on a thread of a pool of five a core: what waits shall wait here, where it can time out."""
 
@@ -528,6 +530,8 @@ class Store:
                 raise
             codes = {each["code"] for each in details["writeErrors"]}
             logger.error("MongoDB refuses %d of %d writes: %s", len(details["writeErrors"]), len(writes), codes)
+            if codes & _BUSY:
+                raise DatabaseUnavailable from error
             return int(details["nMatched"])
 
     async def find_lost(self, own: Collection[str], *, alone: bool = False) -> Sequence[tuple[str, StoredReply]]:

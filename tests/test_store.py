@@ -9,7 +9,7 @@ from typing import Any
 import pymongo
 import pytest
 from bson import ObjectId
-from pymongo.errors import OperationFailure
+from pymongo.errors import BulkWriteError, OperationFailure
 
 from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
 from chatserver.store import (
@@ -297,6 +297,24 @@ async def test_replies_that_end_in_one_moment_are_stored_by_one_write(stores: St
         stores.database.conversations.update_one(of_the_first, {"$push": {"messages": filler}})
         refused, *others = await finish(full)
         assert isinstance(refused, RuntimeError) and others == 29 * ["hi" * 500]
+
+
+@pytest.mark.expects_log("MongoDB refuses 1 of 1 writes: .388.")
+async def test_write_refused_for_now_is_not_refused_for_good(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The storage engine's cache was full, say; it may be asked again, and others need not wait."""
+    async with stores.open() as store:
+        mine = turn()
+        await store.begin(mine, "hello", None, new=True)
+        reply = reply_of(mine, "hi")
+
+        async def refuse(*_: Any, **__: Any) -> None:
+            raise BulkWriteError({"writeErrors": [{"index": 0, "code": 388}], "nMatched": 0})
+
+        monkeypatch.setattr(type(store._conversations), "bulk_write", refuse)
+        with pytest.raises(DatabaseUnavailable):
+            await store.finish(mine.conversation_id, reply)
+        monkeypatch.undo()
+        assert await store.finish(mine.conversation_id, reply) == reply
 
 
 async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:

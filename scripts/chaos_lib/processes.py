@@ -37,7 +37,7 @@ class Mongod:
         self._folder.mkdir(exist_ok=True)
         host, port = self.host.split(":")
         command = [find_mongod(), "--dbpath", str(self._folder), "--bind_ip", host, "--port", port, "--replSet", "rs0"]
-        command += ["--oplogSize", "64", "--wiredTigerCacheSizeGB", "0.25", "--nounixsocket"]
+        command += ["--oplogSize", "64", "--wiredTigerCacheSizeGB", "0.5", "--nounixsocket"]
         command += ["--logpath", str(self._folder / "mongod.log"), "--logappend"]
         for _ in range(5):
             self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

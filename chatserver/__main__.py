@@ -40,7 +40,7 @@ _GC_THRESHOLD = 50_000
 
 
 async def serve(settings: Settings, *, reload: bool = False) -> None:
-    """Serve until SIGTERM or SIGINT, then shut down in order; a second signal exits at once.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then shut down in order; a second SIGTERM or SIGINT exits at once.
 
     :raises SetupError: if the server cannot be started as it is set up
     """
@@ -58,6 +58,9 @@ async def serve(settings: Settings, *, reload: bool = False) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup would have it
+        # A terminal that is closed may say so twice: by the kernel, and by its shell.
+        loop.add_signal_handler(signal.SIGHUP, stopping.set)
     try:
         uri = settings.mongodb_uri
         if mongod is not None:

@@ -108,12 +108,14 @@ def test_killed_server_starts_again_and_finds_its_data(private: Callable[..., Se
     assert server.stop() == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_ends_it_in_order(make_server: Callable[..., Server], number: int) -> None:
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT], 2 * [signal.SIGHUP]])
+def test_signal_ends_it_in_order(make_server: Callable[..., Server], numbers: list[int]) -> None:
     server = make_server(SIMULATED_TOKEN_DELAY_MS=50, DRAIN_S=0.2).start()
     answer = say(server)
     with httpx.stream("GET", f"{server.url}/chat/stream/{answer['conversationId']}", trust_env=False) as stream:
-        server.signal(number)
+        for number in numbers:
+            server.signal(number)
+            until(lambda: "shutting down" in server.output)
         text = "".join(stream.iter_text())
     assert server.wait() == 0
     assert '"code":"interrupted"' in text

@@ -121,7 +121,8 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def _database(uri: str) -> Iterator[Database]:
     name = f"test-{uuid4().hex}"
-    with pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True) as client:
+    # What a test has seen or written, the store sees too: it reads by majority.
+    with pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True, readConcernLevel="majority", w="majority") as client:
         yield Database(uri.replace("/?", f"/{name}?"), client[name])
         client.drop_database(name)
 

@@ -396,10 +396,9 @@ async def test_server_that_was_only_paused_notices_that_its_reply_was_taken_over
     await paused.until(lambda: document(paused, conversation_id)["reply"]["content"] == "one ")
     await paused.until(lambda: paused.subscribers == 1)
     # What another server does once the lease has run out.
-    found = ((_, reply),) = await paused.store.find_lost([], alone=True)
-    assert found
+    ((_, reply),) = await paused.store.find_lost([], alone=True)
     message = store_module.Message(
-        reply.id, "assistant", reply.content, reply.created_at, "interrupted", store_module.INTERRUPTED
+        reply.id, "assistant", "one ", reply.created_at, "interrupted", store_module.INTERRUPTED
     )
     release(source)
     await said(paused, conversation_id, 8)
@@ -477,11 +476,23 @@ async def test_stop_that_meets_checkpoints_of_another_server_stops(make_app: Mak
     await writer.until_idle()
 
 
-async def test_several_stops_at_once_say_the_same(make_app: Make) -> None:
+async def test_several_stops_at_once_say_the_same(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     app = await make_app(source=Simulated(0.01, 5000))
     answer = await app.client.say("Hello")
+    finish, all_here = app.store.finish, asyncio.Event()
+
+    async def finish_when_all_are_here(*arguments: Any, **options: Any) -> Any:
+        await all_here.wait()
+        return await finish(*arguments, **options)
+
+    monkeypatch.setattr(app.store, "finish", finish_when_all_are_here)
     path = f"/chat/{answer['conversationId']}/stop"
-    responses = await asyncio.gather(*(app.client.http.post(path) for _ in range(5)))
+    stops = [asyncio.create_task(app.client.http.post(path)) for _ in range(5)]
+    live = app.hub.get(answer["conversationId"])
+    assert live is not None
+    await app.until(lambda: live.holders == 5)
+    all_here.set()
+    responses = await asyncio.gather(*stops)
     assert [each.json() for each in responses] == 5 * [{"status": "stopping", "messageId": answer["replyId"]}]
     assert (await app.client.http.post(path)).json() == {"status": "idle"}
 

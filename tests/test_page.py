@@ -969,6 +969,22 @@ def test_answer_is_announced_once_as_a_whole(page: Page, make_site: MakeSite) ->
     expect(page.locator(".message.assistant")).to_have_attribute("aria-busy", "false")
 
 
+@pytest.mark.parametrize(("motion", "moving"), [("reduce", 0), ("no-preference", 1)])
+def test_drawer_moves_only_for_those_who_like_motion(
+    new_context: Callable[..., BrowserContext], make_site: MakeSite, motion: Any, moving: int
+) -> None:
+    context = new_context(viewport={"width": 390, "height": 700}, reduced_motion=motion)
+    page = open_page(context.new_page(), make_site().url)
+    moves = """(id) => {
+        document.getElementById(id).click();
+        const moves = document.getAnimations().filter((each) => each.transitionProperty === "transform");
+        moves.forEach((each) => each.finish());
+        return moves.length;
+    }"""
+    assert page.evaluate(moves, "open-sidebar") == moving
+    assert page.evaluate(moves, "close-sidebar") == moving
+
+
 @pytest.mark.needs("node")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 390])

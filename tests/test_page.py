@@ -335,6 +335,23 @@ def test_older_conversations_are_fetched_page_by_page(page: Page, make_site: Mak
     expect(page.get_by_role("button", name="Show older ones")).to_be_hidden()
 
 
+def test_question_about_deleting_that_is_asked_again_at_once_is_heard(page: Page, make_site: MakeSite) -> None:
+    site = make_site(["one"])
+    site.say()
+    open_page(page, site.url)
+    say(page, "First")
+    expect(page.locator("#conversations a")).to_have_text(["First"])
+    page.evaluate("""() => {
+        const ask = document.querySelector("#conversations button");
+        const dialog = document.querySelector("dialog");
+        ask.click();
+        dialog.close();
+        ask.click();
+    }""")
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(page.locator("#no-conversations")).to_be_visible()
+
+
 def test_conversation_deleted_elsewhere_is_said_to_be(context: BrowserContext, make_site: MakeSite) -> None:
     site = make_site(words(9), checkpoint_ms=5000)
     page = open_page(context.new_page(), site.url)

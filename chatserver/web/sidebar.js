@@ -137,15 +137,15 @@ export class Sidebar {
 
   #confirm(/** @type {string} */ id, /** @type {HTMLElement} */ item) {
     byId("delete-text").textContent = `“${this.title(id)}” and all its messages are deleted for good.`;
-    this.dialog.returnValue = "";
-    this.dialog.showModal();
-    this.dialog.addEventListener("close", async () => {
-      if (this.dialog.returnValue === "delete") {
+    // Not at the dialog's "close", which comes late: by then it may be open again.
+    this.dialog.onsubmit = async (event) => {
+      if (/** @type {HTMLButtonElement} */ (event.submitter).value === "delete") {
         const neighbour = item.nextElementSibling ?? item.previousElementSibling;
         await this.onDelete(id);
         (neighbour?.querySelector("a") ?? byId("new")).focus();
       }
-    }, { once: true });
+    };
+    this.dialog.showModal();
   }
 
   /** Open or close the drawer; on a wide screen the list is always there. */

@@ -125,9 +125,10 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
         await streams.close()
         ticking.cancel()
         await chat.close()
-        await server.close_all_connections()
     finally:
         await store.close()
+    # What was asked has its answer from the store now.
+    await server.close_all_connections()
 
 
 def _allow_files(streams: int) -> None:

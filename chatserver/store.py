@@ -326,7 +326,9 @@ class Store:
             await self._client.admin.command("ping")
 
     async def close(self) -> None:
-        """Close the client."""
+        """Close the client, once no call is on its way; each is bounded in time."""
+        for _ in range(_CONCURRENT_CALLS):
+            await self._slots.acquire()
         closing = self._client.close()
         if inspect.isawaitable(closing):
             await closing

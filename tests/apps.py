@@ -104,8 +104,8 @@ class App:
         await self.streams.close()
         self._ticking.cancel()
         await self.chat.close()
-        await self.server.close_all_connections()
         await self.store.close()
+        await self.server.close_all_connections()
 
     @property
     def subscribers(self) -> int:

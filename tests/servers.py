@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -111,3 +113,11 @@ class Server:
                     listening.set()
         # Its end: whoever waits for an address waits in vain.
         listening.set()
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Wait until a condition of another process holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

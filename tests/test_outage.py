@@ -2,10 +2,12 @@
 
 import asyncio
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pymongo
 import pytest
 
@@ -13,6 +15,7 @@ from scripts.chaos_lib.processes import Mongod
 from tests.apps import App, Database, running
 from tests.clients import new_id, text_of
 from tests.proxy import CuttingProxy
+from tests.servers import Server, until
 
 pytestmark = [pytest.mark.gen_test(timeout=100), pytest.mark.expects_log("database does not answer")]
 
@@ -136,3 +139,19 @@ async def cut_now_and_then(proxy: CuttingProxy) -> None:
     while True:
         await asyncio.sleep(0.05)
         proxy.cut()
+
+
+def test_request_on_its_way_is_answered_before_the_server_ends(
+    mongod: Mongod, make_server: Callable[..., Server]
+) -> None:
+    server = make_server(MONGODB_URI=mongod.uri).start()
+    breaks(mongod, "frozen")
+    with socket.create_connection(("127.0.0.1", server.port)) as line:
+        line.sendall(b"GET /chat HTTP/1.0\r\n\r\n")
+        assert httpx.get(f"{server.url}/healthz", trust_env=False).is_success
+        server.signal(signal.SIGTERM)
+        until(lambda: "shutting down" in server.output)
+        asyncio.run(mends(mongod, "frozen"))
+        with line.makefile() as answer:
+            assert answer.read().endswith('{"conversations": []}\n')
+    assert server.wait() == 0

@@ -16,7 +16,7 @@ import pytest
 
 from chatserver.mongod import _ended
 from tests.apps import Database
-from tests.servers import ROOT, Server
+from tests.servers import ROOT, Server, until
 
 
 @pytest.fixture
@@ -56,14 +56,6 @@ def mongodb_uri(server: Server) -> str:
     found = re.search(r"mongodb://\S+", server.output)
     assert found is not None
     return found[0]
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until a condition of another process holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def failed(server: Server, seconds: float) -> str:

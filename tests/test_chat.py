@@ -343,11 +343,11 @@ async def lose(app: App) -> None:
 @pytest.mark.expects_log("could not be stored")
 async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: Make) -> None:
     source = gated("seen ", "kept ", "lost", said=2)
-    lost = await make_app(source=source, checkpoint_ms=20, lease_ms=400)
+    lost = await make_app(source=source, checkpoint_ms=20, lease_ms=2000)
     answer = await lost.client.say("Hello")
     conversation_id = answer["conversationId"]
     await lost.until(lambda: document(lost, conversation_id)["reply"]["content"] == "seen kept ")
-    others = [await make_app(checkpoint_ms=20, lease_ms=400) for _ in range(3)]
+    others = [await make_app(checkpoint_ms=20, lease_ms=2000) for _ in range(3)]
     position = f"{answer['replyId']}-3"
     watchers = [asyncio.create_task(app.client.events(conversation_id, position)) for app in others]
     ahead = asyncio.create_task(others[0].client.events(conversation_id, f"{answer['replyId']}-12"))

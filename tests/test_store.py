@@ -167,7 +167,7 @@ async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: St
 
 
 async def test_lost_replies_are_those_whose_lease_has_run_out_but_for_our_own(stores: Stores) -> None:
-    async with stores.open(lease_ms=300) as store:
+    async with stores.open(lease_ms=1000) as store:
         ours, theirs, alive = turn(), turn(), turn()
         for each in (ours, theirs, alive):
             await store.begin(each, "Hello", None)

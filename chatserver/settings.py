@@ -5,6 +5,7 @@ Each field of `Settings` is one variable, its name in capitals. An empty value c
 
 import ipaddress
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ from dotenv import dotenv_values
 from chatserver.errors import SetupError
 
 PLACEHOLDER_KEY = "your_api_key_here"
+_HOST_NAME = r"\*|[^\s/:]+|\[?[0-9a-f]*:[0-9a-f]*:[0-9a-f:.]*\]?"
+_ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+"
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -60,6 +63,23 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _all_like(pattern: str, what: str) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = _names(text.lower())
+        for name in names:
+            if not re.fullmatch(pattern, name):
+                raise ValueError(f"{name!r} is not {what}")
+        return names
+
+    return parse
+
+
+def _web_address(text: str) -> str:
+    if not re.match(r"https?://[^/?#\s]", text):
+        raise ValueError("not an address that begins with http:// or https://")
+    return text
+
+
 def _networks(text: str) -> tuple[str, ...]:
     for name in _names(text):
         ipaddress.ip_network(name)
@@ -80,9 +100,9 @@ class Settings:
 
     host: str = _setting("127.0.0.1")
     port: int = _setting(3000, _whole(0, 65535))
-    allowed_hosts: tuple[str, ...] = _setting((), _names)
+    allowed_hosts: tuple[str, ...] = _setting((), _all_like(_HOST_NAME, "a host name without a port"))
     trusted_proxies: tuple[str, ...] = _setting((), _networks)
-    cors_origins: tuple[str, ...] = _setting((), _names)
+    cors_origins: tuple[str, ...] = _setting((), _all_like(_ORIGIN, "an origin, as https://www.example.com is"))
     cors_credentials: bool = _setting(False, _flag)
     log_format: str = _setting("human", _choice("human", "json"))
     log_level: str = _setting("info", _choice("debug", "info", "warning", "error"))
@@ -99,7 +119,7 @@ class Settings:
     simulated_tokens: int | None = _setting(None, _whole(0, 10_000_000))
     openai_api_key: str | None = _setting(None, secret=True)
     openai_model: str = _setting("gpt-4.1-mini")
-    openai_base_url: str | None = _setting(None)
+    openai_base_url: str | None = _setting(None, _web_address)
     openai_system_prompt: str | None = _setting(None)
     openai_temperature: float | None = _setting(None, _decimal(0, 2))
     openai_max_tokens: int | None = _setting(None, _COUNT)

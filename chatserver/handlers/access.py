@@ -16,7 +16,7 @@ def host_is_allowed(name: str, settings: Settings) -> bool:
     default `localhost` and the bound host are right; one that is bound to every address answers to any address.
     """
     name = name.lower().strip("[]")
-    allowed = [each.lower().strip("[]") for each in settings.allowed_hosts]
+    allowed = [each.strip("[]") for each in settings.allowed_hosts]
     if "*" in allowed or name in allowed:
         return True
     if allowed:

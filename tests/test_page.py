@@ -366,6 +366,29 @@ def test_conversation_deleted_elsewhere_is_said_to_be(context: BrowserContext, m
     assert page.url == site.url
 
 
+def test_conversation_that_is_listed_but_was_deleted_is_said_to_be(page: Page, make_site: MakeSite) -> None:
+    site = make_site(["Hi"])
+    site.say()
+    open_page(page, site.url)
+    say(page, "Hello")
+    expect_idle(page)
+    conversation_id = id_of(page)
+    page.get_by_role("link", name="New conversation").click()
+    site.run(site.app.client.http.delete(f"/chat/{conversation_id}"))
+    page.get_by_role("link", name="Hello").click()
+    expect(page.get_by_role("alert")).to_have_text("That conversation has been deleted.")
+    expect(page.locator("#no-conversations")).to_be_visible()
+    expect(page.get_by_role("heading", name="What is on your mind?")).to_be_visible()
+
+
+def test_message_that_is_too_long_is_refused_and_kept(page: Page, make_site: MakeSite) -> None:
+    site = make_site(["Hi"], max_input_chars=20)
+    open_page(page, site.url)
+    say(page, "x" * 21)
+    expect(page.get_by_role("alert")).to_have_text("Your message must have at most 20 characters.")
+    expect(page.get_by_label("Message", exact=True)).to_have_value("x" * 21)
+
+
 def test_address_of_no_conversation_is_an_empty_one(page: Page, make_site: MakeSite) -> None:
     site = make_site(["Hi"])
     site.say()
@@ -511,6 +534,8 @@ def test_offline_and_back(context: BrowserContext, make_site: MakeSite) -> None:
     expect(page.get_by_label("Message", exact=True)).to_have_value("Lost?")
     context.set_offline(False)
     expect(page.locator("#state")).to_have_text("Live")
+    kept = "Your text is kept; sending it again will not say it twice."
+    expect(page.get_by_role("alert")).to_have_text(kept)
     page.get_by_label("Message", exact=True).press("Enter")
     expect(said_by_user(page)).to_have_text(["Count", "Lost?"])
     expect(page.get_by_role("alert")).to_be_hidden()
@@ -652,6 +677,23 @@ def test_history_that_is_refused_is_fetched_again(page: Page, make_site: MakeSit
     expect(answers(page)).to_have_text([said(2)])
     expect(page.locator("#state")).to_have_text("Live")
     expect(said_by_user(page)).to_have_text(["Hello"])
+
+
+def test_conversation_opened_while_the_server_is_away_is_said_to_come(
+    page: Page, make_server: Callable[..., Server]
+) -> None:
+    server = make_server(SIMULATED_TOKENS=5).start()
+    open_page(page, server.url)
+    say(page, "Hello")
+    expect(page.get_by_role("button", name="Copy answer")).to_have_count(1)
+    page.get_by_role("link", name="New conversation").click()
+    assert server.stop() == 0
+    page.get_by_role("link", name="Hello").click()
+    awaited = page.get_by_text("This conversation comes as soon as the server can be reached.")
+    expect(awaited).to_be_visible()
+    server.start()
+    expect(said_by_user(page)).to_have_text(["Hello"])
+    expect(awaited).to_be_hidden()
 
 
 def test_stream_from_a_dead_port_is_made_anew(page: Page, make_server: Callable[..., Server]) -> None:

@@ -214,12 +214,14 @@ export class Conversation extends EventTarget {
   /**
    * @param {Api} api
    * @param {string} id
-   * @param {{fresh?: boolean}} [options]  fresh: the id is a new one, so that there is no history to fetch
+   * @param {{fresh?: boolean, listed?: boolean}} [options]  fresh: the id is a new one, so that there is no history to
+   *   fetch; listed: it is known to the server, so that one without a history has been deleted since
    */
-  constructor(api, id, { fresh = false } = {}) {
+  constructor(api, id, { fresh = false, listed = false } = {}) {
     super();
     this.api = api;
     this.id = id;
+    this.#known = listed;
     if (fresh) {
       this.#position = this.#beginning;
     }

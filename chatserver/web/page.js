@@ -31,6 +31,8 @@ let draftName = "";
 let mayHold = false;
 let sending = false;
 let inTrouble = false;
+/** @type {string|null} what the notice says once the server answers again; null: what it says now */
+let afterwards = null;
 
 const thread = new Thread(byId("scroller"), byId("thread"), {
   onRetry: () => {
@@ -68,7 +70,7 @@ function route() {
     history.replaceState(null, "", location.pathname + location.search);
     follow(new Conversation(api, newId(), { fresh: true }), "new");
   } else if (id !== conversation?.id) {
-    follow(new Conversation(api, id), id);
+    follow(new Conversation(api, id, { listed: sidebar.title(id) !== undefined }), id);
   }
 }
 
@@ -141,6 +143,7 @@ function showConversation() {
   const isEmpty = conversation.messages.length === 0 && !conversation.accepted;
   byId("welcome").hidden = !isEmpty || (isId(location.hash.slice(1)) && conversation.state !== "live");
   byId("thread").hidden = isEmpty;
+  byId("awaited").hidden = !isEmpty || !isId(location.hash.slice(1)) || !isTrouble();
   const hadFocus = document.activeElement === send || document.activeElement === stop;
   stop.hidden = !conversation.busy;
   send.hidden = conversation.busy;
@@ -168,14 +171,18 @@ function showState() {
   const state = byId("state");
   state.dataset.state = conversation.state;
   state.textContent = STATES[conversation.state];
-  const isTrouble = conversation.state === "reconnecting" || conversation.state === "offline";
-  if (isTrouble || (inTrouble && conversation.state === "live")) {
-    inTrouble = isTrouble;
+  if (isTrouble() || (inTrouble && conversation.state === "live")) {
+    inTrouble = isTrouble();
     announce(STATES[conversation.state]);
   }
-  if (conversation.state === "live") {
-    showConversation();
+  if (afterwards !== null && conversation.state === "live") {
+    tell(afterwards);
   }
+  showConversation();
+}
+
+function isTrouble() {
+  return conversation.state === "reconnecting" || conversation.state === "offline";
 }
 
 /** Have a screen reader say something when it has said what it is at. */
@@ -183,10 +190,15 @@ function announce(/** @type {string} */ text) {
   byId("announcer").textContent = text;
 }
 
-/** Tell the reader what went wrong; an empty text takes the notice away. */
-function tell(/** @type {string} */ text) {
+/**
+ * Tell the reader what went wrong; an empty text takes the notice away.
+ * @param {string} text
+ * @param {string|null} [later]  what is left to say once the server answers again
+ */
+function tell(text, later = null) {
   notice.textContent = text;
   notice.hidden = !text;
+  afterwards = later;
 }
 
 // -- writing --------------------------------------------------------------------------------------------------------------
@@ -269,7 +281,11 @@ async function attempt(action, unanswered = "") {
     if (!(error instanceof ApiError)) {
       throw error;
     }
-    tell(error.status === 0 ? `${error.message} ${unanswered}` : error.message);
+    if (error.status === 0) {
+      tell(`${error.message} ${unanswered}`, unanswered);
+    } else {
+      tell(error.message.replace(/^\/input /, "Your message "));
+    }
     return false;
   }
 }

@@ -34,6 +34,11 @@ def start(conversation_id: str) -> Position:
     return Position(conversation_id, 0)
 
 
+def after(message_id: str | None, conversation_id: str) -> Position:
+    """Return the position at the end of a message; without one, the conversation's start."""
+    return Position(message_id, None) if message_id else start(conversation_id)
+
+
 def parse_position(text: str) -> Position | None:
     """Return the position that `text` is the opaque form of; None if it is none."""
     match = _POSITION.match(text)

@@ -20,11 +20,10 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any
 
 import pymongo
 from bson import ObjectId
@@ -46,6 +45,7 @@ from pymongo.errors import (
 )
 
 from chatserver.errors import (
+    ChatError,
     ConversationFull,
     DatabaseUnavailable,
     KeyReused,
@@ -55,6 +55,8 @@ from chatserver.errors import (
     ReplyInProgress,
     SetupError,
 )
+from chatserver.joined import Joined
+from chatserver.records import Begun, Message, Record, ReplyError, StoredReply, Summary, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -75,99 +77,7 @@ _CONCURRENT_CALLS = 10
 
 _SECRET_OPTION = re.compile("[^=]*password|authMechanismProperties", re.IGNORECASE)
 
-Status = Literal["complete", "stopped", "failed", "interrupted", "superseded"]
 Document = Mapping[str, Any]
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class ReplyError(NamedTuple):
-    """Why a reply failed or was interrupted."""
-
-    code: str
-    message: str
-
-
-INTERRUPTED = ReplyError("interrupted", "The server stopped while it wrote this reply; what was saved is kept.")
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """A message as stored."""
-
-    id: str
-    role: str
-    content: str
-    created_at: datetime
-    status: Status = "complete"
-    error: ReplyError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class StoredReply:
-    """A running reply as checkpointed."""
-
-    id: str
-    content: str
-    created_at: datetime
-    renewed_at: datetime | None
-    expired: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A conversation, or its messages from one on.
-
-    `first` is the number of messages before `messages`; `last_id` is the conversation's last message, whether it is
-    among them or not; `found` is whether the message asked for is there.
-    """
-
-    created_at: datetime
-    updated_at: datetime
-    messages: Sequence[Message]
-    reply: StoredReply | None
-    last_id: str | None
-    first: int
-    found: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """The ids of a turn, all 24 hex digits."""
-
-    conversation_id: str
-    message_id: str
-    reply_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A turn that is stored and whose reply is to be written.
-
-    `said` is the user's message if it is new, None at a retry; `messages` are the newest ones, the last being the
-    user's; `number` counts the user's messages; `previous_id` is the message right before this turn, if any;
-    `reply_room` is how many bytes the reply may have.
-    """
-
-    turn: Turn
-    said: Message | None
-    messages: Sequence[Message]
-    number: int
-    previous_id: str | None
-    created_at: datetime
-    reply_room: int
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """A conversation in the list."""
-
-    id: str
-    beginning: str
-    created_at: datetime
-    updated_at: datetime
-    message_count: int
-    streaming: bool
 
 
 def new_id() -> str:
@@ -277,8 +187,8 @@ class Store:
         self._timeout_s = timeout_s
         self._slots = asyncio.Semaphore(_CONCURRENT_CALLS)
         self._away_until = 0.0
-        self._peeks = _Joined(self._peek_at)
-        self._finishes = _Joined(self._finish_all)
+        self._peeks = Joined(self._peek_at)
+        self._finishes = Joined(self._finish_all)
         self.observe: Callable[[str, float, bool], None] = lambda _operation, _seconds, _ok: None
         """Called after each call: its name, its duration in seconds, whether the database answered."""
         kept = {"$filter": {"input": "$messages", "cond": {"$ne": ["$$this.status", "superseded"]}}}
@@ -645,7 +555,7 @@ class Store:
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
-        ok = False
+        answered = False
         try:
             try:
                 async with asyncio.timeout(self._timeout_s / 2):
@@ -657,7 +567,12 @@ class Store:
                     raise DatabaseUnavailable
                 with pymongo.timeout(started + self._timeout_s - loop.time()):
                     yield
-                ok = True
+                answered = True
+            except DatabaseUnavailable:
+                raise
+            except ChatError:
+                answered = True
+                raise
             finally:
                 self._slots.release()
         except (ConnectionFailure, OperationFailure) as error:
@@ -670,34 +585,7 @@ class Store:
             never_sent = isinstance(error, ServerSelectionTimeoutError)
             raise OutcomeUnknown if write and not never_sent else DatabaseUnavailable from error
         finally:
-            self.observe(operation, loop.time() - started, ok)
-
-
-class _Joined(Generic[Item, Result]):
-    """One call for all that is asked for in one moment, or while the call before it is on its way.
-
-    :param call: is given what was asked for, and returns an answer to each
-    """
-
-    def __init__(self, call: Callable[[Sequence[Item]], Coroutine[Any, Any, Sequence[Result]]]) -> None:
-        self._call = call
-        self._calling = asyncio.Lock()
-        self._next: tuple[list[Item], asyncio.Task[Sequence[Result]]] | None = None
-
-    async def ask(self, item: Item) -> Result:
-        """Return the answer to one."""
-        if self._next is None:
-            items: list[Item] = []
-            self._next = (items, asyncio.get_running_loop().create_task(self._run(items)))
-        items, answers = self._next
-        items.append(item)
-        place = len(items) - 1
-        return (await asyncio.shield(answers))[place]
-
-    async def _run(self, items: Sequence[Item]) -> Sequence[Result]:
-        async with self._calling:
-            self._next = None
-            return await self._call(items)
+            self.observe(operation, loop.time() - started, answered)
 
 
 def _begun(document: Document) -> Begun:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from chatserver import __main__ as server
-from chatserver.chat import Chat
 from chatserver.hub import LiveReply, Place
+from chatserver.replies import Replies
 from chatserver.store import Store
 
 
@@ -23,9 +23,9 @@ def post_stored_twice() -> None:
 
 def done_before_the_write() -> None:
     """The end is told at once, and stored a moment later."""
-    finish = Chat._finish
+    finish = Replies._finish
 
-    async def early(self: Chat, conversation_id: str, message: Any) -> Any:
+    async def early(self: Replies, conversation_id: str, message: Any) -> Any:
         async def later() -> None:
             await asyncio.sleep(2.0)
             await finish(self, conversation_id, message)
@@ -33,7 +33,7 @@ def done_before_the_write() -> None:
         self._spawn(later())
         return message
 
-    Chat._finish = early  # type: ignore[method-assign]
+    Replies._finish = early  # type: ignore[method-assign]
 
 
 def text_repeated_on_resume() -> None:
@@ -53,8 +53,8 @@ def lost_replies_left_alone() -> None:
         await asyncio.sleep(0.05)
         return False
 
-    Chat._finish_lost = nothing  # type: ignore[assignment, method-assign]
-    Chat._finish_checkpointed = nothing  # type: ignore[method-assign]
+    Replies._finish_lost = nothing  # type: ignore[assignment, method-assign]
+    Replies.finish_checkpointed = nothing  # type: ignore[method-assign]
 
 
 def no_checkpoints() -> None:

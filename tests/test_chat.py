@@ -11,6 +11,8 @@ from bson import ObjectId
 
 from chatserver import store as store_module
 from chatserver.errors import DatabaseUnavailable, OutcomeUnknown, SourceError
+from chatserver.records import INTERRUPTED, Message
+from chatserver.replies import Replies
 from chatserver.sources.simulated import Simulated
 from tests.apps import App, Database, Script, running
 from tests.clients import RawStream, Transcript, new_id, text_of
@@ -100,7 +102,7 @@ async def test_same_key_gets_the_first_answer_at_any_time(database: Database, kn
         release(source, 2)
         await app.until_idle()
         assert await app.client.say("Hello", conversation_id, "key") == first
-        app.chat._draining = True
+        app.chat._replies.draining = True
         assert await app.client.say("Hello", conversation_id, "key") == first
     async with running(App(database)) as app:
         await app.client.turn("And?", first["conversationId"])
@@ -335,9 +337,9 @@ async def test_newest_page_has_the_reply_in_flight(make_app: Make) -> None:
 
 async def lose(app: App) -> None:
     """Make an application what a killed server is: it writes no more, neither replies nor leases."""
-    for task in list(app.chat._tasks):
+    for task in list(app.chat._replies._tasks):
         task.cancel()
-    await asyncio.gather(*app.chat._tasks, return_exceptions=True)
+    await asyncio.gather(*app.chat._replies._tasks, return_exceptions=True)
 
 
 @pytest.mark.expects_log("could not be stored")
@@ -371,14 +373,14 @@ async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: Ma
 
 
 @pytest.mark.expects_log("could not be stored")
-async def test_post_to_a_conversation_whose_server_is_lost_finishes_its_reply(make_app: Make) -> None:
+async def test_post_to_a_conversation_whose_server_is_lost_finishes_its_reply(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Replies, "_sweep", lambda _: asyncio.sleep(3600))
     lost = await make_app(source=gated("a"), lease_ms=300, checkpoint_ms=20)
     answer = await lost.client.say("Hello")
     await lose(lost)
     app = await make_app(lease_ms=300, checkpoint_ms=20)
-    for task in app.chat._tasks:
-        if "sweep" in str(task.get_coro()):
-            task.cancel()
     async with asyncio.timeout(5):
         while (response := await app.client.post("More", answer["conversationId"])).status_code == 409:
             await asyncio.sleep(0.02)
@@ -397,9 +399,7 @@ async def test_server_that_was_only_paused_notices_that_its_reply_was_taken_over
     await paused.until(lambda: paused.subscribers == 1)
     # What another server does once the lease has run out.
     ((_, reply),) = await paused.store.find_lost([], alone=True)
-    message = store_module.Message(
-        reply.id, "assistant", "one ", reply.created_at, "interrupted", store_module.INTERRUPTED
-    )
+    message = Message(reply.id, "assistant", "one ", reply.created_at, "interrupted", INTERRUPTED)
     release(source)
     await said(paused, conversation_id, 8)
     assert await paused.store.finish(conversation_id, message) == message
@@ -529,9 +529,9 @@ async def test_reply_that_begins_when_the_time_to_drain_is_over_is_interrupted(
 
     monkeypatch.setattr(app.store, "begin", late)
     saying = asyncio.create_task(app.client.say("Hello"))
-    await app.until(lambda: app.chat._beginning)
+    await app.until(lambda: app.chat._replies._beginning)
     draining = asyncio.create_task(app.chat.drain())
-    await app.until(lambda: app.chat._out_of_time)
+    await app.until(lambda: app.chat._replies._out_of_time)
     held.set()
     answer = await saying
     await asyncio.wait_for(draining, 2)
@@ -634,7 +634,7 @@ async def test_begin_with_an_unknown_outcome_is_settled(
     assert [event.name for event in events][:: len(events) - 1] == ["input", "done"]
     messages = document(app, conversation_id)["messages"]
     assert [str(each["_id"]) for each in messages] == [first["messageId"], first["replyId"]]
-    await app.until(lambda: not app.chat._beginning)
+    await app.until(lambda: not app.chat._replies._beginning)
 
 
 async def test_begin_that_arrives_late_is_found(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,7 +348,7 @@ async def test_health_readiness_and_metrics(app: App) -> None:
     await app.client.turn("hi", ID)
     assert (await http.get("/healthz")).json() == {"status": "ok"}
     assert (await http.get("/readyz")).json() == {"status": "ready"}
-    app.chat._draining = True
+    app.chat._replies.draining = True
     assert_problem(await http.get("/readyz"), 503, "draining")
     response = await app.client.post("hi")
     assert_problem(response, 503, "draining")

@@ -12,18 +12,8 @@ from bson import ObjectId
 from pymongo.errors import BulkWriteError, OperationFailure
 
 from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
-from chatserver.store import (
-    DOCUMENT_BYTES,
-    INTERRUPTED,
-    REPLY_ROOM,
-    Message,
-    Store,
-    Turn,
-    client_options,
-    connect,
-    describe_uri,
-    new_id,
-)
+from chatserver.records import INTERRUPTED, Message, Turn
+from chatserver.store import DOCUMENT_BYTES, REPLY_ROOM, Store, client_options, connect, describe_uri, new_id
 from tests.apps import Database
 
 pytestmark = pytest.mark.gen_test

@@ -5,7 +5,6 @@ import logging
 import re
 import secrets
 from functools import cached_property
-from http import HTTPStatus
 from typing import Any
 
 from tornado.web import HTTPError, RequestHandler, stream_request_body
@@ -174,18 +173,17 @@ class BaseHandler(RequestHandler):
         """Render every error of every route as problem+json (RFC 9457)."""
         raised = kwargs.get("exc_info", (None, None, None))[1]
         problem = _as_chat_error(raised, status_code)
-        status = problem.status if type(problem) is not ChatError else status_code
-        self.set_status(status)
+        self.set_status(problem.status)
         self.set_header("Content-Type", "application/problem+json")
         self.set_header("Cache-Control", "no-store")
         if problem.retry_after_s is not None:
             self.set_header("Retry-After", str(problem.retry_after_s))
-        if status == 405:
+        if problem.status == 405:
             self.set_header("Allow", ", ".join(self.allowed_methods()))
         body: dict[str, Any] = {
             "type": "about:blank",
-            "title": problem.title if status == problem.status else HTTPStatus(status).phrase,
-            "status": status,
+            "title": problem.title,
+            "status": problem.status,
             "detail": problem.detail,
             "code": problem.code,
             "requestId": self.request_id,

@@ -3,10 +3,10 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from chatserver.chat import iso
 from chatserver.handlers.base import BaseHandler
+from chatserver.records import Message, Summary, Turn
+from chatserver.replay import iso
 from chatserver.sse import Position
-from chatserver.store import Message, Summary, Turn
 
 TITLE_CHARS = 60
 

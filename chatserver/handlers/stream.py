@@ -100,9 +100,6 @@ class Connection(asyncio.Protocol):
         self._active = True
         self._pump()
 
-    def eof_received(self) -> bool:
-        return False
-
     def connection_lost(self, exc: Exception | None) -> None:
         self.leave()
 

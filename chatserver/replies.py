@@ -1,0 +1,425 @@
+"""The replies that run: each is written by a task of this process, or followed while another server writes it.
+
+A reply belongs to its conversation, not to a request: its task is kept here, and it is generated and stored whoever
+watches. The order of a turn is: begin (stored) → pieces (published, checkpointed) → finish (stored) → end (published).
+Whatever happens, what subscribers are told of a reply's end is what the database has of it.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any, NamedTuple
+
+from tornado.locks import Condition
+
+from chatserver import sources, sse
+from chatserver.errors import (
+    DatabaseUnavailable,
+    Draining,
+    OutcomeUnknown,
+    ReplyInProgress,
+    SourceError,
+    TooManyReplies,
+)
+from chatserver.hub import Hub, Live, LiveReply
+from chatserver.metrics import Metrics
+from chatserver.records import INTERRUPTED, Begun, Message, Record, ReplyError, Status, StoredReply, Turn
+from chatserver.replay import end_frame, input_frame
+from chatserver.settings import Settings
+from chatserver.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+class Ending(NamedTuple):
+    """How a reply ends: its status, and its error if it failed or was interrupted."""
+
+    status: Status
+    error: ReplyError | None = None
+
+
+STOPPED = Ending("stopped")
+_COMPLETE = Ending("complete")
+_INTERRUPTED = Ending("interrupted", INTERRUPTED)
+_FULL = Ending("failed", ReplyError("conversation_full", "The reply was cut where the conversation had no more room."))
+_CRASHED = Ending("failed", ReplyError("source_failed", "The source of replies failed unexpectedly; try again."))
+_CHECKPOINTS_AT_ONCE = 200
+_SETTLE_LOOKS = 3
+_SETTLE_PAUSE_S = 0.5
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """A reply that this process writes."""
+
+    begun: Begun
+    live: Live
+    reply: LiveReply
+    started_at: float = field(default_factory=monotonic)
+    started: bool = False
+    generating: bool = True
+    ending: Ending | None = None
+    task: "asyncio.Task[None]" = field(init=False)
+
+
+class Replies:
+    """The replies of this process, over one store, one hub and one source."""
+
+    def __init__(self, settings: Settings, store: Store, hub: Hub, source: sources.Source, metrics: Metrics) -> None:
+        self._settings = settings
+        self._store = store
+        self._hub = hub
+        self._source = source
+        self._metrics = metrics
+        self._running: dict[str, Running] = {}
+        self._beginning: dict[str, asyncio.Event] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = Condition()
+        self._out_of_time = False
+        self.draining = False
+        """Whether new turns are refused because the process is about to end."""
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def get(self, reply_id: str) -> Running | None:
+        """Return a reply that this process writes, or None."""
+        return self._running.get(reply_id)
+
+    # -- the process ---------------------------------------------------------------------------------------------
+
+    async def start(self, *, alone: bool) -> None:
+        """Finish lost replies, start to deliver, checkpoint and sweep."""
+        await self._finish_lost(alone=alone)
+        self._spawn(self._hub.deliver())
+        self._spawn(_for_ever(self._checkpoint))
+        self._spawn(_for_ever(self._sweep))
+
+    async def drain(self) -> None:
+        """Refuse new turns, let replies end for `DRAIN_S`, finish the rest as interrupted with their text stored."""
+        self.draining = True
+        if not await self._idle_within(self._settings.drain_s):
+            self._out_of_time = True
+            for running in list(self._running.values()):
+                self.end(running, _INTERRUPTED)
+            if not await self._idle_within(self._settings.database_timeout_s + 1):
+                logger.error("%d replies could not be stored; their last checkpoint stands", len(self._running))
+
+    async def close(self) -> None:
+        """End all that runs in the background."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._source.close()
+
+    # -- together with what is stored ----------------------------------------------------------------------------
+
+    async def read(self, live: Live, look: Callable[[str], Awaitable[Record | None]]) -> Record | None:
+        """Read a conversation while no turn begins or ends here, so that it can be put together with what is live.
+
+        :param look: given its id; `Store.peek` or `Store.read`
+        """
+        while True:
+            version = live.version
+            record = await look(live.conversation_id)
+            reply = record.reply if record else None
+            if reply is not None and (begun := self._beginning.get(reply.id)) is not None:
+                # Stored, but not yet published: our own begin is about to return, or to be settled.
+                await begun.wait()
+            elif reply is not None and reply.expired and reply.id not in self._running:
+                await self.finish_checkpointed(live.conversation_id, reply, _INTERRUPTED)
+            elif live.version == version:
+                return record
+
+    def align(self, live: Live, record: Record | None) -> None:
+        """Give a live conversation what only the database knows: where it stands, a reply of another server."""
+        end = sse.after(record.last_id if record else None, live.conversation_id)
+        stored = record.reply if record else None
+        if stored is None:
+            if live.reply is None:
+                live.adopt(end)
+        elif live.reply is None or live.reply.message_id != stored.id:
+            live.begin(end, None, stored.id, stored.created_at)
+            assert live.reply is not None
+            _append(live, live.reply, stored.content)
+            self._hub.settle(live)
+            self._spawn(self._follow(live, live.reply))
+
+    async def _follow(self, live: Live, reply: LiveReply) -> None:
+        """Publish a reply that another server writes, as its checkpoints tell, until it ends."""
+        conversation_id = live.conversation_id
+        while True:
+            await asyncio.sleep(self._settings.checkpoint_ms / 1000)
+            try:
+                record = await self._store.read(conversation_id, since=reply.message_id)
+                stored = record.reply if record else None
+                if stored is not None and stored.id == reply.message_id and stored.expired:
+                    await self.finish_checkpointed(conversation_id, stored, _INTERRUPTED)
+                    continue
+            except DatabaseUnavailable:
+                continue
+            if live.reply is not reply:
+                return
+            if stored is not None and stored.id == reply.message_id:
+                _append(live, reply, stored.content[reply.chars :])
+                self._hub.settle(live)
+                continue
+            message = record.messages[0] if record and record.found else None
+            if message is not None:
+                _append(live, reply, message.content[reply.chars :])
+            self._publish_end(live, reply, message)
+            return
+
+    # -- a reply that runs ---------------------------------------------------------------------------------------
+
+    async def begin(self, conversation_id: str, reply_id: str, begin: Callable[[], Awaitable[Begun]]) -> Turn:
+        """Begin a turn and start its reply; one whose outcome is unknown is settled in the background.
+
+        :param begin: `Store.begin` or `Store.begin_retry`; called again if a lost reply stood in the way
+        :raises Draining, TooManyReplies: and nothing is stored
+        """
+        if self.draining:
+            raise Draining
+        if len(self._running) + len(self._beginning) >= self._settings.max_replies:
+            raise TooManyReplies
+        with self._hub.hold(conversation_id) as live:
+            self._beginning[reply_id] = asyncio.Event()
+            try:
+                try:
+                    begun = await begin()
+                except ReplyInProgress:
+                    # Whoever reads finishes a reply that has lost its server; then there may be room for ours.
+                    record = await self.read(live, self._store.peek)
+                    if record is not None and record.reply is not None:
+                        raise
+                    begun = await begin()
+                self._start(live, begun)
+            except OutcomeUnknown:
+                self._spawn(self._settle(conversation_id, reply_id))
+                raise
+            except BaseException:
+                self._begun(reply_id)
+                raise
+            self._begun(reply_id)
+            return begun.turn
+
+    def _begun(self, reply_id: str) -> None:
+        """Let those go on who wait for a begin."""
+        self._beginning.pop(reply_id).set()
+        self._ended.notify_all()
+
+    async def _settle(self, conversation_id: str, reply_id: str) -> None:
+        """Find out, once the database answers, whether a begin was done: its reply runs, or nothing is left of it.
+
+        A write that was on its way may arrive a moment after the database is back, hence the second and third look.
+        """
+        looks = 0
+        try:
+            while looks < _SETTLE_LOOKS:
+                await asyncio.sleep(_SETTLE_PAUSE_S)
+                try:
+                    begun = await self._store.find_begun(conversation_id, reply_id)
+                except DatabaseUnavailable:
+                    continue
+                looks += 1
+                if begun is not None:
+                    with self._hub.hold(conversation_id) as live:
+                        self._start(live, begun)
+                    return
+        finally:
+            self._begun(reply_id)
+
+    def _start(self, live: Live, begun: Begun) -> None:
+        """Publish what was said and write the reply."""
+        previous = sse.after(begun.previous_id, live.conversation_id)
+        said = (begun.said.id, input_frame(begun.said)) if begun.said else None
+        live.begin(previous, said, begun.turn.reply_id, begun.created_at)
+        self._hub.settle(live)
+        assert live.reply is not None
+        running = self._running[begun.turn.reply_id] = Running(begun, live, live.reply)
+        running.task = self._spawn(self._answer(running))
+        logger.info("reply started", extra=_ids(begun.turn))
+        if self._out_of_time:
+            self.end(running, _INTERRUPTED)
+
+    async def _answer(self, running: Running) -> None:
+        """Write one reply from its source's first piece to its stored end."""
+        begun, reply = running.begun, running.reply
+        ending = await self._generate(running)
+        running.generating = False
+        message = Message(reply.message_id, "assistant", reply.content, reply.created_at, *ending)
+        try:
+            stored = await self._finish(begun.turn.conversation_id, message)
+        except Exception:
+            # It cannot be stored as it is: its lease runs out, its checkpoint stands, and its subscribers are told so.
+            self._spawn(self._follow(running.live, reply))
+            raise
+        finally:
+            del self._running[reply.message_id]
+            self._ended.notify_all()
+        if running.live.reply is reply:
+            self._publish_end(running.live, reply, stored)
+        ended = stored.status if stored else "deleted"
+        self._metrics.reply_duration.labels(ended).observe(monotonic() - running.started_at)
+        code = stored.error.code if stored and stored.error else None
+        logger.info("reply %s", ended, extra={**_ids(begun.turn), "code": code})
+
+    async def _generate(self, running: Running) -> Ending:
+        """Publish what the source says; return how it ended."""
+        begun, live, reply = running.begun, running.live, running.reply
+        prompt = sources.Prompt([sources.Message(each.role, each.content) for each in begun.messages], begun.number)
+        if running.ending is not None:
+            return running.ending
+        running.started = True
+        said = False
+        try:
+            async with aclosing(self._source.reply(prompt)) as pieces:
+                async for piece in pieces:
+                    if live.reply is not reply:
+                        return _INTERRUPTED
+                    if not _append(live, reply, piece, begun.reply_room):
+                        return _FULL
+                    self._hub.settle(live)
+                    if not said:
+                        said = True
+                        self._metrics.first_token.observe(monotonic() - running.started_at)
+        except SourceError as failure:
+            return Ending("failed", ReplyError(failure.code, failure.message))
+        except asyncio.CancelledError:
+            if running.ending is None:
+                raise
+            return running.ending
+        except Exception:
+            # Whatever a source does, its reply ends and says so: a conversation is never left streaming.
+            logger.exception("the source of replies crashed", extra=_ids(begun.turn))
+            return _CRASHED
+        return _COMPLETE
+
+    def end(self, running: Running, ending: Ending) -> bool:
+        """End a reply early, if it has not ended by itself; return whether this did it."""
+        if not running.generating or running.ending is not None:
+            return False
+        running.ending = ending
+        # A task that is cancelled before its first step never takes it: it finds its ending there by itself.
+        if running.started:
+            running.task.cancel()
+        return True
+
+    async def _finish(self, conversation_id: str, message: Message) -> Message | None:
+        """Store a reply however long it takes; return what the database has of it."""
+        delay = 0.1
+        while True:
+            try:
+                return await self._store.finish(conversation_id, message)
+            except DatabaseUnavailable:
+                await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+                delay = min(2 * delay, 2.0)
+
+    def _publish_end(self, live: Live, reply: LiveReply, message: Message | None) -> None:
+        """Tell the subscribers how a reply ended, as the database has it."""
+        if message is None or (message.content != reply.content and message.error is None):
+            # Deleted, or ended by another server with less than was seen here: only the history tells the truth.
+            live.reset()
+        else:
+            live.finish(end_frame(message), failed=message.error is not None)
+        self._hub.settle(live)
+
+    # -- what runs in the background -----------------------------------------------------------------------------
+
+    async def _checkpoint(self) -> None:
+        """Save, over one interval, what the running replies have said; end those that others have taken for lost.
+
+        Many are saved in several parts, so that no one write of them holds the process up.
+        """
+        parts = len(self._running) // _CHECKPOINTS_AT_ONCE + 1
+        for part in range(parts):
+            await asyncio.sleep(self._settings.checkpoint_ms / 1000 / parts)
+            replies = {
+                reply_id: (each.live.conversation_id, each.reply.content)
+                for reply_id, each in self._running.items()
+                if hash(reply_id) % parts == part
+            }
+            lost = await self._store.checkpoint(replies) if replies else ()
+            for reply_id in lost:
+                if (running := self._running.get(reply_id)) and self.end(running, _INTERRUPTED):
+                    logger.info("reply ended or deleted by another hand", extra=_ids(running.begun.turn))
+
+    async def _sweep(self) -> None:
+        """Finish, after a while, the replies whose servers were lost."""
+        await asyncio.sleep(min(self._settings.lease_ms / 4000, 5.0))
+        await self._finish_lost()
+
+    async def _finish_lost(self, *, alone: bool = False) -> None:
+        """Finish the replies whose servers were lost."""
+        own = [*self._running, *self._beginning]
+        for conversation_id, reply in await self._store.find_lost(own, alone=alone):
+            await self.finish_checkpointed(conversation_id, reply, _INTERRUPTED)
+
+    async def finish_checkpointed(self, conversation_id: str, reply: StoredReply, ending: Ending) -> bool:
+        """Finish a reply of another server with what was checkpointed, unless it has been renewed since we looked.
+
+        :return: whether this did it
+        """
+        message = Message(reply.id, "assistant", reply.content, reply.created_at, *ending)
+        if await self._store.finish(conversation_id, message, if_renewed_at=reply.renewed_at) is not message:
+            return False
+        logger.info("reply of another server finished", extra={"conversation": conversation_id, "reply": reply.id})
+        return True
+
+    async def _idle_within(self, seconds: float) -> bool:
+        """Wait until no reply runs; return whether that came within so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                while self._running or self._beginning:
+                    await self._ended.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Run something in the background, as this object's own."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+        return task
+
+    def _reap(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a background task crashed", exc_info=error)
+
+
+async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
+    """Do something again and again; whatever fails is done again the next time."""
+    while True:
+        try:
+            await work()
+        except DatabaseUnavailable:
+            continue
+        except Exception:
+            logger.exception("what runs in the background failed")
+
+
+def _append(live: Live, reply: LiveReply, text: str, room: int | None = None) -> bool:
+    """Add text to a reply; return False if it was cut because only `room` bytes were left."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        # A source may say half a surrogate pair, which neither UTF-8 nor BSON can hold.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        size = len(text.encode())
+    fits = room is None or reply.size + size <= room
+    if not fits and room is not None:
+        text = text.encode()[: room - reply.size].decode(errors="ignore")
+        size = len(text.encode())
+    if text:
+        live.append(text, size)
+    return fits
+
+
+def _ids(turn: Turn) -> dict[str, str]:
+    return {"conversation": turn.conversation_id, "reply": turn.reply_id}

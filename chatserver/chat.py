@@ -25,9 +25,9 @@ _STOP_PATIENCE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """A conversation as it stands, a running reply included as the last of `messages`.
+    """A conversation as it stands, a running reply included as the last of `messages`, its status "streaming".
 
-    `in_flight` is whether the last of `messages` still grows; `position` is where the stream goes on from;
+    `streaming` is whether a reply runs, be it among `messages` or not; `position` is where the stream goes on from;
     `has_more` is whether older messages were left out.
     """
 
@@ -35,13 +35,12 @@ class History:
     updated_at: datetime
     messages: Sequence[Message]
     streaming: bool
-    in_flight: bool
     position: Position
     has_more: bool
 
 
 class Chat:
-    """The use cases, over one store, one hub and one source.
+    """The use cases, over one store, one hub and one source. Whatever reads or writes may raise `DatabaseUnavailable`.
 
     :param alone: whether the database is private, so that a reply found running at start-up has lost its server
     """
@@ -84,9 +83,9 @@ class Chat:
         await self._replies.close()
 
     async def ping(self) -> None:
-        """Return if new turns can be taken.
+        """Check that new turns can be taken.
 
-        :raises Draining, DatabaseUnavailable: if not
+        :raises Draining, DatabaseUnavailable: if they cannot
         """
         if self._replies.draining:
             raise Draining
@@ -189,26 +188,23 @@ class Chat:
                 raise NotFound("The parameter before names no message of this conversation.")
             messages = list(record.messages)
             older = record.first
-            in_flight = record.reply if before is None else None
-            if in_flight is not None:
-                content = in_flight.content
-                if live.reply is not None and live.reply.message_id == in_flight.id:
+            position = sse.after(messages[-1].id if messages else None, conversation_id)
+            if (running := record.reply) is not None and before is None:
+                content = running.content
+                if live.reply is not None and live.reply.message_id == running.id:
                     content = max(content, live.reply.content, key=len)
-                messages.append(Message(in_flight.id, "assistant", content, in_flight.created_at))
+                messages.append(Message(running.id, "assistant", content, running.created_at, "streaming"))
+                position = Position(running.id, len(content))
                 if limit is not None and len(messages) > limit:
                     del messages[0]
                     older += 1
-            position = sse.start(conversation_id)
-            if messages:
-                position = Position(messages[-1].id, len(messages[-1].content) if in_flight else None)
             return History(
-                record.created_at,
-                record.updated_at,
-                messages,
-                record.reply is not None,
-                bool(in_flight),
-                position,
-                older > 0,
+                created_at=record.created_at,
+                updated_at=record.updated_at,
+                messages=messages,
+                streaming=running is not None,
+                position=position,
+                has_more=older > 0,
             )
 
     async def summaries(self, limit: int, after: tuple[datetime, str] | None = None) -> Sequence[Summary]:
@@ -235,20 +231,26 @@ class Chat:
                         raise
             # No await from here on: snapshot and cursor are of one moment, so that no token lands between them.
             at = position or _where_a_stream_begins(live) or sse.start(conversation_id)
-            frames: bytes = b""
+            frames: list[bytes] = []
             end: Position | None = at
             if not live.covers(at):
                 found = missed(record, at, conversation_id, subscriber.until_done) if record else None
                 if found is None:
-                    self._metrics.resets.inc()
-                    subscriber.end(sse.RESET)
+                    self.refuse(subscriber)
                     return
                 frames, end = found
-            subscriber.replay(sse.preamble(RETRY_MS, at) + frames)
+            self._hub.counts.events += len(frames)
+            subscriber.replay(sse.preamble(RETRY_MS, at) + b"".join(frames))
             if end is None:
                 subscriber.end()
             else:
                 live.subscribe(subscriber, end)
+
+    def refuse(self, subscriber: Subscriber) -> None:
+        """Tell a subscriber that its position does not exist, and end its stream."""
+        self._metrics.resets.inc()
+        self._hub.counts.events += 1
+        subscriber.end(sse.RESET)
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Let a subscriber go, if it watches anything."""

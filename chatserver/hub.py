@@ -7,6 +7,7 @@ writes to each subscriber, in one write, all that lies after its cursor.
 """
 
 import asyncio
+import sys
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
@@ -24,13 +25,13 @@ from chatserver.sse import Position
 
 MAX_WRITE = 128 * 1024
 """Bytes handed to a connection at once: what a client that stops reading may cost us."""
-
-
 KEPT_TURN = 256 * 1024
 """Bytes of an ended turn that are kept for those who lag when the next one begins."""
-_SLICE_S = 0.005
+_DELIVERY_S = 0.005
 """After so long a delivery lets others run, requests above all; seconds."""
-_NO_SLICE = (0, 0, b"", 0)
+_FRAME_END = b"\n\n"
+_AHEAD = sys.maxsize
+"""The cursor of a subscriber whose position the log has not reached."""
 
 
 class Subscriber(Protocol):
@@ -71,6 +72,18 @@ class Place(NamedTuple):
     before: bytes = b""
 
 
+class _Piece(NamedTuple):
+    """A run of whole frames of a log, cut out once for all subscribers whose cursor is at its begin."""
+
+    begin: int
+    end: int
+    data: bytes
+    events: int
+
+
+_NO_PIECE = _Piece(-1, -1, b"", 0)
+
+
 class LiveReply:
     """A reply that still grows, or has just ended: its text, and where in the log each of its frames ends."""
 
@@ -80,6 +93,7 @@ class LiveReply:
         self.chars = 0
         self.size = 0
         self._parts: list[str] = []
+        self._end = offset
         self._char_ends = array("Q", [0])
         self._byte_ends = array("Q", [offset])
 
@@ -96,8 +110,9 @@ class LiveReply:
         self.chars += len(text)
         self.size += size
         frame = sse.token_frame(self.message_id, self.chars, text)
+        self._end += len(frame)
         self._char_ends.append(self.chars)
-        self._byte_ends.append(self._byte_ends[-1] + len(frame))
+        self._byte_ends.append(self._end)
         return frame
 
     def locate(self, chars: int) -> Place:
@@ -138,10 +153,11 @@ class Live:
         self._counts = counts
         self._tail: Position | None = None
         self._base = 0
+        self._end = 0
         self._log = bytearray()
         self._entries: list[_Entry] = []
         self._ahead: dict[Subscriber, Position] = {}
-        self._cut = _NO_SLICE
+        self._piece = _NO_PIECE
 
     # -- what the conversation says ------------------------------------------------------------------------------
 
@@ -151,10 +167,6 @@ class Live:
         if self.reply is not None:
             return Position(self.reply.message_id, self.reply.chars)
         return Position(self._entries[-1].message_id, None) if self._entries else self._tail
-
-    @property
-    def _end(self) -> int:
-        return self._base + len(self._log)
 
     def adopt(self, position: Position) -> None:
         """Take the database's word for where the conversation stands, while no reply runs here.
@@ -184,7 +196,7 @@ class Live:
         if said is not None:
             message_id, frame = said
             self._entries.append(_Entry(message_id, self._end, self._end + len(frame), None))
-            self._log += frame
+            self._say(frame)
         self.reply = LiveReply(reply_id, created_at, self._end)
         self._entries.append(_Entry(reply_id, self._end, None, self.reply))
         self.dirty = True
@@ -192,23 +204,22 @@ class Live:
     def append(self, text: str, size: int) -> None:
         """Add the next characters of the running reply: `size` bytes in UTF-8."""
         assert self.reply is not None
-        self._log += self.reply.append(text, size)
+        self._say(self.reply.append(text, size))
         self._counts.tokens += 1
-        self.dirty = True
 
     def finish(self, frame: bytes, *, failed: bool = False) -> None:
         """End the running reply with its `done` frame, or with its `error` frame if it `failed`."""
         assert self.reply is not None
-        self._log += frame
+        self._say(frame)
         self._entries[-1] = self._entries[-1]._replace(end=self._end, failed=failed)
         self.reply = None
         self.version += 1
-        self.dirty = True
 
     def reset(self) -> None:
         """Tell every subscriber that its position is gone, and end its stream."""
         self.reply = None
         for subscriber in [*self.subscribers, *self._ahead]:
+            self._counts.events += 1
             subscriber.end(sse.RESET)
         self._drop(self._end, None)
 
@@ -251,12 +262,15 @@ class Live:
         subscriber.live = self
         place = self.locate(position)
         if place is None:
+            subscriber.cursor = _AHEAD
             self._ahead[subscriber] = position
             return
-        if place.before:
-            subscriber.replay(place.before)
+        # The cursor first: a connection that takes the rest of a frame at once goes on from there.
         subscriber.cursor = place.offset
         self.subscribers.add(subscriber)
+        if place.before:
+            self._counts.events += 1
+            subscriber.replay(place.before)
         self.catch_up(subscriber)
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
@@ -264,53 +278,62 @@ class Live:
         self.subscribers.discard(subscriber)
         self._ahead.pop(subscriber, None)
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether nobody watches it, and nothing is being said in it."""
+        return self.reply is None and not (self.holders or self.subscribers or self._ahead)
+
     def deliver(self) -> None:
         """Write to every ready subscriber what lies after its cursor."""
         self.dirty = False
         if self._ahead:
             self._place_the_ahead()
-        end = self._end
         for subscriber in self.subscribers:
-            if subscriber.ready and subscriber.cursor < end:
-                self.catch_up(subscriber)
+            self.catch_up(subscriber)
+        end = self._end
         if self.reply is None and self._log and all(each.cursor == end for each in self.subscribers):
             self._drop(end, self.position)
 
     def catch_up(self, subscriber: Subscriber) -> None:
         """Write to one subscriber what lies after its cursor, for as long as its connection takes it."""
-        if subscriber in self._ahead:
-            return
-        while subscriber.ready and (cursor := subscriber.cursor) < (stop := self._end):
-            if stop - cursor > MAX_WRITE:
-                stop = self._frame_end(cursor, cursor + MAX_WRITE)
-            if subscriber.until_done and (end := self._end_of_reply_after(cursor)) and end <= stop:
-                subscriber.cursor = end
-                subscriber.end(self._slice(cursor, end))
+        counts = self._counts
+        while subscriber.ready and subscriber.cursor < self._end:
+            begin, end, data, events = self._piece
+            if begin != subscriber.cursor:
+                begin, end, data, events = self._cut(subscriber.cursor)
+            counts.writes += 1
+            if subscriber.until_done and (last := self._end_of_reply_after(begin)) and last <= end:
+                data = data[: last - begin]
+                counts.events += data.count(_FRAME_END)
+                subscriber.cursor = last
+                subscriber.end(data)
                 return
-            subscriber.cursor = stop
-            subscriber.write(self._slice(cursor, stop))
+            counts.events += events
+            subscriber.cursor = end
+            subscriber.write(data)
 
     # -- the log -------------------------------------------------------------------------------------------------
+
+    def _say(self, frame: bytes) -> None:
+        self._log += frame
+        self._end += len(frame)
+        self._piece = _NO_PIECE
+        self.dirty = True
 
     def _end_of_reply_after(self, offset: int) -> int | None:
         return next((each.end for each in self._entries if each.reply and each.end and each.end > offset), None)
 
-    def _frame_end(self, cursor: int, stop: int) -> int:
-        """Return the end of the last whole frame up to `stop`, or of the first one after `cursor` if that is longer."""
-        begin, end = cursor - self._base, stop - self._base
-        found = self._log.rfind(b"\n\n", begin, end)
-        if found < 0:
-            found = self._log.find(b"\n\n", begin)
-        return self._base + found + 2
-
-    def _slice(self, begin: int, stop: int) -> bytes:
-        """Return bytes of the log, to be written to one subscriber; those that stand at one place share them."""
-        if self._cut[0] != begin or self._cut[1] != stop:
-            data = bytes(memoryview(self._log)[begin - self._base : stop - self._base])
-            self._cut = (begin, stop, data, data.count(b"\n\n"))
-        self._counts.writes += 1
-        self._counts.events += self._cut[3]
-        return self._cut[2]
+    def _cut(self, begin: int) -> _Piece:
+        """Cut out what is to be written next from an offset on: whole frames, to the end unless that is too long."""
+        first, last = begin - self._base, len(self._log)
+        if last - first > MAX_WRITE:
+            found = self._log.rfind(_FRAME_END, first, first + MAX_WRITE)
+            if found < 0:
+                found = self._log.find(_FRAME_END, first)
+            last = found + len(_FRAME_END)
+        data = bytes(memoryview(self._log)[first:last])
+        self._piece = _Piece(begin, self._base + last, data, data.count(_FRAME_END))
+        return self._piece
 
     def _place_the_ahead(self) -> None:
         for subscriber, position in list(self._ahead.items()):
@@ -336,7 +359,7 @@ class Live:
         self._entries = [entry for entry in self._entries if entry.begin >= offset and offset < self._end]
         del self._log[: offset - self._base]
         self._base, self._tail = offset, tail
-        self._cut = _NO_SLICE
+        self._piece = _NO_PIECE
         for subscriber in self.subscribers:
             if subscriber.cursor < offset:
                 subscriber.end()
@@ -373,24 +396,21 @@ class Hub:
             yield live
         finally:
             live.holders -= 1
-            self.settle(live)
+            self.mark(live)
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Let a subscriber go, if it watches anything."""
         if (live := subscriber.live) is not None:
             live.unsubscribe(subscriber)
-            self.settle(live)
+            self.mark(live)
 
-    def settle(self, live: Live) -> None:
-        """Have what was published delivered; forget a conversation with no reply and nobody who watches."""
+    def mark(self, live: Live) -> None:
+        """Have a conversation delivered if it has news; forget it if it is unused."""
         if live.dirty and live not in self._marked:
+            if not self._marked:  # else it is awake already
+                self._wake.notify()
             self._marked[live] = None
-            self._wake.notify()
-        if live.reply is None and not live.holders and not live.subscribers and not live._ahead:
-            self._forget(live)
-
-    def _forget(self, live: Live) -> None:
-        if self._lives.get(live.conversation_id) is live:
+        if live.is_unused and self._lives.get(live.conversation_id) is live:
             del self._lives[live.conversation_id]
 
     async def deliver(self) -> None:
@@ -398,7 +418,7 @@ class Hub:
         while True:
             while not self._marked:
                 await self._wake.wait()
-            pause_at = monotonic() + _SLICE_S
+            pause_at = monotonic() + _DELIVERY_S
             while self._marked and monotonic() < pause_at:
                 live, _ = self._marked.popitem(last=False)
                 live.deliver()

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, NamedTuple
 
-Status = Literal["complete", "stopped", "failed", "interrupted", "superseded"]
+Status = Literal["complete", "stopped", "failed", "interrupted", "superseded", "streaming"]
+"""Of a message; "streaming" is never stored."""
 
 
 class ReplyError(NamedTuple):
@@ -20,7 +21,7 @@ INTERRUPTED = ReplyError("interrupted", "The server stopped while it wrote this 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message as stored."""
+    """A message as stored, or the one that still grows."""
 
     id: str
     role: str

@@ -14,8 +14,8 @@ def iso(time: datetime) -> str:
 
 def missed(
     record: Record, at: Position, conversation_id: str, until_done: bool
-) -> tuple[bytes, Position | None] | None:
-    """Return what the stored messages say after a position, and the position after that.
+) -> tuple[list[bytes], Position | None] | None:
+    """Return the events of the stored messages after a position, and the position after them.
 
     :param until_done: whether to stop after the first `done` or `error`; then there is no position after it
     :return: None if the position does not exist
@@ -42,8 +42,8 @@ def missed(
             frames.append(sse.token_frame(message.id, len(message.content), text))
         frames.append(end_frame(message))
         if until_done:
-            return b"".join(frames), None
-    return b"".join(frames), sse.after(record.last_id, conversation_id)
+            return frames, None
+    return frames, sse.after(record.last_id, conversation_id)
 
 
 def input_frame(message: Message) -> bytes:

@@ -146,7 +146,7 @@ class Replies:
             live.begin(end, None, stored.id, stored.created_at)
             assert live.reply is not None
             _append(live, live.reply, stored.content)
-            self._hub.settle(live)
+            self._hub.mark(live)
             self._spawn(self._follow(live, live.reply))
 
     async def _follow(self, live: Live, reply: LiveReply) -> None:
@@ -166,7 +166,7 @@ class Replies:
                 return
             if stored is not None and stored.id == reply.message_id:
                 _append(live, reply, stored.content[reply.chars :])
-                self._hub.settle(live)
+                self._hub.mark(live)
                 continue
             message = record.messages[0] if record and record.found else None
             if message is not None:
@@ -238,7 +238,7 @@ class Replies:
         previous = sse.after(begun.previous_id, live.conversation_id)
         said = (begun.said.id, input_frame(begun.said)) if begun.said else None
         live.begin(previous, said, begun.turn.reply_id, begun.created_at)
-        self._hub.settle(live)
+        self._hub.mark(live)
         assert live.reply is not None
         running = self._running[begun.turn.reply_id] = Running(begun, live, live.reply)
         running.task = self._spawn(self._answer(running))
@@ -275,7 +275,7 @@ class Replies:
         if running.ending is not None:
             return running.ending
         running.started = True
-        said = False
+        has_spoken = False
         try:
             async with aclosing(self._source.reply(prompt)) as pieces:
                 async for piece in pieces:
@@ -283,9 +283,9 @@ class Replies:
                         return _INTERRUPTED
                     if not _append(live, reply, piece, begun.reply_room):
                         return _FULL
-                    self._hub.settle(live)
-                    if not said:
-                        said = True
+                    self._hub.mark(live)
+                    if not has_spoken:
+                        has_spoken = True
                         self._metrics.first_token.observe(monotonic() - running.started_at)
         except SourceError as failure:
             return Ending("failed", ReplyError(failure.code, failure.message))
@@ -326,7 +326,7 @@ class Replies:
             live.reset()
         else:
             live.finish(end_frame(message), failed=message.error is not None)
-        self._hub.settle(live)
+        self._hub.mark(live)
 
     # -- what runs in the background -----------------------------------------------------------------------------
 
@@ -346,7 +346,7 @@ class Replies:
             lost = await self._store.checkpoint(replies) if replies else ()
             for reply_id in lost:
                 if (running := self._running.get(reply_id)) and self.end(running, _INTERRUPTED):
-                    logger.info("reply ended or deleted by another hand", extra=_ids(running.begun.turn))
+                    logger.info("reply ended or deleted by another server", extra=_ids(running.begun.turn))
 
     async def _sweep(self) -> None:
         """Finish, after a while, the replies whose servers were lost."""
@@ -367,7 +367,8 @@ class Replies:
         message = Message(reply.id, "assistant", reply.content, reply.created_at, *ending)
         if await self._store.finish(conversation_id, message, if_renewed_at=reply.renewed_at) is not message:
             return False
-        logger.info("reply of another server finished", extra={"conversation": conversation_id, "reply": reply.id})
+        # By its last checkpoint: its server was lost, or it was stopped from here.
+        logger.info("reply stored as %s", ending.status, extra={"conversation": conversation_id, "reply": reply.id})
         return True
 
     async def _idle_within(self, seconds: float) -> bool:
@@ -401,7 +402,7 @@ async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
         except DatabaseUnavailable:
             continue
         except Exception:
-            logger.exception("what runs in the background failed")
+            logger.exception("a background job failed")
 
 
 def _append(live: Live, reply: LiveReply, text: str, room: int | None = None) -> bool:

@@ -23,6 +23,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from time import monotonic
 from typing import Any
 
 import pymongo
@@ -69,6 +70,8 @@ REPLY_ROOM = 1024 * 1024
 """Bytes kept free for a reply: a turn that would leave less is refused before it starts."""
 _MARGIN = 4096
 """Bytes for the fields around two messages, an error and the document's own."""
+_ALL = 2**31 - 1
+"""More messages than a document can hold."""
 _PROBE_S = 0.5
 _BUSY = {112, 365, 388}
 """WriteConflict, TemporarilyUnavailable, TransactionTooLargeForCache: a write is refused for now, not for good."""
@@ -117,11 +120,11 @@ def connect(uri: str, timeout_s: float) -> "AsyncIOMotorClient[Any]":
     :raises SetupError: if the URI is wrong
     """
     if not uri.startswith(("mongodb://", "mongodb+srv://")):
-        raise SetupError("MONGODB_URI is no MongoDB URI: it must begin with mongodb:// or mongodb+srv://")
+        raise SetupError("MONGODB_URI is not a MongoDB URI: it must begin with mongodb:// or mongodb+srv://")
     try:
         client: AsyncIOMotorClient[Any] = AsyncIOMotorClient(uri, **client_options(timeout_s))
     except (InvalidURI, ConfigurationError, ValueError) as error:
-        raise SetupError(f"MONGODB_URI is no MongoDB URI: {error}") from None
+        raise SetupError(f"MONGODB_URI is not a MongoDB URI: {error}") from None
     sys.setswitchinterval(_SWITCH_S)
     return client
 
@@ -162,7 +165,7 @@ async def initiate_replica_set(uri: str, host: str) -> None:
             while not (await client.admin.command("hello"))["isWritablePrimary"]:
                 await asyncio.sleep(0.02)
     except (PyMongoError, TimeoutError) as error:
-        raise SetupError(f"The private MongoDB server does not become ready: {error}") from error
+        raise SetupError(f"The private MongoDB server did not become ready: {error}") from error
     finally:
         client.close()
 
@@ -171,17 +174,14 @@ class Store:
     """The conversations of one database.
 
     :param client: a Motor client, or PyMongo's AsyncMongoClient
-    :param database: the database's name if the client's URI has none
     :param timeout_s: the longest that a call may take, in seconds
     :param lease_ms: how long after its last renewal a reply's server is taken for lost
     :param history: how many of the newest messages a turn brings along
     """
 
-    def __init__(
-        self, client: Any, *, database: str = DEFAULT_DATABASE, timeout_s: float, lease_ms: int, history: int
-    ) -> None:
+    def __init__(self, client: Any, *, timeout_s: float, lease_ms: int, history: int) -> None:
         self._client = client
-        self._conversations = client.get_default_database(database).get_collection(
+        self._conversations = client.get_default_database(DEFAULT_DATABASE).get_collection(
             "conversations", codec_options=CodecOptions(tz_aware=True, tzinfo=UTC)
         )
         self._timeout_s = timeout_s
@@ -223,15 +223,18 @@ class Store:
                 await self._conversations.create_index([("createdAt", -1), ("_id", -1)])
                 await self._conversations.create_index("reply._id", sparse=True)
         except ConfigurationError as error:
-            raise SetupError(f"MONGODB_URI cannot be followed: {error}") from None
+            raise SetupError(f"MONGODB_URI cannot be resolved: {error}") from None
         except DatabaseUnavailable as error:
             if not isinstance(refused := error.__cause__, OperationFailure) or isinstance(refused, ExecutionTimeout):
                 raise
             said = (refused.details or {}).get("errmsg", "unknown error")
-            raise SetupError(f"MongoDB refuses us (MONGODB_URI): {said}") from None
+            raise SetupError(f"MongoDB refused the connection (MONGODB_URI): {said}") from None
 
     async def ping(self) -> None:
-        """Return if the database answers."""
+        """Check that the database answers.
+
+        :raises DatabaseUnavailable: if it does not
+        """
         async with self._call("ping"):
             await self._client.admin.command("ping")
 
@@ -278,7 +281,15 @@ class Store:
                     await self._refuse(condition["_id"], key, needed)
                     continue
                 said = Message(turn.message_id, "user", content, time)
-                return Begun(turn, said, [said], 1, None, time, DOCUMENT_BYTES - len(content.encode()) - 2 * _MARGIN)
+                return Begun(
+                    turn=turn,
+                    said=said,
+                    messages=[said],
+                    number=1,
+                    previous_id=None,
+                    created_at=time,
+                    reply_room=DOCUMENT_BYTES - len(content.encode()) - 2 * _MARGIN,
+                )
             raise ReplyInProgress
 
     async def begin_retry(self, conversation_id: str, reply_id: str) -> Begun:
@@ -447,7 +458,7 @@ class Store:
             return int(details["nMatched"])
 
     async def find_lost(self, own: Collection[str], *, alone: bool = False) -> Sequence[tuple[str, StoredReply]]:
-        """Return conversation id and reply of each reply whose lease has run out, but for our `own`.
+        """Return conversation id and reply of up to 1,000 replies whose lease has run out, but for our `own`.
 
         :param alone: whether no other server can be alive, so that every lease has run out
         """
@@ -481,7 +492,7 @@ class Store:
         if since:
             projection["messages"] = _from_message(ObjectId(since))
         elif before:
-            projection["messages"] = _before_message(ObjectId(before), last or DOCUMENT_BYTES)
+            projection["messages"] = _before_message(ObjectId(before), last or _ALL)
         elif last:
             projection["messages"] = {"$slice": ["$messages", -last]}
         else:
@@ -529,12 +540,12 @@ class Store:
             documents = await cursor.sort([("createdAt", -1), ("_id", -1)]).limit(limit).to_list(limit)
         return [
             Summary(
-                str(each["_id"]),
-                each["beginning"],
-                each["createdAt"],
-                each["updatedAt"],
-                each["count"] + ("reply" in each),
-                "reply" in each,
+                id=str(each["_id"]),
+                beginning=each["beginning"],
+                created_at=each["createdAt"],
+                updated_at=each["updatedAt"],
+                message_count=each["count"] + ("reply" in each),
+                streaming="reply" in each,
             )
             for each in documents
         ]
@@ -553,8 +564,7 @@ class Store:
 
         :param write: whether its outcome matters to the caller when the database falls silent
         """
-        loop = asyncio.get_running_loop()
-        started = loop.time()
+        started = monotonic()
         answered = False
         try:
             try:
@@ -563,9 +573,9 @@ class Store:
             except TimeoutError:
                 raise DatabaseUnavailable from None
             try:
-                if loop.time() < self._away_until:
+                if monotonic() < self._away_until:
                     raise DatabaseUnavailable
-                with pymongo.timeout(started + self._timeout_s - loop.time()):
+                with pymongo.timeout(started + self._timeout_s - monotonic()):
                     yield
                 answered = True
             except DatabaseUnavailable:
@@ -577,15 +587,15 @@ class Store:
                 self._slots.release()
         except (ConnectionFailure, OperationFailure) as error:
             if isinstance(error, ConnectionFailure | ExecutionTimeout | WriteConcernError | BulkWriteError):
-                if loop.time() >= self._away_until:
+                if monotonic() >= self._away_until:
                     logger.warning("the database does not answer (%s): %s", operation, type(error).__name__)
-                self._away_until = loop.time() + _PROBE_S
+                self._away_until = monotonic() + _PROBE_S
             else:
                 logger.warning("the database refuses (%s): code %s", operation, error.code)
             never_sent = isinstance(error, ServerSelectionTimeoutError)
             raise OutcomeUnknown if write and not never_sent else DatabaseUnavailable from error
         finally:
-            self.observe(operation, loop.time() - started, answered)
+            self.observe(operation, monotonic() - started, answered)
 
 
 def _begun(document: Document) -> Begun:
@@ -595,13 +605,13 @@ def _begun(document: Document) -> Begun:
     said = asked if last[-1] == asked.id else None
     before = last[:-1] if said else last
     return Begun(
-        Turn(str(document["_id"]), asked.id, str(reply["_id"])),
-        said,
-        messages,
-        document["turns"],
-        before[-1] if before else None,
-        reply["createdAt"],
-        DOCUMENT_BYTES - document["size"] - _MARGIN,
+        turn=Turn(str(document["_id"]), asked.id, str(reply["_id"])),
+        said=said,
+        messages=messages,
+        number=document["turns"],
+        previous_id=before[-1] if before else None,
+        created_at=reply["createdAt"],
+        reply_room=DOCUMENT_BYTES - document["size"] - _MARGIN,
     )
 
 
@@ -670,13 +680,13 @@ def _message(document: Document) -> Message:
 def _record(document: Document, *, first: int) -> Record:
     reply = document.get("reply")
     return Record(
-        document["createdAt"],
-        document["updatedAt"],
-        [_message(each) for each in document.get("messages", ())],
-        _reply(reply, expired=bool(document["expired"])) if reply else None,
-        str(document["last"][0]) if document["last"] else None,
-        first,
-        document.get("at", 0) >= 0,
+        created_at=document["createdAt"],
+        updated_at=document["updatedAt"],
+        messages=[_message(each) for each in document.get("messages", ())],
+        reply=_reply(reply, expired=bool(document["expired"])) if reply else None,
+        last_id=str(document["last"][0]) if document["last"] else None,
+        first=first,
+        found=document.get("at", 0) >= 0,
     )
 
 

@@ -445,6 +445,34 @@ async def test_stream_opened_on_another_server_goes_on_from_what_is_stored(make_
     watcher.close()
 
 
+async def test_client_from_another_server_that_stands_in_the_middle_of_a_frame_is_told_only_the_rest(
+    make_app: Make,
+) -> None:
+    """Guards against a client that was told the whole log again, its cursor being set after the rest of the frame."""
+    pieces = [f"{number:09d}." for number in range(12)]
+    source = gated(*pieces, said=3)
+    writer = await make_app(source=source, checkpoint_ms=20, lease_ms=60_000)
+    other = await make_app(checkpoint_ms=300, lease_ms=60_000)
+    answer = await writer.client.say("Hello")
+    conversation_id = answer["conversationId"]
+    await writer.until(lambda: len(document(writer, conversation_id)["reply"]["content"]) == 30)
+    watcher = await RawStream(other.port, f"/chat/stream/{conversation_id}").open()
+    await said(other, conversation_id, 30)
+    # What comes next to the other server is one frame that ends beyond what this client has seen here.
+    ahead = await RawStream(other.port, f"/chat/stream/{conversation_id}?lastEventId={answer['replyId']}-50").open()
+    release(source, 5)
+    await said(other, conversation_id, 80)
+    release(source, 5)
+    events = []
+    async for event in ahead.events():
+        events.append(event)
+        if event.name == "done":
+            break
+    assert text_of(events) == "".join(pieces)[50:]
+    watcher.close()
+    ahead.close()
+
+
 async def test_idle_conversation_in_memory_needs_no_database(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     app = await make_app()
     answer, _ = await app.client.turn("one")
@@ -497,7 +525,7 @@ async def test_several_stops_at_once_say_the_same(make_app: Make, monkeypatch: p
     assert (await app.client.http.post(path)).json() == {"status": "idle"}
 
 
-@pytest.mark.expects_log("what runs in the background failed")
+@pytest.mark.expects_log("a background job failed")
 async def test_checkpoints_go_on_after_one_that_failed(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     source = gated("one ", "two ", said=1)
     app = await make_app(source=source)

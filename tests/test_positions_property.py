@@ -340,7 +340,7 @@ class Conversation(RuleBasedStateMachine):
             for message in history.messages
             if message.role == "assistant"
         }
-        if history.in_flight:
+        if history.messages and history.messages[-1].status == "streaming":
             del ended[history.messages[-1].id]
         client.begin_with(said, ended, str(history.position))
 

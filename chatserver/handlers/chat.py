@@ -43,8 +43,6 @@ class ConversationHandler(BaseHandler):
         before = query.get("before")
         history = await self.chat.history(conversation_id, query.get("limit"), before.lower() if before else None)
         messages = [_message(each) for each in history.messages]
-        if history.in_flight:
-            messages[-1]["status"] = "streaming"
         value: dict[str, Any] = {
             "conversationId": conversation_id,
             "createdAt": iso(history.created_at),

@@ -1,17 +1,20 @@
 """The stream: `GET /chat/stream/:conversationId`, Server-Sent Events.
 
-The response never ends by itself. First come `retry: 1000`, a comment and an `id:` alone, then events, each with the
-position right after it as its `id:`, its name as `event:` and JSON as its `data:`:
+The position to go on from is `Last-Event-ID`, else `?lastEventId=`. First come `retry: 1000`, a comment and an `id:`
+alone, then events, each with the position right after it as its `id:`, its name as `event:` and JSON as its `data:`:
 
-    token   {"text"}                          the next characters of the reply
-    done    {"messageId", "status"}           the reply has ended and is stored; status: complete, stopped
-    error   {"code", "message", "messageId"}  the reply failed or was interrupted; what was said is stored
+    token   {"text"}                            the next characters of the reply
+    done    {"messageId", "status"}             the reply has ended and is stored; status: complete, stopped
+    error   {"code", "message", "messageId"}    the reply failed or was interrupted; what was said is stored
     input   {"messageId", "text", "createdAt"}  what a user said
-    reset   {}                                the position is gone: fetch the history again; the stream ends
+    reset   {}                                  the position is gone: fetch the history again; the stream ends
 
-A comment (`:`) comes whenever nothing else has for `KEEPALIVE_S`. The request is an ordinary one up to the headers;
-then its socket goes to an asyncio transport, whose protocol is the subscriber: `pause_writing` and `resume_writing` are
-the back-pressure, `connection_lost` the end. The body ends with the connection, which is valid in HTTP/1.0 and 1.1.
+A comment (`:`) comes whenever nothing else has for `KEEPALIVE_S`. The response stays open across turns. It ends after a
+`reset`, after the first `done` or `error` with `?until=done`, at about `STREAM_MAX_AGE_S`, and at shutdown.
+
+The request is an ordinary one up to the headers; then its socket goes to an asyncio transport, whose protocol is the
+subscriber: `pause_writing` and `resume_writing` are the back-pressure, `connection_lost` the end. The body ends with
+the connection, which is valid in HTTP/1.0 and 1.1.
 """
 
 import asyncio
@@ -60,9 +63,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._paused = False
         self._ending = False
-        self._active = True
+        self._progress = (0, 0, 0)
         self._since = 0.0
-        self._unsent = 0
 
     # -- what the hub sees ---------------------------------------------------------------------------------------
 
@@ -73,7 +75,6 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         assert self._transport is not None
-        self._active = True
         self._transport.write(data)
 
     def end(self, data: bytes = b"") -> None:
@@ -97,7 +98,6 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._active = True
         self._pump()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -124,9 +124,9 @@ class Connection(asyncio.Protocol):
         """Look after the connection, about once a second; return whether it was cut for taking nothing for `slow_s`."""
         if self._transport is None:
             return False
-        unsent = self._in_flight() if self._paused else 0
-        if self._active or unsent != self._unsent:
-            self._active, self._unsent, self._since = False, unsent, now
+        progress = (self.cursor, len(self._backlog), self._in_flight() if self._paused else 0)
+        if progress != self._progress:
+            self._progress, self._since = progress, now
         elif self._paused and now - self._since >= slow_s:
             self.abort()
             return True
@@ -203,11 +203,6 @@ class Streams:
         self._addresses[address] += 1
         return connection
 
-    def refuse(self, connection: Connection) -> None:
-        """Tell a client that its position does not exist, and end its stream."""
-        self._metrics.resets.inc()
-        connection.end(sse.RESET)
-
     def _closed(self, connection: Connection) -> None:
         conversation_id, address = self._open.pop(connection)
         for counter, name in ((self._conversations, conversation_id), (self._addresses, address)):
@@ -262,7 +257,7 @@ class StreamHandler(BaseHandler):
         connection = self.streams.open(conversation_id, self.address, self._head(), query.get("until") == "done")
         try:
             if asked and position is None:
-                self.streams.refuse(connection)
+                self.chat.refuse(connection)
             else:
                 await self.chat.subscribe(conversation_id, position, connection)
             await self._hand_over(connection)

@@ -31,28 +31,27 @@ class Simulated:
         tokens: Iterable[str] = tokenise(compose(prompt.messages[-1].content, prompt.turn))
         if self._tokens is not None:
             tokens = islice(cycle(chain(tokens, ["\n\n"])), self._tokens)
-        clock = asyncio.get_running_loop().time
-        due = clock()
+        loop = asyncio.get_running_loop()
+        due = loop.time()
         for token in tokens:
             # By the clock: what falls due while the loop is busy is said at once when it has time, as a model's tokens
             # would be there by then. Who is later than `LATE_S` begins a new schedule.
-            due = max(due + self._delay_s, clock() - LATE_S)
+            now = loop.time()
+            due = max(due + self._delay_s, now - LATE_S)
             if not self._delay_s:
                 await asyncio.sleep(0)
-            elif due > clock():
-                await self._sleep_until(due)
+            elif due > now:
+                await self._sleep_until(due, loop)
             yield token
 
-    def _sleep_until(self, due: float) -> "asyncio.Future[None]":
+    def _sleep_until(self, due: float, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
         """Return what is done at `due`, by the event loop's clock, or up to a tick later.
 
         All that fall due within a tick share one timer: with many replies this halves the cost of a token.
         """
-        loop = asyncio.get_running_loop()
         sleeper: asyncio.Future[None] = loop.create_future()
         tick = math.ceil(due / self._tick_s)
-        sleepers = self._sleepers.get(tick)
-        if sleepers is None:
+        if (sleepers := self._sleepers.get(tick)) is None:
             sleepers = self._sleepers[tick] = []
             loop.call_at(tick * self._tick_s, self._wake, tick)
         sleepers.append(sleeper)

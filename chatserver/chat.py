@@ -161,8 +161,9 @@ class Chat:
         with self._hub.hold(conversation_id) as live:
             reply = live.reply
             found = await self._store.delete(conversation_id)
-            # Unless a new conversation under this id has begun meanwhile: that one lives on.
-            if found and live.reply is reply:
+            # Also if it was not found: an attempt that got no answer may have deleted it. But not if a new conversation
+            # has begun under this id meanwhile, nor for those who wait for one to begin.
+            if live.reply in (None, reply) and live.position != sse.start(conversation_id):
                 live.reset()
             if reply is not None and (running := self._replies.get(reply.message_id)):
                 self._replies.end(running, STOPPED)

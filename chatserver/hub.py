@@ -224,8 +224,9 @@ class Live:
         self._drop(self._end, None)
 
     def cut(self) -> None:
-        """End every stream without a word: the clients resume from where they are."""
+        """End every stream after what there is for it: the clients resume from where they are."""
         for subscriber in [*self.subscribers, *self._ahead]:
+            self.catch_up(subscriber)
             subscriber.end()
 
     # -- who watches it ------------------------------------------------------------------------------------------
@@ -272,6 +273,10 @@ class Live:
             self._counts.events += 1
             subscriber.replay(place.before)
         self.catch_up(subscriber)
+
+    def has_told(self, subscriber: Subscriber) -> bool:
+        """Return whether a subscriber was given all that there is for it."""
+        return subscriber.cursor >= self._end
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Forget a subscriber, if it is one."""

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
+from chatserver.errors import DatabaseUnavailable
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -23,11 +25,22 @@ class Joined(Generic[Item, Result]):
         """Return the answer to one."""
         if self._next is None:
             items: list[Item] = []
-            self._next = (items, asyncio.get_running_loop().create_task(self._run(items)))
+            answers = asyncio.get_running_loop().create_task(self._run(items))
+            # It may fail when nobody asks any more.
+            answers.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._next = (items, answers)
         items, answers = self._next
         items.append(item)
         place = len(items) - 1
-        return (await asyncio.shield(answers))[place]
+        try:
+            return (await asyncio.shield(answers))[place]
+        except DatabaseUnavailable:
+            raise
+        except Exception:
+            if len(items) == 1:
+                raise
+            # What is wrong may be wrong with another one only.
+            return (await self._call([item]))[0]
 
     async def _run(self, items: Sequence[Item]) -> Sequence[Result]:
         async with self._calling:

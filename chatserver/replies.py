@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, NamedTuple
@@ -123,6 +123,7 @@ class Replies:
 
         :param look: given its id; `Store.peek` or `Store.read`
         """
+        tried: StoredReply | None = None
         while True:
             version = live.version
             record = await look(live.conversation_id)
@@ -130,9 +131,13 @@ class Replies:
             if reply is not None and (begun := self._beginning.get(reply.id)) is not None:
                 # Stored, but not yet published: our own begin is about to return, or to be settled.
                 await begun.wait()
-            elif reply is not None and reply.expired and reply.id not in self._running:
+            elif reply is not None and reply.expired and reply.id not in self._running and reply != tried:
                 await self.finish_checkpointed(live.conversation_id, reply, _INTERRUPTED)
+                tried = reply
             elif live.version == version:
+                if record is None and live.reply is None:
+                    # Deleted, perhaps by another server: whoever watches it shall know.
+                    live.adopt(sse.start(live.conversation_id))
                 return record
 
     def align(self, live: Live, record: Record | None) -> None:
@@ -172,6 +177,9 @@ class Replies:
             if message is not None:
                 _append(live, reply, message.content[reply.chars :])
             self._publish_end(live, reply, message)
+            if not live.is_unused:
+                # The other server may have gone on.
+                self.align(live, record)
             return
 
     # -- a reply that runs ---------------------------------------------------------------------------------------
@@ -248,21 +256,27 @@ class Replies:
 
     async def _answer(self, running: Running) -> None:
         """Write one reply from its source's first piece to its stored end."""
-        begun, reply = running.begun, running.reply
-        ending = await self._generate(running)
-        running.generating = False
-        message = Message(reply.message_id, "assistant", reply.content, reply.created_at, *ending)
+        begun, live, reply = running.begun, running.live, running.reply
         try:
-            stored = await self._finish(begun.turn.conversation_id, message)
-        except Exception:
-            # It cannot be stored as it is: its lease runs out, its checkpoint stands, and its subscribers are told so.
-            self._spawn(self._follow(running.live, reply))
-            raise
+            ending = await self._generate(running)
+            running.generating = False
+            message = Message(reply.message_id, "assistant", reply.content, reply.created_at, *ending)
+            try:
+                stored = await self._finish(live.conversation_id, message)
+            except Exception:
+                # It cannot be stored as it is: its lease runs out, its checkpoint stands, and its subscribers are told
+                # so.
+                self._spawn(self._follow(live, reply))
+                raise
         finally:
             del self._running[reply.message_id]
             self._ended.notify_all()
-        if running.live.reply is reply:
-            self._publish_end(running.live, reply, stored)
+        if live.reply is reply:
+            self._publish_end(live, reply, stored)
+        if stored is not message and not live.is_unused:
+            # Whoever ended it may have gone on.
+            with suppress(DatabaseUnavailable):
+                self.align(live, await self.read(live, self._store.peek))
         ended = stored.status if stored else "deleted"
         self._metrics.reply_duration.labels(ended).observe(monotonic() - running.started_at)
         code = stored.error.code if stored and stored.error else None
@@ -288,12 +302,12 @@ class Replies:
                         has_spoken = True
                         self._metrics.first_token.observe(monotonic() - running.started_at)
         except SourceError as failure:
-            return Ending("failed", ReplyError(failure.code, failure.message))
-        except asyncio.CancelledError:
-            if running.ending is None:
-                raise
-            return running.ending
-        except Exception:
+            return Ending("failed", ReplyError(failure.code, _whole(failure.message)))
+        except (Exception, asyncio.CancelledError) as failure:
+            if isinstance(failure, asyncio.CancelledError) and running.task.cancelling():
+                if running.ending is None:
+                    raise
+                return running.ending
             # Whatever a source does, its reply ends and says so: a conversation is never left streaming.
             logger.exception("the source of replies crashed", extra=_ids(begun.turn))
             return _CRASHED
@@ -410,8 +424,7 @@ def _append(live: Live, reply: LiveReply, text: str, room: int | None = None) ->
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        # A source may say half a surrogate pair, which neither UTF-8 nor BSON can hold.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = _whole(text)
         size = len(text.encode())
     fits = room is None or reply.size + size <= room
     if not fits and room is not None:
@@ -420,6 +433,11 @@ def _append(live: Live, reply: LiveReply, text: str, room: int | None = None) ->
     if text:
         live.append(text, size)
     return fits
+
+
+def _whole(text: str) -> str:
+    """Return text without halves of surrogate pairs, which a source may say, but neither UTF-8 nor BSON can hold."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _ids(turn: Turn) -> dict[str, str]:

@@ -202,14 +202,18 @@ class Store:
             "messages": {"$slice": [kept, -history]},
         }
         """What a new turn needs, instead of the whole document; `messages` ends with the user's."""
-        age = {"$subtract": ["$$NOW", lease_ms]}
+        lost = [
+            {"$lt": ["$reply.renewedAt", {"$subtract": ["$$NOW", lease_ms]}]},
+            # The database's clock was put back: its server renews such a lease at its next checkpoint, if it lives.
+            {"$gt": ["$reply.renewedAt", {"$add": ["$$NOW", lease_ms]}]},
+        ]
         self._standing = {
             "createdAt": 1,
             "updatedAt": 1,
             "reply": 1,
             "count": {"$size": "$messages"},
             "last": {"$slice": ["$messages._id", -1]},
-            "expired": {"$lt": ["$reply.renewedAt", age]},
+            "expired": {"$or": lost},
         }
         """All that a `Record` has but the messages."""
 
@@ -573,9 +577,10 @@ class Store:
             except TimeoutError:
                 raise DatabaseUnavailable from None
             try:
-                if monotonic() < self._away_until:
+                left_s = started + self._timeout_s - monotonic()
+                if left_s <= 0 or monotonic() < self._away_until:
                     raise DatabaseUnavailable
-                with pymongo.timeout(started + self._timeout_s - monotonic()):
+                with pymongo.timeout(left_s):
                     yield
                 answered = True
             except DatabaseUnavailable:

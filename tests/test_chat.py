@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ from chatserver.records import INTERRUPTED, Message
 from chatserver.replies import Replies
 from chatserver.sources.simulated import Simulated
 from tests.apps import App, Database, Script, running
-from tests.clients import RawStream, Transcript, new_id, text_of
+from tests.clients import Client, RawStream, Transcript, new_id, text_of
+from tests.servers import Server
 
 pytestmark = pytest.mark.gen_test
 
@@ -46,6 +48,11 @@ async def said(app: App, conversation_id: str, chars: int) -> None:
         return live is not None and live.reply is not None and live.reply.chars >= chars
 
     await app.until(reached)
+
+
+async def _names(app: App, conversation_id: str) -> list[str]:
+    """Return the events of a stream without a position, until the server ends it."""
+    return [event.name async for event in app.client.stream(conversation_id)]
 
 
 # -- posts ---------------------------------------------------------------------------------------------------------
@@ -445,6 +452,85 @@ async def test_stream_opened_on_another_server_goes_on_from_what_is_stored(make_
     watcher.close()
 
 
+async def test_delete_that_meets_the_natural_end_resets_its_streams(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = gated("a")
+    app = await make_app(source=source)
+    answer = await app.client.say("Hello")
+    watcher = asyncio.create_task(_names(app, answer["conversationId"]))
+    await app.until(lambda: app.subscribers == 1)
+    delete = app.store.delete
+
+    async def late(conversation_id: str) -> bool:
+        release(source)
+        await app.until(lambda: not app.chat.running)
+        return await delete(conversation_id)
+
+    monkeypatch.setattr(app.store, "delete", late)
+    assert (await app.client.http.delete(f"/chat/{answer['conversationId']}")).status_code == 204
+    assert await watcher == ["token", "done", "reset"]
+
+
+@pytest.mark.expects_log("does not answer")
+async def test_delete_again_after_one_whose_answer_was_lost_resets_its_streams(
+    make_app: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = await make_app()
+    answer, _ = await app.client.turn("Hello")
+    conversation_id = answer["conversationId"]
+    watcher = asyncio.create_task(_names(app, conversation_id))
+    await app.until(lambda: app.subscribers == 1)
+    delete = app.store.delete
+
+    async def silent(conversation_id: str) -> bool:
+        await delete(conversation_id)
+        raise DatabaseUnavailable
+
+    monkeypatch.setattr(app.store, "delete", silent)
+    assert (await app.client.http.delete(f"/chat/{conversation_id}")).status_code == 503
+    monkeypatch.undo()
+    assert (await app.client.http.delete(f"/chat/{conversation_id}")).status_code == 404
+    assert await watcher == ["reset"]
+
+
+async def test_conversation_that_another_server_deleted_ends_its_streams_when_that_is_noticed(make_app: Make) -> None:
+    app, other = await make_app(), await make_app()
+    answer, _ = await app.client.turn("Hello")
+    conversation_id = answer["conversationId"]
+    watcher = asyncio.create_task(_names(other, conversation_id))
+    await other.until(lambda: other.subscribers == 1)
+    assert (await app.client.http.delete(f"/chat/{conversation_id}")).status_code == 204
+    assert (await other.client.http.get(f"/chat/{conversation_id}")).status_code == 404
+    # Its client comes back with its position, and is told.
+    assert await watcher == []
+
+
+async def test_turn_that_began_elsewhere_while_a_reply_was_followed_is_not_missed(make_app: Make) -> None:
+    source = gated("one ", "two ", said=1)
+    writer = await make_app(source=source, checkpoint_ms=20)
+    other = await make_app(checkpoint_ms=250, lease_ms=10_000)
+    first = await writer.client.say("Hello")
+    conversation_id = first["conversationId"]
+    watcher = asyncio.create_task(_names(other, conversation_id))
+    await said(other, conversation_id, 4)
+    release(source)
+    await writer.until(lambda: not writer.chat.running)
+    # Now the other server still follows what has ended.
+    second = await writer.client.say("And?", conversation_id)
+    seen = Transcript()
+    position = first["lastEventId"]
+    release(source, 2)
+    while second["replyId"] not in seen.ended:
+        async for event in other.client.stream(conversation_id, position):
+            seen.take(event)
+            position = event.id
+            if second["replyId"] in seen.ended:
+                break
+    assert seen.said[first["replyId"]] == seen.said[second["replyId"]] == "one two "
+    assert await watcher == ["token", "token", "done"]
+
+
 async def test_client_from_another_server_that_stands_in_the_middle_of_a_frame_is_told_only_the_rest(
     make_app: Make,
 ) -> None:
@@ -717,16 +803,27 @@ async def test_reply_that_outgrows_the_room_is_ended_with_what_fits(
     assert (response.status_code, response.json()["code"]) == (409, "conversation_full")
 
 
-async def test_drain_of_two_hundred_replies_stores_each_and_ends_all_streams(database: Database) -> None:
-    async with running(App(database, simulated_token_delay_ms=50, drain_s=0.2)) as app:
-        answers = await asyncio.gather(*(app.client.say(f"n {n}") for n in range(200)))
-        watchers = [
-            asyncio.create_task(app.client.events(each["conversationId"], each["lastEventId"])) for each in answers
-        ]
-        await app.until(lambda: app.subscribers == 200, 30)
-        await app.chat.drain()
-        for answer, events in zip(answers, await asyncio.gather(*watchers), strict=True):
-            message = document(app, answer["conversationId"])["messages"][-1]
-            assert message["content"] == text_of(events)
-            assert message["status"] == "interrupted" and events[-1].name == "error"
-        assert app.chat.running == 0
+async def test_signal_while_two_hundred_replies_stream_ends_each_reply_and_stream_in_order(
+    make_server: Callable[..., Server], database: Database
+) -> None:
+    server = await asyncio.to_thread(make_server(SIMULATED_TOKEN_DELAY_MS=200, DRAIN_S=0.5).start)
+    client = Client(server.url)
+    answers = await asyncio.gather(*(client.say(f"n {n}") for n in range(200)))
+    watchers = [
+        [asyncio.create_task(client.events(each["conversationId"], each["lastEventId"])) for _ in range(5)]
+        for each in answers
+    ]
+    while (await client.http.get("/metrics")).text.find("chatserver_open_streams 1000.0") < 0:
+        await asyncio.sleep(0.1)
+    began = asyncio.get_running_loop().time()
+    server.signal(signal.SIGTERM)
+    for answer, watching in zip(answers, watchers, strict=True):
+        for events in await asyncio.gather(*watching):
+            found = database.conversations.find_one({"_id": ObjectId(answer["conversationId"])})
+            message = found["messages"][-1]
+            assert (message["status"], events[-1].name) == ("interrupted", "error")
+            assert message["content"] == text_of(events) and "reply" not in found
+    assert await asyncio.to_thread(server.wait) == 0
+    # The time to drain, to store, and for the streams' last words; on a busy machine.
+    assert asyncio.get_running_loop().time() - began < 10
+    await client.close()

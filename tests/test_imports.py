@@ -20,7 +20,7 @@ ALLOWED: dict[str, list[str]] = {
     "chatserver.logs": ["chatserver.settings"],
     "chatserver.hub": ["chatserver.sse"],
     "chatserver.records": [],
-    "chatserver.joined": [],
+    "chatserver.joined": ["chatserver.errors"],
     "chatserver.store": ["chatserver.errors", "chatserver.joined", "chatserver.records"],
     "chatserver.schemas": ["chatserver.errors"],
     "chatserver.sources": ["chatserver.errors", "chatserver.settings", "chatserver.sources"],

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pymongo
@@ -287,6 +287,46 @@ async def test_replies_that_end_in_one_moment_are_stored_by_one_write(stores: St
         stores.database.conversations.update_one(of_the_first, {"$push": {"messages": filler}})
         refused, *others = await finish(full)
         assert isinstance(refused, RuntimeError) and others == 29 * ["hi" * 500]
+
+
+async def test_reply_that_cannot_be_encoded_fails_none_of_those_that_end_with_it(stores: Stores) -> None:
+    async with stores.open() as store:
+        turns = [turn() for _ in range(3)]
+        for each in turns:
+            await store.begin(each, "hello", None, new=True)
+        texts = ["one", "half \ud83d", "three"]
+        messages = [(each.conversation_id, reply_of(each, text)) for each, text in zip(turns, texts, strict=True)]
+        first, bad, third = await asyncio.gather(*(store.finish(*each) for each in messages), return_exceptions=True)
+        assert isinstance(bad, UnicodeEncodeError)
+        assert (first, third) == (messages[0][1], messages[2][1])
+
+
+async def test_lease_that_lies_in_the_future_has_run_out(stores: Stores) -> None:
+    """The database's clock was put back after the last renewal."""
+    async with stores.open() as store:
+        mine = turn()
+        await store.begin(mine, "hello", None, new=True)
+        assert await store.find_lost([]) == []
+        ahead = {"$set": {"reply.renewedAt": datetime.now(UTC) + timedelta(hours=1)}}
+        stores.database.conversations.update_one({"_id": ObjectId(mine.conversation_id)}, ahead)
+        ((found, _),) = await store.find_lost([])
+        record = await store.peek(mine.conversation_id)
+        assert found == mine.conversation_id and record is not None and record.reply is not None
+        assert record.reply.expired
+
+
+async def test_call_whose_time_is_up_before_it_begins_is_unavailable(database: Database) -> None:
+    """The process was paused, say, between its wait for a place and its next step."""
+    async with Stores(database, "motor").open() as store:
+        for _ in range(10):
+            await store._slots.acquire()
+        waiting = asyncio.create_task(store.ping())
+        await asyncio.sleep(0.01)
+        for _ in range(10):
+            store._slots.release()
+        store._timeout_s = 0.0
+        with pytest.raises(DatabaseUnavailable):
+            await waiting
 
 
 @pytest.mark.expects_log("MongoDB refuses 1 of 1 writes: .388.")

@@ -121,6 +121,23 @@ async def test_text_that_is_hard_to_carry_arrives_unchanged(make_app: Callable[.
     assert stored(await app.client.history(conversation_id))[answer["replyId"]] == "".join(NASTY)
 
 
+@pytest.mark.expects_log("source of replies crashed")
+async def test_source_that_cancels_itself_ends_its_reply(make_app: Callable[..., Awaitable[App]]) -> None:
+    app = await make_app(source=Script("half", asyncio.CancelledError()))
+    answer, events = await app.client.turn("hi")
+    assert events[-1].data["code"] == "source_failed"
+    assert not app.chat.running
+    assert (await app.client.history(answer["conversationId"]))["messages"][-1]["status"] == "failed"
+
+
+async def test_half_a_surrogate_pair_in_a_failure_is_replaced(make_app: Callable[..., Awaitable[App]]) -> None:
+    app = await make_app(source=Script("half", SourceError("source_refused", "It said: \ud83d")))
+    answer, events = await app.client.turn("hi")
+    assert events[-1].data["message"] == "It said: \ufffd"
+    stored_error = (await app.client.history(answer["conversationId"]))["messages"][-1]["error"]
+    assert stored_error == {"code": "source_refused", "message": "It said: \ufffd"}
+
+
 async def test_half_a_surrogate_pair_from_a_source_is_replaced(make_app: Callable[..., Awaitable[App]]) -> None:
     app = await make_app(source=Script("a\ud83d", "b"))
     answer, events = await app.client.turn("hi")

@@ -42,7 +42,8 @@ _TICK_S = 1.0
 _SEND_BUFFER = 128 * 1024
 """The kernel's part of what a client that stops reading may cost us; bytes."""
 _PARTING_S = 2.0
-"""How long a connection may take for its last bytes when the process ends."""
+"""How long a connection may take for its last bytes when the process ends, and how often that is looked at."""
+_PARTING_LOOK_S = 0.02
 
 
 class Connection(asyncio.Protocol):
@@ -176,7 +177,6 @@ class Streams:
         self._open: dict[Connection, tuple[str, str]] = {}
         self._conversations: Counter[str] = Counter()
         self._addresses: Counter[str] = Counter()
-        self._gone = asyncio.Event()
         metrics.watch("chatserver_open_streams", "Streams that are open.", lambda: len(self))
 
     def __len__(self) -> int:
@@ -210,8 +210,6 @@ class Streams:
             if not counter[name]:
                 del counter[name]
         self._chat.unsubscribe(connection)
-        if not self._open:
-            self._gone.set()
 
     async def tick_for_ever(self) -> None:
         """Send keep-alives, cut who takes nothing, end who has been here long enough."""
@@ -228,14 +226,14 @@ class Streams:
                     logger.info("slow client cut", extra={"conversation": conversation_id})
 
     async def close(self) -> None:
-        """End all streams in order, after what is still to be written; cut those that do not take it."""
-        for connection in list(self._open):
-            connection.end()
+        """End all streams, each once it was told all that there is; cut those that do not take it in time."""
         try:
             async with asyncio.timeout(_PARTING_S):
                 while self._open:
-                    self._gone.clear()
-                    await self._gone.wait()
+                    for connection in list(self._open):
+                        if connection.live is None or connection.live.has_told(connection):
+                            connection.end()
+                    await asyncio.sleep(_PARTING_LOOK_S)
         except TimeoutError:
             for connection in list(self._open):
                 connection.abort()

@@ -11,7 +11,7 @@ from chatserver.errors import DatabaseUnavailable, Draining, KeyReused, NotFound
 from chatserver.hub import Hub, Live, Subscriber
 from chatserver.metrics import Metrics
 from chatserver.records import Message, Record, Summary, Turn
-from chatserver.replay import missed
+from chatserver.replay import PAGE_MESSAGES, Page, missed
 from chatserver.replies import STOPPED, Replies
 from chatserver.settings import Settings
 from chatserver.sources import Source
@@ -188,7 +188,7 @@ class Chat:
             if not record.found:
                 raise NotFound("The parameter before names no message of this conversation.")
             messages = list(record.messages)
-            older = record.first
+            older = record.older
             position = sse.after(messages[-1].id if messages else None, conversation_id)
             if (running := record.reply) is not None and before is None:
                 content = running.content
@@ -218,8 +218,6 @@ class Chat:
         Without a position: the running reply from its start, if there is one. A position that does not exist is
         answered by `reset`.
         """
-        if position is not None:
-            self._metrics.resumes.inc()
         with self._hub.hold(conversation_id) as live:
             record = None
             # What is idle here may have gone on elsewhere.
@@ -230,22 +228,35 @@ class Chat:
                 except DatabaseUnavailable:
                     if not _is_live(live, position):
                         raise
+            if subscriber.gone:
+                return
             # No await from here on: snapshot and cursor are of one moment, so that no token lands between them.
             at = position or _where_a_stream_begins(live) or sse.start(conversation_id)
-            frames: list[bytes] = []
-            end: Position | None = at
+            page = Page([], at)
             if not live.covers(at):
-                found = missed(record, at, conversation_id, subscriber.until_done) if record else None
+                found = missed(record, at, subscriber.until_done) if record else None
                 if found is None:
                     self.refuse(subscriber)
                     return
-                frames, end = found
-            self._hub.counts.events += len(frames)
-            subscriber.replay(sse.preamble(RETRY_MS, at) + b"".join(frames))
-            if end is None:
+                page = found
+            self._hub.counts.events += len(page.frames)
+            go_on = partial(self._go_on, conversation_id, page.position, subscriber) if page.more else None
+            subscriber.replay(sse.preamble(RETRY_MS, at) + b"".join(page.frames), go_on)
+            if page.ends:
                 subscriber.end()
-            else:
-                live.subscribe(subscriber, end)
+            elif not page.more:
+                live.subscribe(subscriber, page.position)
+
+    def _go_on(self, conversation_id: str, position: Position, subscriber: Subscriber) -> None:
+        """Have a subscriber that has taken a page of what it missed told the next one."""
+
+        async def go_on() -> None:
+            try:
+                await self.subscribe(conversation_id, position, subscriber)
+            except DatabaseUnavailable:
+                subscriber.end()
+
+        self._replies.spawn(go_on())
 
     def refuse(self, subscriber: Subscriber) -> None:
         """Tell a subscriber that its position does not exist, and end its stream."""
@@ -258,12 +269,11 @@ class Chat:
         self._hub.unsubscribe(subscriber)
 
     def _look(self, conversation_id: str, at: Position | None) -> Callable[[str], Awaitable[Record | None]]:
-        """Return how to read what is needed of the record to go on from a position: no message, if there is none."""
+        """Return how to read what is needed of the record to go on from a position: no messages if there is none."""
         if at is None:
             return self._store.peek
-        if at == sse.start(conversation_id):
-            return self._store.read
-        return partial(self._store.read, since=at.message_id)
+        since = None if at == sse.start(conversation_id) else at.message_id
+        return partial(self._store.read, since=since, first=PAGE_MESSAGES)
 
 
 def _where_a_stream_begins(live: Live) -> Position | None:

@@ -11,7 +11,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -45,9 +45,14 @@ class Subscriber(Protocol):
     """The conversation that it watches; whenever the connection is ready again, it has that one `catch_up`."""
     until_done: bool
     """Whether the connection ends after the first `done` or `error`."""
+    gone: bool
+    """Whether the connection is lost."""
 
-    def replay(self, data: bytes) -> None:
-        """Take what comes before the live frames; it is written first, in pieces if it is long."""
+    def replay(self, data: bytes, then: Callable[[], None] | None = None) -> None:
+        """Take what comes before the live frames; it is written first, in pieces if it is long.
+
+        :param then: called, if the connection is still there, once it is all written
+        """
 
     def write(self, data: bytes) -> None:
         """Write to the connection; only while `ready`."""

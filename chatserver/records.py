@@ -46,7 +46,7 @@ class StoredReply:
 class Record:
     """A conversation, or its messages from one on.
 
-    `first` is the number of messages before `messages`; `last_id` is the conversation's last message, whether it is
+    `older` is the number of messages before `messages`; `last_id` is the conversation's last message, whether it is
     among them or not; `found` is whether the message asked for is there.
     """
 
@@ -55,7 +55,7 @@ class Record:
     messages: Sequence[Message]
     reply: StoredReply | None
     last_id: str | None
-    first: int
+    older: int
     found: bool
 
 

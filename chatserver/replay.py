@@ -1,10 +1,15 @@
 """What is stored, as the events of a stream: pure, no I/O."""
 
 from datetime import datetime
+from typing import NamedTuple
 
 from chatserver import sse
 from chatserver.records import Message, Record
 from chatserver.sse import Position
+
+PAGE_MESSAGES = 100
+PAGE_BYTES = 128 * 1024
+"""Of stored text that waits for a client at once; a message more may begin below it."""
 
 
 def iso(time: datetime) -> str:
@@ -12,38 +17,51 @@ def iso(time: datetime) -> str:
     return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def missed(
-    record: Record, at: Position, conversation_id: str, until_done: bool
-) -> tuple[list[bytes], Position | None] | None:
-    """Return the events of the stored messages after a position, and the position after them.
+class Page(NamedTuple):
+    """What stored messages say after a position, as events: all of it, or as much as may wait for a client at once.
 
-    :param until_done: whether to stop after the first `done` or `error`; then there is no position after it
-    :return: None if the position does not exist
+    `position` is the one after them; `more` is whether messages follow that are not in it; `ends` is whether the
+    stream ends with it.
+    """
+
+    frames: list[bytes]
+    position: Position
+    more: bool = False
+    ends: bool = False
+
+
+def missed(record: Record, at: Position, until_done: bool) -> Page | None:
+    """Return what the messages of a record say after a position; None if the position does not exist.
+
+    :param until_done: whether the stream ends after the first `done` or `error`
     """
     if not record.found:
         return None
-    frames = []
+    frames: list[bytes] = []
+    size = 0
+    position = at
     for message in record.messages:
-        seen: int | None = 0
-        if message.id == at.message_id:
-            seen = at.chars
+        if size > PAGE_BYTES:
+            break
+        seen = at.chars if message.id == at.message_id else 0
+        if seen is None:
+            continue
+        position = Position(message.id, None)
         if message.role == "user":
             if seen:
                 return None
-            if seen == 0:
-                frames.append(input_frame(message))
-            continue
-        if seen is None:
-            continue
-        if seen > len(message.content) and message.error is None:
-            # It has ended with less than this client saw, and a `done` would be a lie to it.
-            return None
-        if text := message.content[seen:]:
-            frames.append(sse.token_frame(message.id, len(message.content), text))
-        frames.append(end_frame(message))
-        if until_done:
-            return frames, None
-    return frames, sse.after(record.last_id, conversation_id)
+            frames.append(input_frame(message))
+        else:
+            if seen > len(message.content) and message.error is None:
+                # It has ended with less than this client saw, and a `done` would be a lie to it.
+                return None
+            if text := message.content[seen:]:
+                frames.append(sse.token_frame(message.id, len(message.content), text))
+            frames.append(end_frame(message))
+            if until_done:
+                return Page(frames, position, ends=True)
+        size += len(message.content)
+    return Page(frames, position, more=record.last_id not in (None, position.message_id))
 
 
 def input_frame(message: Message) -> bytes:

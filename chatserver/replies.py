@@ -95,9 +95,9 @@ class Replies:
     async def start(self, *, alone: bool) -> None:
         """Finish lost replies, start to deliver, checkpoint and sweep."""
         await self._finish_lost(alone=alone)
-        self._spawn(self._hub.deliver())
-        self._spawn(_for_ever(self._checkpoint))
-        self._spawn(_for_ever(self._sweep))
+        self.spawn(self._hub.deliver())
+        self.spawn(_for_ever(self._checkpoint))
+        self.spawn(_for_ever(self._sweep))
 
     async def drain(self) -> None:
         """Refuse new turns, let replies end for `DRAIN_S`, finish the rest as interrupted with their text stored."""
@@ -152,7 +152,7 @@ class Replies:
             assert live.reply is not None
             _append(live, live.reply, stored.content)
             self._hub.mark(live)
-            self._spawn(self._follow(live, live.reply))
+            self.spawn(self._follow(live, live.reply))
 
     async def _follow(self, live: Live, reply: LiveReply) -> None:
         """Publish a reply that another server writes, as its checkpoints tell, until it ends."""
@@ -207,7 +207,7 @@ class Replies:
                     begun = await begin()
                 self._start(live, begun)
             except OutcomeUnknown:
-                self._spawn(self._settle(conversation_id, reply_id))
+                self.spawn(self._settle(conversation_id, reply_id))
                 raise
             except BaseException:
                 self._begun(reply_id)
@@ -249,7 +249,7 @@ class Replies:
         self._hub.mark(live)
         assert live.reply is not None
         running = self._running[begun.turn.reply_id] = Running(begun, live, live.reply)
-        running.task = self._spawn(self._answer(running))
+        running.task = self.spawn(self._answer(running))
         logger.info("reply started", extra=_ids(begun.turn))
         if self._out_of_time:
             self.end(running, _INTERRUPTED)
@@ -266,7 +266,7 @@ class Replies:
             except Exception:
                 # It cannot be stored as it is: its lease runs out, its checkpoint stands, and its subscribers are told
                 # so.
-                self._spawn(self._follow(live, reply))
+                self.spawn(self._follow(live, reply))
                 raise
         finally:
             del self._running[reply.message_id]
@@ -395,7 +395,7 @@ class Replies:
             return False
         return True
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run something in the background, as this object's own."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)

@@ -480,12 +480,14 @@ class Store:
         conversation_id: str,
         *,
         since: str | None = None,
+        first: int | None = None,
         before: str | None = None,
         last: int | None = None,
     ) -> Record | None:
-        """Return a conversation (None if unknown): all its messages, those from one on, or the last ones (before one).
+        """Return a conversation (None if unknown): all messages, the first ones (from one on) or the last (before one).
 
         :param since: a message's id
+        :param first: how many
         :param before: a message's id
         :param last: how many
         """
@@ -494,21 +496,21 @@ class Store:
         if asked:
             projection["at"] = {"$indexOfArray": ["$messages._id", ObjectId(asked)]}
         if since:
-            projection["messages"] = _from_message(ObjectId(since))
+            projection["messages"] = _from_message(ObjectId(since), first or _ALL)
         elif before:
             projection["messages"] = _before_message(ObjectId(before), last or _ALL)
-        elif last:
-            projection["messages"] = {"$slice": ["$messages", -last]}
+        elif last or first:
+            projection["messages"] = {"$slice": ["$messages", first or -(last or 0)]}
         else:
             projection["messages"] = 1
         async with self._call("read"):
             document = await self._conversations.find_one({"_id": ObjectId(conversation_id)}, projection)
         if document is None:
             return None
-        found = document.get("at", 0)
+        at, read = document.get("at", 0), len(document["messages"])
         if before:
-            return _record(document, first=max(0, found - len(document["messages"])))
-        return _record(document, first=max(0, found) if since else document["count"] - len(document["messages"]))
+            return _record(document, older=max(0, at - read))
+        return _record(document, older=max(0, at) if since or first else document["count"] - read)
 
     async def peek(self, conversation_id: str) -> Record | None:
         """Return a conversation without its messages (None if unknown): where it stands, and the reply that runs.
@@ -520,7 +522,7 @@ class Store:
     async def _peek_at(self, ids: Sequence[ObjectId]) -> Sequence[Record | None]:
         async with self._call("peek"):
             documents = await self._conversations.find({"_id": {"$in": ids}}, self._standing).to_list(None)
-        records = {each["_id"]: _record(each, first=each["count"]) for each in documents}
+        records = {each["_id"]: _record(each, older=each["count"]) for each in documents}
         return [records.get(each) for each in ids]
 
     async def summaries(self, limit: int, after: tuple[datetime, str] | None) -> Sequence[Summary]:
@@ -632,8 +634,8 @@ def _reply_begins(reply_id: str, time: datetime) -> dict[str, Any]:
     }
 
 
-def _from_message(message_id: ObjectId | Document, count: int | None = None) -> Document:
-    """Return the expression for the messages from one on; for none, if it is not there."""
+def _from_message(message_id: ObjectId | Document, count: int) -> Document:
+    """Return the expression for so many messages from one on; for none, if it is not there."""
     return {
         "$let": {
             "vars": {"at": {"$indexOfArray": ["$messages._id", message_id]}},
@@ -641,7 +643,7 @@ def _from_message(message_id: ObjectId | Document, count: int | None = None) -> 
                 "$cond": [
                     {"$lt": ["$$at", 0]},
                     [],
-                    {"$slice": ["$messages", "$$at", count or {"$size": "$messages"}]},
+                    {"$slice": ["$messages", "$$at", count]},
                 ]
             },
         }
@@ -682,7 +684,7 @@ def _message(document: Document) -> Message:
     )
 
 
-def _record(document: Document, *, first: int) -> Record:
+def _record(document: Document, *, older: int) -> Record:
     reply = document.get("reply")
     return Record(
         created_at=document["createdAt"],
@@ -690,7 +692,7 @@ def _record(document: Document, *, first: int) -> Record:
         messages=[_message(each) for each in document.get("messages", ())],
         reply=_reply(reply, expired=bool(document["expired"])) if reply else None,
         last_id=str(document["last"][0]) if document["last"] else None,
-        first=first,
+        older=older,
         found=document.get("at", 0) >= 0,
     )
 

@@ -30,7 +30,7 @@ def done_before_the_write() -> None:
             await asyncio.sleep(2.0)
             await finish(self, conversation_id, message)
 
-        self._spawn(later())
+        self.spawn(later())
         return message
 
     Replies._finish = early  # type: ignore[method-assign]

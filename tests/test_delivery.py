@@ -4,12 +4,15 @@ import asyncio
 import re
 import socket
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from bson import ObjectId
 
 from chatserver import sse
 from chatserver.hub import MAX_WRITE
+from chatserver.replay import PAGE_BYTES, PAGE_MESSAGES
 from tests.apps import App, Script
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
 from tests.servers import Server
@@ -169,6 +172,37 @@ async def test_client_that_lags_a_whole_turn_behind_is_cut_and_resumes(make_app:
     assert not slow.ready and slow._ending  # type: ignore[attr-defined]
     # What it lacks is not kept for it.
     assert len(live._log) < 1.1 * turn
+    stalled.close()
+    await app.until_idle()
+
+
+async def test_missed_messages_are_told_page_by_page_as_the_client_takes_them(make_app: Make) -> None:
+    app = await make_app()
+    conversation_id, time = new_id(), datetime.now(UTC)
+    texts = [f"{number} " + "some words " * (20_000 if number % 20 == 1 else 1) for number in range(250)]
+    messages = [
+        {"_id": ObjectId(), "role": "assistant" if number % 2 else "user", "content": text, "createdAt": time}
+        for number, text in enumerate(texts)
+    ]
+    app.database.conversations.insert_one(
+        {"_id": ObjectId(conversation_id), "createdAt": time, "updatedAt": time, "messages": messages}
+    )
+    start = f"{conversation_id}-0"
+    stalled = Stalled(app.port, f"/chat/stream/{conversation_id}?lastEventId={start}")
+    reads: list[str] = []
+    await app.until(lambda: len(app.streams) == 1)
+    (slow,) = app.streams._open
+    await app.until(lambda: slow._paused)
+    longest = max(map(len, texts))
+    assert len(slow._backlog) < PAGE_BYTES + 2 * longest
+    app.store.observe = lambda operation, _seconds, _ok: reads.append(operation)
+    seen, last = Transcript(), str(messages[-1]["_id"])
+    async for event in app.client.stream(conversation_id, start):
+        seen.take(event)
+        if last in seen.ended:
+            break
+    assert list(seen.said.values()) == texts and seen.order == [str(each["_id"]) for each in messages]
+    assert reads.count("read") >= 250 / PAGE_MESSAGES
     stalled.close()
     await app.until_idle()
 

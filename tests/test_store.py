@@ -216,9 +216,11 @@ async def test_only_the_messages_asked_for_are_read(stores: Stores) -> None:
         async def read(**what: Any) -> tuple[list[str], int, bool]:
             record = await store.read(conversation_id, **what)
             assert record is not None and record.last_id == ids[-1]
-            return [message.content for message in record.messages], record.first, record.found
+            return [message.content for message in record.messages], record.older, record.found
 
         assert await read() == (["u0", "a0", "u1", "a1", "u2", "a2"], 0, True)
+        assert await read(first=2) == (["u0", "a0"], 0, True)
+        assert await read(since=ids[1], first=2) == (["a0", "u1"], 1, True)
         assert await read(since=ids[3]) == (["a1", "u2", "a2"], 3, True)
         assert await read(since=new_id()) == ([], 0, False)
         assert await read(last=2) == (["u2", "a2"], 4, True)

@@ -59,8 +59,10 @@ class Connection(asyncio.Protocol):
         self.until_done = until_done
         self.live: Live | None = None
         self.expires_at: float | None = None
-        self._on_end: Callable[[Connection], None] | None = on_end
+        self.gone = False
+        self._on_end = on_end
         self._backlog = bytearray(head)
+        self._then: Callable[[], None] | None = None
         self._transport: asyncio.Transport | None = None
         self._paused = False
         self._ending = False
@@ -69,9 +71,10 @@ class Connection(asyncio.Protocol):
 
     # -- what the hub sees ---------------------------------------------------------------------------------------
 
-    def replay(self, data: bytes) -> None:
+    def replay(self, data: bytes, then: Callable[[], None] | None = None) -> None:
         self.ready = False
         self._backlog += data
+        self._then = then
         self._pump()
 
     def write(self, data: bytes) -> None:
@@ -110,9 +113,9 @@ class Connection(asyncio.Protocol):
         self._transport = None
         self._ending = True
         self._backlog.clear()
-        if self._on_end is not None:
-            on_end, self._on_end = self._on_end, None
-            on_end(self)
+        if not self.gone:
+            self.gone = True
+            self._on_end(self)
 
     def abort(self) -> None:
         """Cut the connection at once."""
@@ -161,6 +164,9 @@ class Connection(asyncio.Protocol):
         if self._ending:
             # Not at once: a transport that is closed inside `resume_writing` tells `connection_lost` twice.
             asyncio.get_running_loop().call_soon(self._transport.close)
+        elif self._then is not None:
+            then, self._then = self._then, None
+            then()
         else:
             self.ready = True
             if self.live is not None:
@@ -172,7 +178,7 @@ class Streams:
 
     def __init__(self, chat: Chat, settings: Settings, metrics: Metrics) -> None:
         self._chat = chat
-        self._metrics = metrics
+        self.metrics = metrics
         self._settings = settings
         self._open: dict[Connection, tuple[str, str]] = {}
         self._conversations: Counter[str] = Counter()
@@ -218,10 +224,10 @@ class Streams:
             due = loop.time() + _TICK_S
             await asyncio.sleep(_TICK_S)
             now = loop.time()
-            self._metrics.loop_lag.observe(max(0.0, now - due))
+            self.metrics.loop_lag.observe(max(0.0, now - due))
             for connection in list(self._open):
                 if connection.tick(now, self._settings.keepalive_s, self._settings.slow_client_timeout_s):
-                    self._metrics.slow_clients.inc()
+                    self.metrics.slow_clients.inc()
                     conversation_id, _ = self._open[connection]
                     logger.info("slow client cut", extra={"conversation": conversation_id})
 
@@ -252,6 +258,8 @@ class StreamHandler(BaseHandler):
         query = self.query("stream")
         asked = self.request.headers.get("Last-Event-ID") or query.get("lastEventId") or None
         position = sse.parse_position(asked) if asked else None
+        if position is not None:
+            self.streams.metrics.resumes.inc()
         connection = self.streams.open(conversation_id, self.address, self._head(), query.get("until") == "done")
         try:
             if asked and position is None:

@@ -7,43 +7,49 @@ import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 from chatserver.errors import SetupError
 
 PLACEHOLDER_KEY = "your_api_key_here"
-_HOST_NAME = r"\*|[^\s/:]+|\[?[0-9a-f]*:[0-9a-f]*:[0-9a-f:.]*\]?"
-_ORIGIN = r"\*|[a-z][a-z0-9+.-]*://[^\s/?#@]+"
+_NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"  # as the Host and Origin headers have it: other alphabets as xn--...
+_HOST = rf"\*|{_NAME}|\[?[0-9a-f]*:[0-9a-f]*:[0-9a-f:.]*\]?"
+_DEFAULT_PORT = "http:.*:80$|https:.*:443$"  # browsers leave it out
+_ORIGIN = rf"\*|(?!{_DEFAULT_PORT})[a-z][a-z0-9+.-]*://(?:{_NAME}|\[[0-9a-f:.]+\])(?::[0-9]+)?"
 
 
+# Python takes more for numbers than people do: 1_000, +80, the digits of other alphabets, inf.
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise ValueError("not a whole number") from None
-        if not low <= number <= high:
-            raise ValueError(f"not between {low} and {high}")
-        return number
+        if not re.fullmatch("-?[0-9]+", text):
+            raise ValueError("not a whole number")
+        _check_between(low, int(text), high)
+        return int(text)
 
     return parse
 
 
 def _decimal(low: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            raise ValueError("not a number") from None
-        if not low <= number <= high:
-            raise ValueError(f"not between {low:g} and {high:g}")
-        return number
+        if not re.fullmatch(r"-?[0-9]*\.?[0-9]+", text):
+            raise ValueError("not a number")
+        _check_between(low, float(text), high)
+        return float(text)
 
     return parse
+
+
+def _check_between(low: float, number: float, high: float) -> None:
+    if not low <= number <= high:
+        raise ValueError(f"not between {low} and {high}")
 
 
 def _choice(*names: str) -> Callable[[str], str]:
@@ -75,8 +81,16 @@ def _all_like(pattern: str, what: str) -> Callable[[str], tuple[str, ...]]:
 
 
 def _web_address(text: str) -> str:
-    if not re.match(r"https?://[^/?#\s]", text):
-        raise ValueError("not an address that begins with http:// or https://")
+    with suppress(ValueError):  # of a wrong host or port, with words that may hold a password
+        url = urlsplit(text)
+        if url.scheme in ("http", "https") and url.hostname and url.port != 0:
+            return text
+    raise ValueError("not an address that begins with http:// or https://")
+
+
+def _key(text: str) -> str:
+    if not re.fullmatch("[!-~]+", text):
+        raise ValueError("not made of visible ASCII characters alone")
     return text
 
 
@@ -100,9 +114,11 @@ class Settings:
 
     host: str = _setting("127.0.0.1")
     port: int = _setting(3000, _whole(0, 65535))
-    allowed_hosts: tuple[str, ...] = _setting((), _all_like(_HOST_NAME, "a host name without a port"))
+    allowed_hosts: tuple[str, ...] = _setting((), _all_like(_HOST, "a host name without a port"))
     trusted_proxies: tuple[str, ...] = _setting((), _networks)
-    cors_origins: tuple[str, ...] = _setting((), _all_like(_ORIGIN, "an origin, as https://www.example.com is"))
+    cors_origins: tuple[str, ...] = _setting(
+        (), _all_like(_ORIGIN, "an origin as browsers send it: https://www.example.com")
+    )
     cors_credentials: bool = _setting(False, _flag)
     log_format: str = _setting("human", _choice("human", "json"))
     log_level: str = _setting("info", _choice("debug", "info", "warning", "error"))
@@ -117,7 +133,7 @@ class Settings:
     history_messages: int = _setting(50, _whole(1, 10_000))
     simulated_token_delay_ms: int = _setting(40, _whole(0, 60_000))
     simulated_tokens: int | None = _setting(None, _whole(0, 10_000_000))
-    openai_api_key: str | None = _setting(None, secret=True)
+    openai_api_key: str | None = _setting(None, _key, secret=True)
     openai_model: str = _setting("gpt-4.1-mini")
     openai_base_url: str | None = _setting(None, _web_address)
     openai_system_prompt: str | None = _setting(None)
@@ -148,12 +164,9 @@ class Settings:
 def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Path(".env")) -> Settings:
     """Return the settings: the environment first, then the `.env` file, then the defaults.
 
-    :raises SetupError: naming the variable and its value, if it cannot be read
+    :raises SetupError: naming the variable and its value (a secret one's is not shown), or the line of the file
     """
-    try:
-        file = dotenv_values(dotenv) if dotenv.is_file() else {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise SetupError(f"{dotenv} cannot be read: {error}") from None
+    file = _read_file(dotenv)
     values: dict[str, Any] = {}
     for setting in fields(Settings):
         name = setting.name.upper()
@@ -163,7 +176,8 @@ def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Pa
         try:
             values[setting.name] = setting.metadata["parse"](text)
         except ValueError as error:
-            raise SetupError(f"{name} is {text!r}: {error}") from None
+            shown = repr(re.sub(".*@", "[hidden]@", text)) if setting.repr else "[hidden]"
+            raise SetupError(f"{name} is {shown}: {error}") from None
     settings = Settings(**values)
     if settings.reply_source == "openai" and settings.openai_api_key in (None, PLACEHOLDER_KEY):
         raise SetupError("REPLY_SOURCE is 'openai', but OPENAI_API_KEY is not set to a real key (see .env.example)")
@@ -176,3 +190,14 @@ def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Pa
             f"LEASE_MS is '{settings.lease_ms}': less than three times CHECKPOINT_MS ({settings.checkpoint_ms})"
         )
     return settings
+
+
+def _read_file(dotenv: Path) -> dict[str, str | None]:
+    try:
+        text = dotenv.read_text("utf-8") if dotenv.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{dotenv} cannot be read: {error}") from None
+    for binding in parse_stream(StringIO(text)):
+        if binding.error:
+            raise SetupError(f"{dotenv}, line {binding.original.line}, is neither NAME=value nor a comment")
+    return dotenv_values(stream=StringIO(text))

@@ -14,7 +14,9 @@ import httpx
 import pymongo
 import pytest
 
+from chatserver.errors import SetupError
 from chatserver.mongod import _ended
+from chatserver.settings import read_settings
 from tests.apps import Database
 from tests.servers import ROOT, Server, until
 
@@ -202,6 +204,7 @@ def test_port_that_is_taken_is_an_error(private: Callable[..., Server], database
         ({"CORS_ORIGINS": "https://a.example,foo"}, "CORS_ORIGINS is 'https://a.example,foo': 'foo' is not an origin"),
         ({"CORS_ORIGINS": "https://a.example/"}, "CORS_ORIGINS is 'https://a.example/'"),
         ({"OPENAI_BASE_URL": "localhost:11434"}, "OPENAI_BASE_URL is 'localhost:11434'"),
+        ({"OPENAI_API_KEY": "sk-1\u200b2"}, "OPENAI_API_KEY is [hidden]: not made of visible ASCII characters"),
         ({"CORS_CREDENTIALS": "true", "CORS_ORIGINS": "*"}, "CORS_CREDENTIALS"),
         ({"CHAT_DATA_DIR": "/dev/null/x"}, "CHAT_DATA_DIR /dev/null/x"),
     ],
@@ -210,6 +213,50 @@ def test_setting_that_is_wrong_is_named_with_its_value(
     private: Callable[..., Server], variables: dict[str, object], said: str
 ) -> None:
     assert said in failed(private(**variables), 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("PORT", ["1_000", "+80", "٣", "80.0", "9" * 5000]),
+        ("DRAIN_S", ["1_0", "+1", "1e1", "nan", "inf", "٣", ".", "1."]),
+        ("ALLOWED_HOSTS", ["*.example.com", ".example.com", "a..example", "ünï.example", "a.example/"]),
+        ("CORS_ORIGINS", ["https://a.example:443", "http://a.example:80", "https://ü.example", "https://a.example?"]),
+        ("OPENAI_BASE_URL", ["http://x:0", "x", "file://x/y"]),
+    ],
+)
+def test_setting_that_could_never_work_is_refused(name: str, values: list[str]) -> None:
+    for value in values:
+        with pytest.raises(SetupError, match=rf"^{name} is {re.escape(repr(value))}: "):
+            read_settings({name: value}, Path("none"))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("PORT", ["0", "0080", " 80\n"]),
+        ("OPENAI_TEMPERATURE", ["1", "0.7", ".7"]),
+        ("ALLOWED_HOSTS", ["*", "A.example, b-c.example.", "my_box", "xn--nxasmq6b", "10.0.0.1,::1,[fe80::1]"]),
+        (
+            "CORS_ORIGINS",
+            ["*", "HTTPS://a.example", "http://a.example:443,http://[::1]:8000", "capacitor://localhost"],
+        ),
+        ("OPENAI_BASE_URL", ["HTTP://x", "http://[::1]:8000/v1", "https://user:password@x:8443/v1"]),
+    ],
+)
+def test_setting_that_works_is_taken(name: str, values: list[str]) -> None:
+    for value in values:
+        assert getattr(read_settings({name: value}, Path("none")), name.lower()) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("HOST=localhost\nPORT='3001\nLOG_LEVEL=info\n", 2), ("\n# a note\nOPENAI_API_KEY='sk-1' 2", 3)]
+)
+def test_line_of_the_file_that_cannot_be_read_is_named(tmp_path: Path, text: str, line: int) -> None:
+    (tmp_path / ".env").write_text(text)
+    with pytest.raises(SetupError) as raised:
+        read_settings({}, tmp_path / ".env")
+    assert str(raised.value) == f"{tmp_path / '.env'}, line {line}, is neither NAME=value nor a comment"
 
 
 def test_settings_come_from_the_environment_first_then_from_the_file(

@@ -42,9 +42,10 @@ def set_up(settings: Settings) -> None:
     """Send all logs to stderr in the format and from the level that the settings say."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else HumanFormatter())
-    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
-    for noisy in ("pymongo", "httpx", "httpx2", "openai"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    logging.getLogger("chatserver").setLevel(level)
+    # What libraries say below that quotes requests and answers: a malformed header, a body, a query.
+    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from chatserver.errors import SetupError, SourceError
-from chatserver.settings import Settings
+from chatserver.settings import Settings, read_settings
 from chatserver.sources import Message, Prompt, make_source
 from chatserver.sources import openai as source_module
 from chatserver.sources.openai import OpenAI
@@ -497,6 +497,8 @@ DONE = b"data: [DONE]\n\n"
         pytest.param(chunk(content="a") + b"data: {]\n\n", "a", "source_invalid", id="no-JSON"),
         pytest.param(chunk(content="a") + b"data: \xff\xfe\n\n", "a", "source_invalid", id="no-UTF-8"),
         pytest.param(chunk(content="a") + b"data: 42\n\n", "a", "source_invalid", id="a-number"),
+        pytest.param(chunk(content="a") + b"data: " + b"[" * 200_000 + b"\n\n", "a", "source_invalid", id="deep"),
+        pytest.param(chunk(content="a") + b"data: " + b"1" * 5000 + b"\n\n", "a", "source_invalid", id="digits"),
         pytest.param(chunk(content="a") + b'data: {"choices": 1}\n\n', "a", "source_invalid", id="no-list-of-choices"),
         pytest.param(chunk(content="a") + b'data: {"choices": [1]}\n\n', "a", "source_invalid", id="no-choice"),
         pytest.param(chunk(content="a") + chunk(content=["b"]), "a", "source_invalid", id="text-that-is-none"),
@@ -534,6 +536,50 @@ def test_a_page_instead_of_a_stream_says_which_setting_is_wrong() -> None:
     outcome = asyncio.run(run())
     assert outcome.code == "source_invalid"
     assert "OPENAI_BASE_URL" in str(outcome.error)
+
+
+@fails_loudly
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("9999999999999999999999", "in 86400 s"),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", "in 86400 s"),
+        ("-5", "in a minute"),
+        ("nan", "in a minute"),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", "in a minute"),
+        ("Wed, 21 Oct 99999 07:28:00 GMT", "in a minute"),
+        ("soon", "in a minute"),
+    ],
+)
+def test_a_wait_that_nobody_means_is_not_passed_on(monkeypatch: pytest.MonkeyPatch, asked: str, said: str) -> None:
+    monkeypatch.setattr(source_module, "FIRST_WAIT_S", 0.01)
+    head = f"HTTP/1.1 429 Too Many\r\nRetry-After: {asked}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+    async def run() -> Outcome:
+        async with Raw(head.encode()).running() as server, opened(settings(server.url)) as source:
+            return await listen(source, prompt("hello"))
+
+    assert said in str(asyncio.run(run()).error)
+
+
+@fails_loudly
+def test_a_failure_is_logged_by_names_and_numbers_alone(caplog: pytest.LogCaptureFixture) -> None:
+    error = {"message": "a private matter", "code": "bad_input", "type": "a private matter", "param": "messages[0]"}
+    body = json.dumps({"error": error}).encode()
+    head = f"HTTP/1.1 422 No\r\nX-Request-Id: req_1\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+
+    async def run(answer: bytes) -> None:
+        async with Raw(answer).running() as server, opened(settings(server.url)) as source:
+            assert (await listen(source, prompt("a private matter"))).code == "source_failed"
+
+    asyncio.run(run(head.encode() + body))
+    asyncio.run(run(HEAD + b"data: " + body + b"\n\n"))
+    whole, streamed = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert whole == (
+        "the model's server failed: UnprocessableEntityError, "
+        "status_code=422, request_id=req_1, code=bad_input, param=messages[0]"
+    )
+    assert streamed == "the model's server failed: APIError, code=bad_input, param=messages[0]"
 
 
 def test_a_connection_serves_one_reply_after_the_other() -> None:
@@ -703,15 +749,18 @@ async def test_stop_ends_the_request(make_app: MakeApp, llm: LLMock) -> None:
     assert request["chunks_sent"] < 200, "not to the end of some 400"
 
 
-def test_the_process_keeps_the_key_to_itself(make_server: Callable[..., Server], llm: LLMock) -> None:
-    server = make_server(REPLY_SOURCE="openai", OPENAI_API_KEY=KEY, OPENAI_BASE_URL=f"{llm.url}/v1").start()
+def test_the_process_keeps_the_key_and_what_was_said_to_itself(make_server: Callable[..., Server], llm: LLMock) -> None:
+    server = make_server(
+        REPLY_SOURCE="openai", OPENAI_API_KEY=KEY, OPENAI_BASE_URL=f"{llm.url}/v1", LOG_LEVEL="debug", LOG_FORMAT="json"
+    ).start()
     with httpx.Client(base_url=server.url, timeout=30) as client:
         for behavior, expected in (
             ({"type": "reply", "text": STORY}, "event: done"),
             ({"type": "fail", "status": 401, "message": f"Wrong: Bearer {KEY}"}, "source_authentication"),
+            ({"type": "fail", "status": 422, "message": "Wrong: a private matter"}, "source_failed"),
         ):
             llm.script(behavior)
-            answer = client.post("/chat", json={"input": "hello"}).json()
+            answer = client.post("/chat", json={"input": "a private matter"}).json()
             query = {"until": "done", "lastEventId": answer["lastEventId"]}
             stream = client.get(f"/chat/stream/{answer['conversationId']}", params=query)
             assert expected in stream.text
@@ -719,17 +768,39 @@ def test_the_process_keeps_the_key_to_itself(make_server: Callable[..., Server],
     assert server.stop() == 0
     assert "401" in server.output
     assert KEY not in server.output
+    assert "private" not in server.output
+    assert set(re.findall(r'"logger": "(\w+)', server.output)) == {"chatserver"}
 
 
 # --- how it is chosen
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:11434/v1", "ftp://example.org", "http://", "http://localhost:99999", "http://x:y"]
+    "url",
+    [
+        "localhost:11434/v1",
+        "ftp://example.org",
+        "http://",
+        "http://localhost:99999",
+        "http://x:y",
+        "http://[:::]",
+        "http://ü..x",
+        "http://user:password@ü..x",
+        "http://user:password@x:99999",
+        "http://user:pass/word@x",
+    ],
 )
 def test_an_address_that_is_none_is_said_at_the_start(url: str) -> None:
-    with pytest.raises(SetupError, match="OPENAI_BASE_URL"):
-        OpenAI(replace(Settings(), openai_api_key=KEY, openai_base_url=url))
+    with pytest.raises(SetupError, match="OPENAI_BASE_URL") as raised:
+        OpenAI(read_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}, Path("none")))
+    assert "pass" not in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["sk-1\u200b2", "sk-1\n2", "sk-1 2", "sk-1\x7f2", "sk-ü"])
+def test_a_key_that_cannot_be_sent_is_said_at_the_start_without_it(key: str) -> None:
+    with pytest.raises(SetupError, match="OPENAI_API_KEY") as raised:
+        read_settings({"OPENAI_API_KEY": key}, Path("none"))
+    assert "sk-" not in str(raised.value)
 
 
 def test_the_official_server_gets_the_new_name_of_the_largest_length() -> None:

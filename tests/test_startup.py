@@ -120,6 +120,15 @@ def test_signal_ends_it_in_order(make_server: Callable[..., Server], numbers: li
     assert messages[-1]["content"] == streamed
 
 
+def test_what_a_client_sends_wrongly_is_not_logged(make_server: Callable[..., Server]) -> None:
+    server = make_server(LOG_LEVEL="debug").start()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: secret\x00\r\n\r\n")
+        assert b" 400 " in connection.recv(1000)
+    assert server.stop() == 0
+    assert "secret" not in server.output
+
+
 def test_second_signal_ends_it_at_once(make_server: Callable[..., Server]) -> None:
     server = make_server(SIMULATED_TOKEN_DELAY_MS=1000, DRAIN_S=60).start()
     say(server)

@@ -6,14 +6,14 @@ away, too busy or that breaks off. After the first word a failure ends the reply
 
 import asyncio
 import codecs
-import email.utils
-import json
 import logging
 import math
 import random
+import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, suppress
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
@@ -28,9 +28,10 @@ OFFICIAL_URL = "https://api.openai.com/v1"
 ATTEMPTS = 3
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 10.0  # a server that asks for more is taken at its word: the reply fails and says when to try again
+LONGEST_WAIT_SAID_S = 86_400.0  # whatever the server asks
 DRAIN_S = 1.0
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class PassingError(SourceError):
@@ -49,7 +50,6 @@ class OpenAI:
 
         :raises SetupError: if OPENAI_BASE_URL is no address
         """
-        self._key = settings.openai_api_key or "unset"
         self._model = settings.openai_model
         self._system_prompt = settings.openai_system_prompt
         self._history_chars = settings.openai_history_chars
@@ -62,7 +62,7 @@ class OpenAI:
             official = url.host.endswith((".openai.com", ".azure.com"))
             self._options["max_completion_tokens" if official else "max_tokens"] = settings.openai_max_tokens
         self._client = openai.AsyncOpenAI(
-            api_key=self._key,
+            api_key=settings.openai_api_key or "unset",
             base_url=url,
             max_retries=0,  # `reply` makes the attempts, with a shorter patience than the SDK's two minutes
             timeout=httpx2.Timeout(settings.openai_read_timeout_s, connect=settings.openai_connect_timeout_s),
@@ -88,7 +88,7 @@ class OpenAI:
                     wait_s = FIRST_WAIT_S * 2 ** (attempt - 1) * random.uniform(0.75, 1)
                 if speaking or attempt == ATTEMPTS or wait_s > LONGEST_WAIT_S:
                     raise
-                log.info("attempt %d of %d failed (%s), the next in %.1f s", attempt, ATTEMPTS, failure.code, wait_s)
+                logger.info("attempt %d of %d failed (%s), the next in %.1f s", attempt, ATTEMPTS, failure.code, wait_s)
             await asyncio.sleep(wait_s)
 
     async def close(self) -> None:
@@ -147,15 +147,15 @@ class OpenAI:
                         "check OPENAI_BASE_URL (most end in /v1).",
                     )
         except _UNDERSTOOD as error:
-            raise self._understood(error, started) from None  # its text may hold the key: not into a log's traceback
+            raise self._understood(error, started) from None  # its text may hold what was said: not into a log
         _judge(finish, length, refusal)
 
     def _understood(self, error: Exception, started: bool) -> SourceError:
-        """Return what an error of the SDK or below it means, and what to do; log the server's own words about it."""
+        """Return what an error of the SDK or below it means, and what to do."""
         if isinstance(error, openai.APIStatusError):
-            self._log_details(f"{error.status_code}, request {error.request_id}: {error.message}")
+            _log(error)
             return self._refused_request(error)
-        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        if isinstance(error, ValueError | RecursionError):
             return SourceError("source_invalid", "The model's server sent something unreadable. Retry in a moment.")
         if isinstance(error, openai.APITimeoutError) and not isinstance(error.__cause__, httpx2.ConnectTimeout):
             return SourceError(
@@ -163,10 +163,10 @@ class OpenAI:
                 "The model's server fell silent. Retry in a moment; OPENAI_READ_TIMEOUT_S sets how long to wait.",
             )
         if isinstance(error, openai.APIConnectionError | httpx2.TransportError | OSError):
-            self._log_details(f"{type(error).__name__}: {error.__cause__ or error}")
+            _log(error)
             return _cut() if started else _unavailable("cannot be reached")
         # The SDK's plain APIError: an error that the server reported in the middle of the stream.
-        self._log_details(str(error))
+        _log(error)
         return SourceError(
             "source_failed", "The model's server reported an error while it answered. Retry in a moment."
         )
@@ -214,23 +214,32 @@ class OpenAI:
             "the log has the details.",
         )
 
-    def _log_details(self, details: str) -> None:
-        """Log the server's words, which may echo the key, without it."""
-        log.warning("the model's server failed: %s", details.replace(self._key, "[key]")[:500])
+
+# What `_understood` understands. Not all that the SDK lets through is of its own family: JSON that is broken, not in
+# UTF-8 or has a number of too many digits is a ValueError, JSON that is nested too deeply a RecursionError.
+_UNDERSTOOD = (openai.APIError, httpx2.TransportError, OSError, ValueError, RecursionError)
 
 
-# What `_understood` understands. Not all that the SDK lets through is of its own family.
-_UNDERSTOOD = (openai.APIError, httpx2.TransportError, OSError, json.JSONDecodeError, UnicodeDecodeError)
+_NAME = re.compile(r"[\w.\[\]-]{1,80}", re.ASCII)
+
+
+def _log(error: Exception) -> None:
+    """Log a failure by its names and numbers alone: the server's words may quote the key and what was said."""
+    cause = error.__cause__ or error
+    facts = [type(cause).__name__]
+    if isinstance(cause, httpx2.ConnectError):  # words of this machine: there was no server yet
+        facts.append(str(cause))
+    for name in ("status_code", "request_id", "code", "type", "param"):
+        if (value := getattr(error, name, None)) is not None and _NAME.fullmatch(str(value)):
+            facts.append(f"{name}={value}")
+    logger.warning("the model's server failed: %s", ", ".join(facts))
 
 
 def _address(text: str) -> httpx2.URL:
     try:
-        url = httpx2.URL(text)
-    except (httpx2.InvalidURL, UnicodeError) as error:
-        raise SetupError(f"OPENAI_BASE_URL is {text!r}: {error}") from None
-    if url.scheme not in ("http", "https") or not url.host or (url.port or 0) > 65535:
-        raise SetupError(f"OPENAI_BASE_URL is {text!r}: not an address that starts with http:// or https://")
-    return url
+        return httpx2.URL(text)
+    except (httpx2.InvalidURL, UnicodeError):  # its text may hold a password
+        raise SetupError("OPENAI_BASE_URL has a host that cannot be one") from None
 
 
 def _parts(chunk: object) -> tuple[str, str, str | None]:
@@ -294,17 +303,17 @@ def _unavailable(what: str, later: str = "in a minute", wait_s: float | None = N
     )
 
 
+_WAITS: tuple[tuple[str, Callable[[str], float]], ...] = (
+    ("retry-after-ms", lambda text: float(text) / 1000),
+    ("retry-after", float),
+    ("retry-after", lambda text: parsedate_to_datetime(text).timestamp() - time.time()),
+)
+
+
 def _retry_after(headers: httpx2.Headers) -> float | None:
     """Return the seconds that the server asks to wait, if it does."""
-    for name, unit_s in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        value = headers.get(name)
-        if value is None:
-            continue
-        try:
-            wait_s = float(value) * unit_s
-        except ValueError:
-            date = email.utils.parsedate_tz(value)
-            wait_s = math.nan if date is None else email.utils.mktime_tz(date) - time.time()
-        if math.isfinite(wait_s):
-            return max(wait_s, 0.0)
+    for name, seconds in _WAITS:
+        with suppress(KeyError, ValueError):
+            if (wait_s := seconds(headers[name])) > 0:
+                return min(wait_s, LONGEST_WAIT_SAID_S)
     return None

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -97,6 +98,20 @@ def test_commands_of_the_recommended_flow_can_be_pasted(make_server: Callable[..
     done = subprocess.run(["bash", "-e", "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "event: input" in done.stdout and '"status":"complete"' in done.stdout
     assert '"status": "streaming"' in done.stdout and '"status": "idle"' in done.stdout
+
+
+def test_health_check_of_the_container_finds_a_server_that_has_a_name_of_its_own(
+    make_server: Callable[..., Server],
+) -> None:
+    dockerfile = (ROOT / "scripts" / "deploy" / "Dockerfile").read_text()
+    check = re.search(r"^HEALTHCHECK .*? CMD (.*)$", dockerfile, re.M)
+    assert check is not None
+    server = make_server(HOST="0.0.0.0", ALLOWED_HOSTS="chat.example.com").start()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for port, code in ((server.port, 0), (1, 1)):
+        environment = {"PATH": path, "PORT": str(port)}
+        done = subprocess.run(["sh", "-c", check[1]], env=environment, capture_output=True, text=True, timeout=10)
+        assert done.returncode == code, done.stderr
 
 
 def test_example_copied_to_env_unchanged_chats(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ async def nginx(folder: Path, config: str, upstream: int, read_timeout_s: int) -
 async def test_stream_through_nginx_is_as_quick_and_as_whole_as_directly(
     make_app: Callable[..., Awaitable[App]], tmp_path: Path, config: str
 ) -> None:
-    app = await make_app(simulated_token_delay_ms=30, keepalive_s=1.0, allowed_hosts=("127.0.0.1", "localhost"))
+    app = await make_app(simulated_token_delay_ms=30, keepalive_s=1.0, allowed_hosts=("chat.example.com",))
     loop = asyncio.get_running_loop()
     conversation_id = new_id()
     async with nginx(tmp_path, config, app.port, read_timeout_s=3) as port:

@@ -5,23 +5,22 @@ from collections.abc import Sequence
 
 from chatserver.settings import Settings
 
-_LOCAL = ("localhost", "127.0.0.1", "::1")
 _ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
 def host_is_allowed(name: str, settings: Settings) -> bool:
     """Return whether the server answers under a host name (without port).
 
-    A web page that has its own name resolve to this server (DNS rebinding) comes with that name and is refused. By
-    default `localhost` and the bound host are right; one that is bound to every address answers to any address.
+    A web page that has its own name resolve to this server (DNS rebinding) comes with that name and is refused.
+    `localhost` and loopback addresses are always right, as no page can come with them from elsewhere; by default the
+    bound host is, too, and one that is bound to every address answers to any address.
     """
     name = name.lower().strip("[]")
-    allowed = [each.strip("[]") for each in settings.allowed_hosts]
-    if "*" in allowed or name in allowed:
+    if name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback):
         return True
-    if allowed:
-        return False
-    return name in _LOCAL or name == settings.host.lower() or (settings.host in _ANY_ADDRESS and _is_address(name))
+    if settings.allowed_hosts:
+        return "*" in settings.allowed_hosts or name in (each.strip("[]") for each in settings.allowed_hosts)
+    return name == settings.host.lower() or (settings.host in _ANY_ADDRESS and _is_address(name))
 
 
 def cors_headers(origin: str | None, settings: Settings) -> dict[str, str]:

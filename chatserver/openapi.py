@@ -1,5 +1,6 @@
 """The API as an OpenAPI 3.1 document, made from the JSON Schema files that validate requests."""
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,7 @@ from chatserver import __version__
 from chatserver.errors import ChatError, InvalidRequest
 from chatserver.schemas import Schema, load
 
+_REQUESTS = ("say", "empty")
 _ANSWERS = ("accepted", "message", "conversation", "conversations", "stopped", "health", "problem", "events")
 _WHEN = {
     "invalid_request": "the request does not fit its schema; `errors` names each place",
@@ -21,8 +23,8 @@ _WHEN = {
     "unsupported_media_type": "the body is not sent as application/json",
     "host_not_allowed": "the Host header is none of ours",
     "idempotency_key_reused": "the key was used with another body",
-    "too_many_streams": "as many streams are open as may be",
-    "too_many_replies": "as many replies run as may",
+    "too_many_streams": "the limit of open streams is reached",
+    "too_many_replies": "the limit of running replies is reached",
     "database_unavailable": "MongoDB does not answer; a retry with the same Idempotency-Key is safe",
     "draining": "the server is shutting down",
     "internal": "an error of ours; the log has it under the request's id",
@@ -44,22 +46,19 @@ def make_openapi(max_input_chars: int) -> dict[str, Any]:
 
     :param max_input_chars: the setting of that name, a limit in the document
     """
-    say = _component("say")
-    say["properties"]["input"]["maxLength"] = max_input_chars
-    schemas = {load(name)["title"]: _component(name) for name in _ANSWERS}
     return {
         "openapi": "3.1.0",
         "info": {"title": "chatserver", "version": __version__, "description": _description()},
         "servers": [{"url": "."}],
         "paths": _paths(),
-        "components": {"schemas": {"SayRequest": say, "EmptyRequest": _component("empty"), **schemas}},
+        "components": {"schemas": dict(_component(name, max_input_chars) for name in (*_REQUESTS, *_ANSWERS))},
     }
 
 
-def _component(name: str) -> Schema:
-    schema = load(name)
-    del schema["$schema"], schema["title"]
-    return schema
+def _component(name: str, max_input_chars: int) -> tuple[str, Schema]:
+    schema = load(name, max_input_chars)
+    del schema["$schema"]
+    return schema.pop("title"), schema
 
 
 def _description() -> str:
@@ -81,7 +80,7 @@ def _paths() -> dict[str, Any]:
                 "say",
                 "Say something and start the reply.",
                 {"202": _json("Accepted", "Stored; the reply runs.")},
-                (409, 413, 415, 422, 503),
+                (*_BODY_CODES, *_TURN_CODES, "idempotency_key_reused"),
                 parameters=[_IDEMPOTENCY_KEY],
                 body="SayRequest",
             ),
@@ -89,7 +88,7 @@ def _paths() -> dict[str, Any]:
                 "listConversations",
                 "List the conversations, newest first.",
                 {"200": _json("Conversations", "A page.")},
-                (503,),
+                ("invalid_request", "database_unavailable"),
                 parameters=_query("list"),
             ),
         },
@@ -99,14 +98,14 @@ def _paths() -> dict[str, Any]:
                 "getHistory",
                 "Read a conversation, a running reply included.",
                 {"200": _json("Conversation", "All of it, or a page.")},
-                (404, 503),
+                (*_ID_CODES, "not_found", "database_unavailable"),
                 parameters=_query("history"),
             ),
             "delete": _operation(
                 "deleteConversation",
                 "Delete a conversation, its running reply first; its streams end with `reset`.",
                 {"204": {"description": "Deleted.", "headers": _HEADERS}},
-                (404, 503),
+                (*_ID_CODES, "not_found", "database_unavailable"),
             ),
         },
         "/chat/stream/{conversationId}": {
@@ -115,7 +114,7 @@ def _paths() -> dict[str, Any]:
                 "stream",
                 "Watch a conversation: Server-Sent Events, from a position on, until the client leaves.",
                 {"200": _event_stream()},
-                (429, 503),
+                (*_ID_CODES, "too_many_streams", "database_unavailable"),
                 parameters=[_LAST_EVENT_ID, *_query("stream")],
             ),
         },
@@ -125,7 +124,7 @@ def _paths() -> dict[str, Any]:
                 "stop",
                 "Stop the running reply; what was said is kept.",
                 {"202": _json("Stopped", "It is being stopped, or none ran.")},
-                (404, 413, 415, 503),
+                (*_ID_CODES, *_BODY_CODES, "not_found", "database_unavailable"),
                 body="EmptyRequest",
                 body_required=False,
             ),
@@ -136,14 +135,19 @@ def _paths() -> dict[str, Any]:
                 "retry",
                 "Have the last message answered anew, if its reply was stopped, failed or interrupted.",
                 {"202": _json("Accepted", "The new reply runs; the old one is superseded.")},
-                (404, 409, 413, 415, 503),
+                (*_ID_CODES, *_BODY_CODES, *_TURN_CODES, "not_found", "nothing_to_retry"),
                 body="EmptyRequest",
                 body_required=False,
             ),
         },
         "/healthz": {"get": _operation("health", "The process is up.", {"200": _json("Health", "It is.")})},
         "/readyz": {
-            "get": _operation("ready", "New turns can be taken.", {"200": _json("Health", "They can.")}, (503,))
+            "get": _operation(
+                "ready",
+                "New turns can be taken.",
+                {"200": _json("Health", "They can.")},
+                ("database_unavailable", "draining"),
+            )
         },
         "/metrics": {"get": _operation("metrics", "Metrics for Prometheus.", {"200": _text("text/plain", "Metrics.")})},
         "/openapi.json": {
@@ -153,6 +157,11 @@ def _paths() -> dict[str, Any]:
         "/": {"get": _operation("page", "The chat page.", {"200": _text("text/html", "A page.")})},
     }
 
+
+_ALL_CODES = ("host_not_allowed", "internal")
+_ID_CODES = ("invalid_request", "invalid_id")
+_BODY_CODES = ("invalid_request", "invalid_json", "payload_too_large", "unsupported_media_type")
+_TURN_CODES = ("reply_in_progress", "conversation_full", "too_many_replies", "database_unavailable", "draining")
 
 _HEADERS = {"X-Request-Id": {"description": "Taken over from the request, or made.", "schema": {"type": "string"}}}
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
@@ -168,6 +177,14 @@ _LAST_EVENT_ID = {
     "in": "header",
     "description": "The position to go on from, as an EventSource sends it.",
     "schema": {"type": "string"},
+}
+
+
+_REQUEST_ID = {
+    "name": "X-Request-Id",
+    "in": "header",
+    "description": "Comes back with the answer and is in the log; without one, or with another kind, one is made.",
+    "schema": {"type": "string", "pattern": "^[!-~]{1,128}$", "maxLength": 128},
 }
 
 
@@ -189,24 +206,30 @@ def _operation(
     name: str,
     summary: str,
     answers: dict[str, Any],
-    problems: tuple[int, ...] = (),
+    codes: Iterable[str] = (),
     *,
-    parameters: list[dict[str, Any]] | None = None,
+    parameters: Iterable[dict[str, Any]] = (),
     body: str | None = None,
     body_required: bool = True,
 ) -> dict[str, Any]:
-    operation: dict[str, Any] = {"operationId": name, "summary": summary}
-    if parameters:
-        operation["parameters"] = parameters
+    operation: dict[str, Any] = {"operationId": name, "summary": summary, "parameters": [*parameters, _REQUEST_ID]}
     if body:
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body}"}}}
         operation["requestBody"] = {"required": body_required, "content": content}
-    operation["responses"] = {**answers, **{str(status): _problem(status) for status in sorted({400, 421, *problems})}}
+    operation["responses"] = {**answers, **_problems({*codes, *_ALL_CODES})}
     return operation
 
 
-def _problem(status: int) -> dict[str, Any]:
-    codes = [code for code, (its, _) in problem_codes().items() if its == status]
+def _problems(codes: Iterable[str]) -> dict[str, Any]:
+    """Return the answers that tell some problem codes, by status."""
+    known = problem_codes()
+    by_status: dict[int, list[str]] = {}
+    for status, code in sorted((known[code][0], code) for code in codes):
+        by_status.setdefault(status, []).append(code)
+    return {str(status): _problem(status, its) for status, its in by_status.items()}
+
+
+def _problem(status: int, codes: list[str]) -> dict[str, Any]:
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     headers = {**_HEADERS, **_RETRY_AFTER} if status in (429, 503) else _HEADERS
     return {"description": f"`{'`, `'.join(codes)}`", "headers": headers, "content": content}

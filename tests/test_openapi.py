@@ -59,6 +59,54 @@ async def test_every_problem_code_and_event_is_described() -> None:
         assert f"`{event}`" in stream
 
 
+async def test_each_operation_tells_the_problem_codes_that_it_answers_with(app: App) -> None:
+    told = {
+        operation["operationId"]: {
+            code
+            for status, answer in operation["responses"].items()
+            if status >= "400"
+            for code in re.findall(r"`(\w+)`", answer["description"])
+        }
+        for item in make_openapi(100)["paths"].values()
+        for method, operation in item.items()
+        if method != "parameters"
+    }
+    every = told["health"]
+    assert {"host_not_allowed", "internal"} <= every and "invalid_request" not in every
+    for name in ("metrics", "openapi", "docs", "page"):
+        assert told[name] == every
+    assert told["ready"] == every | {"database_unavailable", "draining"}
+    assert told["listConversations"] == every | {"invalid_request", "database_unavailable"}
+    assert told["say"].isdisjoint({"invalid_id", "not_found", "nothing_to_retry"})
+    assert told["stop"].isdisjoint({"too_many_replies", "draining", "reply_in_progress"})
+    # That one is the answer to methods that are not described.
+    assert set().union(*told.values()) == set(problem_codes()) - {"method_not_allowed"}
+    http, known = app.client.http, (await app.client.turn("Hello"))[0]["conversationId"]
+    for name, method, path, body in (
+        ("say", "POST", "/chat", "{"),
+        ("say", "POST", "/chat", "{}"),
+        ("listConversations", "GET", "/chat?limit=0", None),
+        ("getHistory", "GET", "/chat/1", None),
+        ("getHistory", "GET", "/chat/%ff", None),
+        ("getHistory", "GET", f"/chat/{known}?limit=0", None),
+        ("deleteConversation", "DELETE", f"/chat/{new_id()}", None),
+        ("stream", "GET", "/chat/stream/1", None),
+        ("stream", "GET", f"/chat/stream/{known}?until=x", None),
+        ("stop", "POST", f"/chat/{known}/stop", "[]"),
+        ("stop", "POST", f"/chat/{new_id()}/stop", None),
+        ("retry", "POST", f"/chat/{known}/retry", None),
+    ):
+        response = await http.request(method, path, content=body, headers={"Content-Type": "application/json"})
+        assert response.json()["code"] in told[name], path
+
+
+@pytest.mark.parametrize("value", [{"$gt": ""}, 5, None, [], True])
+async def test_one_mistake_is_told_once(value: object) -> None:
+    with pytest.raises(errors.InvalidRequest) as raised:
+        schemas.validate("say", {"input": value}, 100)
+    assert raised.value.fields == [{"pointer": "/input", "detail": "must be of type string"}]
+
+
 def check(document: dict[str, Any], name: str, value: object) -> None:
     schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
     Draft202012Validator(schema).validate(value)
@@ -90,6 +138,8 @@ async def test_documentation_page_needs_no_network_and_names_everything(app: App
     assert not re.search(r"""(src|href)=["'](https?:|//)|<script|style=""", response.text)
     assert (await app.client.http.get("/web/docs.css")).headers["Content-Type"].startswith("text/css")
     for name in ("POST /chat", "/chat/stream/{conversationId}", "reply_in_progress", "Idempotency-Key", "SayRequest"):
+        assert name in response.text
+    for name in ("X-Request-Id", "integer, minimum 1, maximum 100, default 20", "<code>^[!-~]{1,255}$</code>"):
         assert name in response.text
 
 

@@ -1,5 +1,6 @@
 """The API's documentation: the OpenAPI document, and the same as a page."""
 
+from collections.abc import Iterable
 from html import escape
 from typing import Any
 
@@ -26,6 +27,9 @@ class DocsHandler(BaseHandler):
         self.finish(_page(make_openapi(self.limits.max_input_chars)))
 
 
+_LIMITS = ("minimum", "maximum", "minLength", "maxLength", "default")
+
+
 def _page(document: dict[str, Any]) -> str:
     parts = [f"<h1>{escape(document['info']['title'])} {escape(document['info']['version'])}</h1>"]
     parts.append(_text(document["info"]["description"]))
@@ -46,15 +50,14 @@ def _page(document: dict[str, Any]) -> str:
 
 def _operation(method: str, path: str, operation: dict[str, Any], shared: list[dict[str, Any]]) -> str:
     rows = [
-        (parameter["name"], parameter["in"], parameter["description"])
+        (parameter["name"], parameter["in"], _kind(parameter["schema"]), parameter["description"])
         for parameter in [*shared, *operation.get("parameters", [])]
     ]
     if "requestBody" in operation:
-        rows.append(("body", "JSON", _reference(operation["requestBody"])))
+        rows.append(("body", "JSON", _reference(operation["requestBody"]), ""))
     parts = [f'<section id="{operation["operationId"]}"><h2><code>{method.upper()} {escape(path)}</code></h2>']
     parts.append(f"<p>{escape(operation['summary'])}</p>")
-    if rows:
-        parts.append(_table(("parameter", "in", ""), rows))
+    parts.append(_table(("parameter", "in", "type", ""), rows))
     answers = []
     for status, answer in operation["responses"].items():
         answers.append((status, _reference(answer), answer["description"]))
@@ -71,11 +74,15 @@ def _schema(schema: dict[str, Any]) -> str:
 
 
 def _kind(schema: dict[str, Any]) -> str:
+    """Return what a value may be: its type, its limits and its default."""
     if "enum" in schema:
         return " | ".join(schema["enum"])
     if "properties" in schema:
         return "{" + ", ".join(schema["properties"]) + "}"
-    return str(schema.get("const", schema.get("type", "")))
+    limits = [f"{name} {schema[name]}" for name in _LIMITS if name in schema]
+    if "pattern" in schema:
+        limits.append(f"`{schema['pattern']}`")
+    return ", ".join([str(schema.get("const", schema["type"])), *limits])
 
 
 def _reference(part: dict[str, Any]) -> str:
@@ -84,7 +91,7 @@ def _reference(part: dict[str, Any]) -> str:
     return ""
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, str, str]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
     lines += ["".join(f"<td>{_inline(cell)}</td>" for cell in row) for row in rows]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

@@ -1,4 +1,4 @@
-"""The JSON Schemas (draft 2020-12) of what clients send, one file each, and their validators."""
+"""The JSON Schemas (draft 2020-12) of requests, answers and events, one file each, and the validators of requests."""
 
 import json
 from functools import cache
@@ -13,9 +13,14 @@ from chatserver.errors import FieldError, InvalidRequest
 Schema = dict[str, Any]
 
 
-def load(name: str) -> Schema:
-    """Return the schema in `schemas/<name>.json`, as a copy of the caller's own."""
+def load(name: str, max_input_chars: int = 0) -> Schema:
+    """Return the schema in `schemas/<name>.json`, as a copy of the caller's own.
+
+    :param max_input_chars: the setting of that name, for `say`; 0: as the file has it
+    """
     schema: Schema = json.loads(files(__package__).joinpath(f"{name}.json").read_text("utf-8"))
+    if name == "say" and max_input_chars:
+        schema["properties"]["input"]["maxLength"] = max_input_chars
     return schema
 
 
@@ -27,10 +32,7 @@ def parameter_types(name: str) -> dict[str, str]:
 
 @cache
 def _validator(name: str, max_input_chars: int) -> Draft202012Validator:
-    schema = load(name)
-    if "input" in schema.get("properties", {}):
-        schema["properties"]["input"]["maxLength"] = max_input_chars
-    return Draft202012Validator(schema)
+    return Draft202012Validator(load(name, max_input_chars))
 
 
 def validate(name: str, value: object, max_input_chars: int = 0) -> None:
@@ -69,8 +71,10 @@ def _fields(error: ValidationError) -> list[FieldError]:
             detail = f"must have at most {limit} characters"
         case "pattern" if limit == "\\S":
             detail = "must not be only white space"
-        case "pattern" if "{24}" in limit:
-            detail = "must be an id of 24 hex digits" if limit.startswith("^[0-9a-f") else f"must match {limit}"
+        case "pattern" if limit == "^[0-9a-fA-F]{24}$":
+            detail = "must be an id of 24 hex digits"
+        case "pattern":
+            detail = f"must match {limit}"
         case "not":
             detail = "must not contain a NUL character"
         case "minimum":

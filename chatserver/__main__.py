@@ -35,6 +35,8 @@ logger = logging.getLogger("chatserver")
 
 _OTHER_FILES = 100
 """Open files that are no streams: requests, connections to MongoDB, a source's."""
+_READ_HEADS = 4
+"""A head beyond so many times what is allowed is not read to its end, and its connection closed without a word."""
 _GC_THRESHOLD = 50_000
 """Objects with references, made and not yet unmade, before the youngest are looked through; Python's own is 700."""
 
@@ -100,7 +102,7 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
         streams = Streams(chat, settings, metrics)
         server = HTTPServer(
             make_app(chat, streams, metrics, settings),
-            max_header_size=settings.max_header_bytes,
+            max_header_size=_READ_HEADS * settings.max_header_bytes,
             body_timeout=settings.request_timeout_s,
             idle_connection_timeout=settings.request_timeout_s,
         )

@@ -15,6 +15,7 @@ Exception
     ├── HostNotAllowed         421 host_not_allowed
     ├── KeyReused              422 idempotency_key_reused
     ├── TooManyStreams         429 too_many_streams        (Retry-After)
+    ├── HeadersTooLarge        431 headers_too_large
     ├── TooManyReplies         503 too_many_replies        (Retry-After)
     ├── DatabaseUnavailable    503 database_unavailable    (Retry-After)
     │   └── OutcomeUnknown     the same to the client; the write may have reached the database
@@ -147,6 +148,13 @@ class TooManyStreams(ChatError):
     default_detail = "Too many streams are open; close one or try again later."
     retry_after_s = 5
     code = "too_many_streams"
+
+
+class HeadersTooLarge(ChatError):
+    status = 431
+    title = "Headers too large"
+    default_detail = "The request's headers are larger than this server accepts."
+    code = "headers_too_large"
 
 
 class TooManyReplies(ChatError):

@@ -7,12 +7,14 @@ import secrets
 from functools import cached_property
 from typing import Any
 
+from tornado.httputil import HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from chatserver import schemas
 from chatserver.chat import Chat
 from chatserver.errors import (
     ChatError,
+    HeadersTooLarge,
     HostNotAllowed,
     InvalidRequest,
     MethodNotAllowed,
@@ -84,6 +86,8 @@ class BaseHandler(RequestHandler):
         self.finish()
 
     def prepare(self) -> None:
+        if _head_bytes(self.request) > self.limits.max_header_bytes:
+            raise HeadersTooLarge
         if not host_is_allowed(self.request.host_name, self.limits):
             raise HostNotAllowed
         length = self.request.headers.get("Content-Length", "0")
@@ -226,6 +230,12 @@ class NoSuchRoute(BaseHandler):
     def prepare(self) -> None:
         super().prepare()
         raise NotFound
+
+
+def _head_bytes(request: HTTPServerRequest) -> int:
+    """Return the size of a request's line and headers as they are written without needless white space."""
+    line = len(f"{request.method} {request.uri} {request.version}\r\n")
+    return line + sum(len(name) + len(value) + 4 for name, value in request.headers.get_all())
 
 
 def _as_chat_error(raised: BaseException | None, status: int) -> ChatError:

@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -86,6 +87,7 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "no host name"
         raise SetupError(f"{settings.host}:{settings.port} (HOST, PORT) cannot be listened on: {why}") from None
+    _give_up_idle_readers(sockets, settings.slow_client_timeout_s)
     store = Store(
         client,
         timeout_s=settings.database_timeout_s,
@@ -131,6 +133,17 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
         await store.close()
     # What was asked has its answer from the store now.
     await server.close_all_connections()
+
+
+def _give_up_idle_readers(sockets: list[socket.socket], slow_client_timeout_s: float) -> None:
+    """Have the kernel, where it can, cut a client that has vanished or takes nothing of its answer.
+
+    What is accepted inherits it. A stream's own timer comes first, and counts those that it cuts.
+    """
+    milliseconds = int(slow_client_timeout_s * 1000) + 5000
+    for each in sockets:
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def _allow_files(streams: int) -> None:

@@ -13,9 +13,9 @@ from bson import ObjectId
 from chatserver import sse
 from chatserver.hub import MAX_WRITE
 from chatserver.replay import PAGE_BYTES, PAGE_MESSAGES
-from tests.apps import App, Script
+from tests.apps import App, Database, Script
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
-from tests.servers import Server
+from tests.servers import Server, until
 
 pytestmark = pytest.mark.gen_test(timeout=110)
 
@@ -217,6 +217,22 @@ async def test_vanished_client_is_given_up_by_the_kernel(make_app: Make) -> None
     raw.close()
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel must be able to")
+async def test_client_that_does_not_read_an_ordinary_answer_is_given_up(
+    make_server: Callable[..., Server], database: Database
+) -> None:
+    """It would hold the whole answer in memory for as long as it likes."""
+    server = await asyncio.to_thread(make_server(SLOW_CLIENT_TIMEOUT_S=0.05).start)
+    message = {"_id": ObjectId(), "role": "user", "content": "x" * 9_000_000, "createdAt": datetime.now(UTC)}
+    conversation = {"_id": ObjectId(), "createdAt": datetime.now(UTC), "updatedAt": datetime.now(UTC)}
+    database.conversations.insert_one({**conversation, "messages": [message]})
+    stalled = [Stalled(server.port, f"/chat/{conversation['_id']}") for _ in range(3)]
+    await asyncio.to_thread(until, lambda: connections(server) == 3)
+    await asyncio.to_thread(until, lambda: connections(server) == 0, 30)
+    for each in stalled:
+        each.close()
+
+
 @pytest.mark.parametrize(
     "sent",
     ["", "GET /chat HTTP/1.1\r\nHost: local", "POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"],
@@ -241,6 +257,12 @@ async def test_head_that_is_too_large_is_refused(make_server: Callable[..., Serv
         answer = await asyncio.wait_for(reader.read(), 5)
         assert all(word in answer for word in words) and bool(answer) == bool(words)
         writer.close()
+
+
+def connections(server: Server) -> int:
+    """Return how many connections to a server the kernel holds."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    return sum(local.endswith(f":{server.port:04X}") and state == "01" for _, local, _, state, *_ in rows)
 
 
 def peak_kib(server: Server) -> int:

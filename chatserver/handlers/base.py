@@ -27,6 +27,7 @@ from chatserver.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_DISCARDED = 16 * 1024 * 1024
 _ID = re.compile(r"[0-9a-fA-F]{24}\Z", re.ASCII)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z", re.ASCII)
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z", re.ASCII)
@@ -36,13 +37,15 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z", re.ASCII)
 class BaseHandler(RequestHandler):
     """A handler of this server.
 
-    Bodies are taken as they come, so that one that is too large is refused before it fills the memory.
+    Bodies are taken as they come. Of one that is too large up to `_DISCARDED` bytes are read and not kept: a connection
+    that is closed before all is read is reset, and the client may never see why.
     """
 
     def initialize(self, chat: Chat, settings: Settings) -> None:
         self.chat = chat
         self.limits = settings
         self._body = bytearray()
+        self._body_bytes = 0
         # Tornado asks for the default headers before it calls this, when the settings are not known yet.
         self.set_default_headers()
 
@@ -92,17 +95,21 @@ class BaseHandler(RequestHandler):
             raise HostNotAllowed
         length = self.request.headers.get("Content-Length", "0")
         # What is no number is refused where the body would be read.
-        if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > self.limits.max_body_bytes):
+        if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > self._most_body_bytes):
             raise PayloadTooLarge
 
     def data_received(self, chunk: bytes) -> None:
-        if self._finished:
-            return
-        self._body += chunk
-        if len(self._body) > self.limits.max_body_bytes:
+        self._body_bytes += len(chunk)
+        if self._body_bytes <= self.limits.max_body_bytes:
+            self._body += chunk
+        elif self._body_bytes > self._most_body_bytes and not self._finished:
             # A chunked body that never said its length: answer now; what still comes is not read.
             error = PayloadTooLarge()
             self.send_error(error.status, exc_info=(PayloadTooLarge, error, None))
+
+    @property
+    def _most_body_bytes(self) -> int:
+        return self.limits.max_body_bytes + _DISCARDED
 
     # -- in ------------------------------------------------------------------------------------------------------
 
@@ -110,8 +117,10 @@ class BaseHandler(RequestHandler):
         """Return the request's JSON body.
 
         :param schema: the name of its schema; for `empty`, no body at all will do
-        :raises UnsupportedMediaType, InvalidRequest: naming what is wrong
+        :raises PayloadTooLarge, UnsupportedMediaType, InvalidRequest: naming what is wrong
         """
+        if self._body_bytes > self.limits.max_body_bytes:
+            raise PayloadTooLarge
         if schema == "empty" and not self._body:
             return {}
         media_type, _, parameters = self.request.headers.get("Content-Type", "").partition(";")
@@ -227,9 +236,10 @@ def log_request(handler: RequestHandler) -> None:
 class NoSuchRoute(BaseHandler):
     """Every path that is none of ours."""
 
-    def prepare(self) -> None:
-        super().prepare()
+    def get(self, *_: str) -> None:
         raise NotFound
+
+    head = post = put = patch = delete = options = get
 
 
 def _head_bytes(request: HTTPServerRequest) -> int:

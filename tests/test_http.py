@@ -213,6 +213,33 @@ async def test_request_id_is_taken_over_or_made(app: App) -> None:
     raw.close()
 
 
+async def test_access_log_names_the_conversation_the_reply_and_the_problem(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "chatserver.handlers"):
+        answer = await app.client.say("hi")
+        conversation_id = answer["conversationId"]
+        await app.client.events(conversation_id, answer["lastEventId"])
+        await app.client.http.post(f"/chat/{conversation_id.upper()}/retry")
+        await app.client.http.get("/nope")
+    fields = ("status", "conversation", "reply", "code")
+    assert [tuple(record.__dict__.get(name) for name in fields) for record in caplog.records] == [
+        (202, conversation_id, answer["replyId"], None),
+        (200, conversation_id, None, None),
+        (409, conversation_id, None, "nothing_to_retry"),
+        (404, None, None, "not_found"),
+    ]
+
+
+async def test_access_log_writes_no_control_characters(app: App, caplog: pytest.LogCaptureFixture) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+    with caplog.at_level(logging.INFO, "chatserver.handlers"):
+        writer.write(b"GET /\x9b31m%9b\x85~\xff HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+    assert caplog.messages == ["GET /%9B31m%9b%85~%FF"]
+    writer.close()
+
+
 async def test_logs_have_no_text_and_no_key(app: App, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "chatserver"):
         await app.client.say("a private matter", ID, key="a-private-key")

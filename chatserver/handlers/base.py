@@ -4,8 +4,10 @@ import json
 import logging
 import re
 import secrets
+import string
 from functools import cached_property
 from typing import Any
+from urllib.parse import quote
 
 from tornado.httputil import HTTPServerRequest
 from tornado.web import HTTPError, RequestHandler, stream_request_body
@@ -44,6 +46,7 @@ class BaseHandler(RequestHandler):
     def initialize(self, chat: Chat, settings: Settings) -> None:
         self.chat = chat
         self.limits = settings
+        self.logged: dict[str, str] = {}
         self._body = bytearray()
         self._body_bytes = 0
         # Tornado asks for the default headers before it calls this, when the settings are not known yet.
@@ -149,13 +152,14 @@ class BaseHandler(RequestHandler):
         return values
 
     def conversation_id(self, text: str) -> str:
-        """Return an id from the path, in lower case.
+        """Return an id from the path, in lower case; the access log names it from now on.
 
         :raises InvalidRequest: if it is not 24 hex digits
         """
         if _ID.match(text) is None:
             raise InvalidRequest("A conversation's id is 24 hex digits.", code="invalid_id")
-        return text.lower()
+        self.logged["conversation"] = text.lower()
+        return self.logged["conversation"]
 
     def idempotency_key(self) -> str | None:
         """Return the Idempotency-Key header, if there is one.
@@ -186,6 +190,7 @@ class BaseHandler(RequestHandler):
         """Render every error of every route as problem+json (RFC 9457)."""
         raised = kwargs.get("exc_info", (None, None, None))[1]
         problem = _as_chat_error(raised, status_code)
+        self.logged["code"] = problem.code
         self.set_status(problem.status)
         self.set_header("Content-Type", "application/problem+json")
         self.set_header("Cache-Control", "no-store")
@@ -228,9 +233,12 @@ def log_request(handler: RequestHandler) -> None:
         "ms": round(1000 * request.request_time(), 1),
         "address": handler.address,
         "request": handler.request_id,
+        **handler.logged,
     }
+    # A terminal obeys control characters, and what is read as Latin-1 has some of them beyond ASCII.
+    path = quote(request.path, safe=string.punctuation, encoding="latin-1")
     # What is unexpected is logged where it happens; here it is one of many answers.
-    logger.info("%s %s", request.method, request.path, extra=context)
+    logger.info("%s %s", request.method, path, extra=context)
 
 
 class NoSuchRoute(BaseHandler):

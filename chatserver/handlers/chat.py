@@ -19,7 +19,7 @@ class ConversationsHandler(BaseHandler):
         body = self.body("say")
         known = body.get("conversationId")
         turn = await self.chat.say(known.lower() if known else None, body["input"], self.idempotency_key())
-        self.answer(_accepted(turn), 202)
+        _accept(self, turn)
 
     async def get(self) -> None:
         """List the conversations, newest first."""
@@ -80,17 +80,19 @@ class RetryHandler(BaseHandler):
         """Have the last user message answered anew."""
         conversation_id = self.conversation_id(conversation_id)
         self.body("empty")
-        self.answer(_accepted(await self.chat.retry(conversation_id)), 202)
+        _accept(self, await self.chat.retry(conversation_id))
 
 
-def _accepted(turn: Turn) -> dict[str, str]:
-    return {
+def _accept(handler: BaseHandler, turn: Turn) -> None:
+    handler.logged |= {"conversation": turn.conversation_id, "reply": turn.reply_id}
+    value = {
         "conversationId": turn.conversation_id,
         "status": "streaming",
         "messageId": turn.message_id,
         "replyId": turn.reply_id,
         "lastEventId": str(Position(turn.reply_id, 0)),
     }
+    handler.answer(value, 202)
 
 
 def _message(message: Message) -> dict[str, Any]:

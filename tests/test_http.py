@@ -86,16 +86,54 @@ async def test_longest_input_fits_whatever_its_characters_and_escapes(make_app: 
 
 
 @pytest.mark.parametrize(
-    "content_type", ["", "text/plain", "application/x-www-form-urlencoded", "application/json; charset=latin-1"]
+    "content_type",
+    [
+        "",
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "application/json; charset=latin-1",
+        "application/json; x=1; CHARSET=utf-16",
+        "application/json; charset*=utf-8''utf-16",
+        "application/json, text/plain",
+        "application/json/x",
+    ],
 )
 async def test_body_that_is_not_json_is_refused(app: App, content_type: str) -> None:
     response = await app.client.http.post("/chat", content=b'{"input": "x"}', headers={"Content-Type": content_type})
     assert_problem(response, 415, "unsupported_media_type")
 
 
-async def test_content_type_may_name_its_charset(app: App) -> None:
-    headers = {"Content-Type": 'Application/JSON; charset="UTF-8"'}
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        'Application/JSON; charset="UTF-8"',
+        "application/json;CHARSET=utf-8; profile=x",
+        'application/json; profile="charset=utf-16; x"',
+    ],
+)
+async def test_content_type_may_have_parameters(app: App, content_type: str) -> None:
+    headers = {"Content-Type": content_type}
     assert (await app.client.http.post("/chat", content=b'{"input": "x"}', headers=headers)).status_code == 202
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("identity", 202), ("gzip", 415)])
+async def test_body_is_not_compressed(app: App, encoding: str, status: int) -> None:
+    headers = {**JSON, "Content-Encoding": encoding}
+    response = await app.client.http.post("/chat", content=b'{"input": "x"}', headers=headers)
+    assert response.status_code == status, response.text
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"input": ' + b"1" * 5000 + b"}", "has a number with too many digits."),
+        (b'{"input": -Infinity}', "is not JSON: -Infinity is no number."),
+        (b'{"input": }', "is not JSON: Expecting value, line 1 column 11."),
+    ],
+)
+async def test_what_is_wrong_with_a_body_is_said_in_our_own_words(app: App, body: bytes, words: str) -> None:
+    response = await app.client.http.post("/chat", content=body, headers=JSON)
+    assert assert_problem(response, 400, "invalid_json")["detail"] == f"The body {words}"
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -154,7 +192,18 @@ async def test_id_in_capitals_is_the_same_conversation(app: App) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["limit=0", "limit=-1", "limit=x", "limit=1001", "limit=1.5", "limit=", "before=x", f"before={ID}0"]
+    "query",
+    [
+        "limit=0",
+        "limit=-1",
+        "limit=x",
+        "limit=1001",
+        "limit=1.5",
+        "limit=",
+        "limit=1&limit=1",
+        "before=x",
+        f"before={ID}0",
+    ],
 )
 async def test_wrong_parameters_are_named(app: App, query: str) -> None:
     await app.client.turn("hi", ID)

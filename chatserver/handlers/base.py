@@ -5,6 +5,7 @@ import logging
 import re
 import secrets
 import string
+from email.message import Message
 from functools import cached_property
 from typing import Any
 from urllib.parse import quote
@@ -126,12 +127,14 @@ class BaseHandler(RequestHandler):
             raise PayloadTooLarge
         if schema == "empty" and not self._body:
             return {}
-        media_type, _, parameters = self.request.headers.get("Content-Type", "").partition(";")
-        if media_type.strip().lower() != "application/json":
+        headers = Message()
+        headers["Content-Type"] = self.request.headers.get("Content-Type", "")
+        if headers.get_content_type() != "application/json":
             raise UnsupportedMediaType
-        charset = parameters.partition("charset=")[2].strip().strip('"').lower()
-        if charset not in ("", "utf-8", "utf8"):
+        if str(headers.get_param("charset", "utf-8")).lower() not in ("utf-8", "utf8"):
             raise UnsupportedMediaType("JSON is sent as UTF-8.")
+        if self.request.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise UnsupportedMediaType("The body must be sent without a Content-Encoding.")
         value = _parse_json(bytes(self._body))
         schemas.validate(schema, value, self.limits.max_input_chars)
         return value
@@ -145,8 +148,11 @@ class BaseHandler(RequestHandler):
         if not self.request.query:
             return values  # no parameter is required
         for name, kind in schemas.parameter_types(schema).items():
-            text = self.get_query_argument(name, None, strip=False)
-            if text is not None:
+            texts = self.get_query_arguments(name, strip=False)
+            if len(texts) > 1:
+                detail = "must be given only once"
+                raise InvalidRequest(f"/{name} {detail}.", fields=[{"pointer": f"/{name}", "detail": detail}])
+            for text in texts:
                 values[name] = int(text) if kind == "integer" and re.fullmatch("[0-9]{1,9}", text) else text
         schemas.validate(schema, values)
         return values
@@ -275,7 +281,7 @@ def _parse_json(body: bytes) -> Any:
     """
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
+        raise InvalidRequest(f"The body is not JSON: {constant} is no number.", code="invalid_json")
 
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=refuse)
@@ -286,13 +292,10 @@ def _parse_json(body: bytes) -> Any:
         detail = "The body has an escape that is half a surrogate pair."
     except RecursionError:
         detail = "The body is nested too deeply."
-    except ValueError as error:
-        reason = (
-            f"{error.msg}, line {error.lineno} column {error.colno}"
-            if isinstance(error, json.JSONDecodeError)
-            else str(error)
-        )
-        detail = f"The body is not JSON: {reason}."
+    except json.JSONDecodeError as error:
+        detail = f"The body is not JSON: {error.msg}, line {error.lineno} column {error.colno}."
+    except ValueError:
+        detail = "The body has a number with too many digits."
     else:
         return value
     raise InvalidRequest(detail, code="invalid_json")

@@ -218,8 +218,8 @@ async def test_unknown_and_unsupported_have_the_one_shape(app: App) -> None:
         assert response.status_code in (400, 404), path
         assert_problem(response, response.status_code, response.json()["code"])
     allowed = {
-        "/chat": {"GET", "POST", "OPTIONS"},
-        f"/chat/{ID}": {"GET", "DELETE", "OPTIONS"},
+        "/chat": {"GET", "HEAD", "POST", "OPTIONS"},
+        f"/chat/{ID}": {"GET", "HEAD", "DELETE", "OPTIONS"},
         f"/chat/stream/{ID}": {"GET", "OPTIONS"},
         f"/chat/{ID}/stop": {"POST", "OPTIONS"},
         f"/chat/{ID}/retry": {"POST", "OPTIONS"},
@@ -435,10 +435,13 @@ async def test_length_beyond_all_measure_is_too_large(app: App, length: str) -> 
     await writer.wait_closed()
 
 
-async def test_monitor_may_ask_for_the_head_only(app: App) -> None:
-    for path in ("/healthz", "/readyz"):
-        response = await app.client.http.head(path)
-        assert response.status_code == 200 and response.content == b""
+async def test_whoever_may_read_may_ask_for_the_head_only(app: App) -> None:
+    await app.client.turn("hi", ID)
+    for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/", "/chat", f"/chat/{ID}"):
+        whole, head = await app.client.http.get(path), await app.client.http.head(path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert set(head.headers) == set(whole.headers) and int(head.headers["Content-Length"]) > 0
+    assert (await app.client.http.head(f"/chat/{ID[::-1]}")).status_code == 404
 
 
 async def test_health_readiness_and_metrics(app: App) -> None:

@@ -32,6 +32,8 @@ class ConversationsHandler(BaseHandler):
             page["nextCursor"] = _cursor(found[limit - 1])
         self.answer(page)
 
+    head = get
+
 
 class ConversationHandler(BaseHandler):
     """`/chat/:conversationId`"""
@@ -54,6 +56,8 @@ class ConversationHandler(BaseHandler):
         if query:
             value["hasMore"] = history.has_more
         self.answer(value)
+
+    head = get
 
     async def delete(self, conversation_id: str) -> None:
         """Delete the conversation."""

@@ -16,6 +16,8 @@ class OpenAPIHandler(BaseHandler):
         """The API for machines."""
         self.answer(make_openapi(self.limits.max_input_chars))
 
+    head = get
+
 
 class DocsHandler(BaseHandler):
     """`/docs`"""
@@ -25,6 +27,8 @@ class DocsHandler(BaseHandler):
         for name, value in PAGE_HEADERS.items():
             self.set_header(name, value)
         self.finish(_page(make_openapi(self.limits.max_input_chars)))
+
+    head = get
 
 
 _LIMITS = ("minimum", "maximum", "minLength", "maxLength", "default")

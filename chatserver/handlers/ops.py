@@ -38,3 +38,5 @@ class MetricsHandler(BaseHandler):
         """Everything in Prometheus's text format."""
         self.set_header("Content-Type", metrics.CONTENT_TYPE)
         self.finish(self.metrics.render())
+
+    head = get

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Metrics:
+class Metrics(Collector):
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
@@ -71,7 +71,13 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return everything in Prometheus's text format 0.0.4."""
-        return generate_latest(self._registry)
+        return generate_latest(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield everything but when each count began, which the format would show as metrics of their own."""
+        for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
+            yield metric
 
 
 class _Watched(Collector):

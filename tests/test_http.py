@@ -478,3 +478,14 @@ async def test_metrics_count_what_happened(app: App) -> None:
         assert float(values[name]) == value, name
     assert float(values["chatserver_tasks"]) > 0
     assert "chatserver_event_loop_lag_seconds_bucket" in text and ID not in text
+    assert "_created" not in text
+
+
+async def test_refused_turn_is_no_error_of_the_database_in_the_metrics(make_app: Callable[..., Awaitable[App]]) -> None:
+    gate = asyncio.Semaphore(0)
+    app = await make_app(source=Script("x", gate=gate))
+    answer = await app.client.say("hi")
+    assert_problem(await app.client.post("me, too", answer["conversationId"]), 409, "reply_in_progress")
+    assert "chatserver_store_errors_total{" not in (await app.client.http.get("/metrics")).text
+    gate.release()
+    await app.client.events(answer["conversationId"], answer["lastEventId"])

@@ -6,6 +6,7 @@ Exception
 └── ChatError                  an answer to the client: problem+json (RFC 9457), rendered in handlers/base.py
     ├── InvalidRequest         400 invalid_request, invalid_json, invalid_id
     ├── NotFound               404 not_found
+    │   └── NoSuchConversation the same to programs
     ├── MethodNotAllowed       405 method_not_allowed
     ├── ReplyInProgress        409 reply_in_progress
     ├── ConversationFull       409 conversation_full
@@ -86,6 +87,10 @@ class NotFound(ChatError):
     code = "not_found"
 
 
+class NoSuchConversation(NotFound):
+    default_detail = "There is no conversation with this id."
+
+
 class MethodNotAllowed(ChatError):
     status = 405
     title = "Method not allowed"
@@ -160,7 +165,7 @@ class HeadersTooLarge(ChatError):
 class TooManyReplies(ChatError):
     status = 503
     title = "Too many replies"
-    default_detail = "This server is answering as many conversations as it may; try again in a moment."
+    default_detail = "This server is already writing as many replies as it is allowed to; try again in a moment."
     retry_after_s = 2
     code = "too_many_replies"
 

@@ -40,13 +40,14 @@ _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z", re.ASCII)
 class BaseHandler(RequestHandler):
     """A handler of this server.
 
-    Bodies are taken as they come. Of one that is too large up to `_DISCARDED` bytes are read and not kept: a connection
+    Bodies are taken as they come. Of one that is too large, up to `_DISCARDED` bytes are read, not kept: a connection
     that is closed before all is read is reset, and the client may never see why.
     """
 
     def initialize(self, chat: Chat, settings: Settings) -> None:
         self.chat = chat
-        self.limits = settings
+        self.config = settings
+        # What the access log says of this request beside what it says of each.
         self.logged: dict[str, str] = {}
         self._body = bytearray()
         self._body_bytes = 0
@@ -63,11 +64,11 @@ class BaseHandler(RequestHandler):
     def address(self) -> str:
         """The client's address: behind a proxy that the settings name, the one that it says."""
         return client_address(
-            self.request.remote_ip or "", self.request.headers.get("X-Forwarded-For", ""), self.limits.trusted_proxies
+            self.request.remote_ip or "", self.request.headers.get("X-Forwarded-For", ""), self.config.trusted_proxies
         )
 
     def set_default_headers(self) -> None:
-        if hasattr(self, "limits"):
+        if hasattr(self, "config"):
             self.clear_header("Server")
             for name, value in self.common_headers().items():
                 self.set_header(name, value)
@@ -77,7 +78,7 @@ class BaseHandler(RequestHandler):
         return {
             "X-Content-Type-Options": "nosniff",
             "X-Request-Id": self.request_id,
-            **cors_headers(self.request.headers.get("Origin"), self.limits),
+            **cors_headers(self.request.headers.get("Origin"), self.config),
         }
 
     def options(self, *_: str) -> None:
@@ -93,9 +94,9 @@ class BaseHandler(RequestHandler):
         self.finish()
 
     def prepare(self) -> None:
-        if _head_bytes(self.request) > self.limits.max_header_bytes:
+        if _head_bytes(self.request) > self.config.max_header_bytes:
             raise HeadersTooLarge
-        if not host_is_allowed(self.request.host_name, self.limits):
+        if not host_is_allowed(self.request.host_name, self.config):
             raise HostNotAllowed
         length = self.request.headers.get("Content-Length", "0")
         # What is no number is refused where the body would be read.
@@ -104,7 +105,7 @@ class BaseHandler(RequestHandler):
 
     def data_received(self, chunk: bytes) -> None:
         self._body_bytes += len(chunk)
-        if self._body_bytes <= self.limits.max_body_bytes:
+        if self._body_bytes <= self.config.max_body_bytes:
             self._body += chunk
         elif self._body_bytes > self._most_body_bytes and not self._finished:
             # A chunked body that never said its length: answer now; what still comes is not read.
@@ -113,7 +114,7 @@ class BaseHandler(RequestHandler):
 
     @property
     def _most_body_bytes(self) -> int:
-        return self.limits.max_body_bytes + _DISCARDED
+        return self.config.max_body_bytes + _DISCARDED
 
     # -- in ------------------------------------------------------------------------------------------------------
 
@@ -123,7 +124,7 @@ class BaseHandler(RequestHandler):
         :param schema: the name of its schema; for `empty`, no body at all will do
         :raises PayloadTooLarge, UnsupportedMediaType, InvalidRequest: naming what is wrong
         """
-        if self._body_bytes > self.limits.max_body_bytes:
+        if self._body_bytes > self.config.max_body_bytes:
             raise PayloadTooLarge
         if schema == "empty" and not self._body:
             return {}
@@ -136,7 +137,7 @@ class BaseHandler(RequestHandler):
         if self.request.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise UnsupportedMediaType("The body must be sent without a Content-Encoding.")
         value = _parse_json(bytes(self._body))
-        schemas.validate(schema, value, self.limits.max_input_chars)
+        schemas.validate(schema, value, self.config.max_input_chars)
         return value
 
     def query(self, schema: str) -> dict[str, Any]:

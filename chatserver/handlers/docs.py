@@ -14,7 +14,7 @@ class OpenAPIHandler(BaseHandler):
 
     def get(self) -> None:
         """The API for machines."""
-        self.answer(make_openapi(self.limits.max_input_chars))
+        self.answer(make_openapi(self.config.max_input_chars))
 
     head = get
 
@@ -26,7 +26,7 @@ class DocsHandler(BaseHandler):
         """The API for people: one page that needs no network and no script."""
         for name, value in PAGE_HEADERS.items():
             self.set_header(name, value)
-        self.finish(_page(make_openapi(self.limits.max_input_chars)))
+        self.finish(_page(make_openapi(self.config.max_input_chars)))
 
     head = get
 

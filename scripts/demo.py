@@ -22,14 +22,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 SILENCE_S = 45  # the server sends a comment every 15 s: a line without them is dead
 TIMEOUT_S = 15
 PATIENCE_S = 60  # how long a request is tried again
+LATER = (429, 502, 503, 504)  # what a server that is busy or away answers, or the proxy before it
 
 
 @dataclass
@@ -41,32 +43,33 @@ class Event:
 
 
 class Refused(Exception):
-    """The server's answer was an error; the text is for the user."""
+    """There is no answer, or it is an error; the text is for the user. `pause_s`: when to try again, None: never."""
 
-    def __init__(self, status: int, problem: dict[str, Any]) -> None:
-        super().__init__(problem.get("detail") or problem.get("title") or f"the server answered {status}")
-        self.status = status
-        self.code = problem.get("code")
+    def __init__(self, text: str, code: str | None = None, pause_s: float | None = None) -> None:
+        super().__init__(text.rstrip("."))
+        self.code = code
+        self.pause_s = pause_s
 
 
 class Conversation:
     """One conversation, over HTTP; `notice` takes what the user should know while it tries again."""
 
-    def __init__(self, url: str, conversation_id: str, notice: Callable[[str], None]) -> None:
+    def __init__(self, url: SplitResult, conversation_id: str, notice: Callable[[str], None]) -> None:
         self.id = conversation_id
         self.position = ""
-        self._url = urlsplit(url if "//" in url else f"http://{url}")
-        self._path = self._url.path.rstrip("/") + "/chat"
+        self._url = url
         self._notice = notice
+        self._pause_s = 1.0  # after a line that dropped
 
     def history(self) -> dict[str, Any] | None:
         """Return the conversation as it is stored, or None if there is none; the stream goes on from there."""
         try:
             answer = self._request("GET", f"/{self.id}")
         except Refused as refusal:
-            if refusal.status == 404:
-                return None
-            raise
+            if refusal.code != "not_found":
+                raise
+            self.position = ""
+            return None
         self.position = answer["lastEventId"]
         return answer
 
@@ -90,31 +93,20 @@ class Conversation:
     def events(self) -> Iterator[Event]:
         """Return all events after `position`, for ever; open the stream again whenever it ends."""
         while True:
-            pause_s = 1.0
-            connection = self._connect(SILENCE_S)
+            headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": self.position} if self.position else {})
             try:
-                headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": self.position} if self.position else {})
-                connection.request("GET", f"{self._path}/stream/{self.id}", headers=headers)
-                response = connection.getresponse()
-                if response.status == 200:
-                    pause_s = yield from self._read(response)
-                elif response.status in (429, 503):
-                    pause_s = float(response.headers.get("Retry-After", 5))
-                else:
-                    raise Refused(response.status, _problem(response))
-            except (OSError, http.client.HTTPException):
-                pass  # the line dropped, or there is no server just now
+                with self._answer("GET", f"/stream/{self.id}", headers, timeout_s=SILENCE_S) as response:
+                    yield from self._read(response)
             except Refused as refusal:
-                yield Event("refused", {"message": str(refusal)})
-                return
-            finally:
-                connection.close()
-            yield Event("lost", {})
-            time.sleep(pause_s * random.uniform(0.5, 1))  # so that not all clients come back in the same instant
+                if refusal.pause_s is None:
+                    yield Event("refused", {"reason": str(refusal)})
+                    return
+                yield Event("lost", {"reason": str(refusal)})
+                time.sleep(refusal.pause_s * random.uniform(0.5, 1))  # so that not all clients come back at once
 
-    def _read(self, response: http.client.HTTPResponse) -> Generator[Event, None, float]:
+    def _read(self, response: http.client.HTTPResponse) -> Iterator[Event]:
         """Return the events of one connection, as https://html.spec.whatwg.org/#event-stream-interpretation has it."""
-        opened, pause_s = False, 1.0
+        opened = False
         name, data, position = "", "", self.position
         for line in response:
             field, _, value = line.decode().rstrip("\r\n").partition(":")
@@ -126,18 +118,19 @@ class Conversation:
             elif field == "id":
                 position = value
             elif field == "retry":
-                pause_s = int(value) / 1000
+                self._pause_s = int(value) / 1000
             elif line in (b"\n", b"\r\n"):  # the end of an event, which counts only now that it is whole
+                if name == "reset":  # our position is gone; the history says where to go on
+                    yield Event("reset", self.history() or {})
+                    return
                 self.position = position
                 if position and not opened:
                     opened = True
                     yield Event("open", {})
-                if name == "reset":  # our position is gone; the history says where to go on
-                    yield Event("reset", self.history() or {})
-                elif data:
+                if data:
                     yield Event(name, json.loads(data))
                 name, data = "", ""
-        return pause_s
+        raise ConnectionError("the stream has ended")
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the server's answer; try again while there is none, or while the server asks to come later."""
@@ -145,35 +138,42 @@ class Conversation:
         if method == "POST":
             headers["Idempotency-Key"] = secrets.token_hex(16)  # one for all attempts: said twice, stored once
         give_up = time.monotonic() + PATIENCE_S
+        told = ""
         while True:
-            connection = self._connect(TIMEOUT_S)
             try:
-                connection.request(method, self._path + path, json.dumps(body) if body else None, headers)
-                response = connection.getresponse()
-                if response.status < 300:
+                with self._answer(method, path, headers, json.dumps(body) if body else None) as response:
                     return dict(json.loads(response.read()))
-                refusal = Refused(response.status, _problem(response))
-                pause_s = float(response.headers.get("Retry-After", 5))
-                if response.status not in (429, 503):
-                    raise refusal
-            except (OSError, http.client.HTTPException) as error:
-                refusal, pause_s = Refused(0, {"detail": f"no answer ({error or type(error).__name__})"}), 1.0
-            finally:
-                connection.close()
-            if time.monotonic() + pause_s > give_up:
-                raise refusal
-            self._notice(f"{refusal}; trying again in {pause_s:.0f} s")
-            time.sleep(pause_s)
+            except Refused as refusal:
+                if refusal.pause_s is None or time.monotonic() + refusal.pause_s > give_up:
+                    raise
+                if told != str(refusal):
+                    told = str(refusal)
+                    self._notice(f"{told}; trying again in {refusal.pause_s:.0f} s")
+                time.sleep(refusal.pause_s)
 
-    def _connect(self, timeout_s: float) -> http.client.HTTPConnection:
+    @contextmanager
+    def _answer(
+        self, method: str, path: str, headers: dict[str, str], body: str | None = None, timeout_s: float = TIMEOUT_S
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Give the answer to one request; raise Refused if it is an error or breaks off."""
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-        return kind(self._url.hostname or "", self._url.port, timeout=timeout_s)
-
-
-def _problem(response: http.client.HTTPResponse) -> dict[str, Any]:
-    """Return what an error answer says, if it is one of chatserver's and not a proxy's page."""
-    text = response.read()
-    return dict(json.loads(text)) if "json" in response.headers.get("Content-Type", "") else {}
+        connection = kind(self._url.hostname or "", self._url.port, timeout=timeout_s)
+        try:
+            connection.request(method, f"{self._url.path.rstrip('/')}/chat{path}", body, headers)
+            response = connection.getresponse()
+            if response.status >= 300:
+                text = response.read()
+                problem = json.loads(text) if "json" in response.headers.get("Content-Type", "") else {}  # or a page
+                pause_s = float(response.headers.get("Retry-After", 5)) if response.status in LATER else None
+                raise Refused(problem.get("detail", f"it answers {response.status}"), problem.get("code"), pause_s)
+            yield response
+        except (OSError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+            if isinstance(error, ConnectionRefusedError):
+                reason = "nothing answers there; does scripts/run run? see --url"
+            raise Refused(f"no connection to {self._url.geturl()}: {reason}", pause_s=self._pause_s) from error
+        finally:
+            connection.close()
 
 
 class Screen:
@@ -186,70 +186,63 @@ class Screen:
         self._asks = self._terminal and sys.stdin.isatty() and not only_the_reply
         self._prompting = False
         self._line_open = False
+        self._as_typed = False  # whether the last thing on the screen is what the user typed at the prompt
 
     def prompt(self) -> None:
         """Show that it is the user's turn."""
         if self._asks and not self._prompting:
-            self._begin_line()
-            self._write(self._paint("1;36", "you › "))
+            self.speaker("you")
             self._prompting = True
 
     def typed(self) -> None:
-        """Take note that the user has ended the line."""
-        self._prompting = self._line_open = False
+        """Take note that the user has ended a line, which a terminal shows."""
+        if self._asks:
+            self._as_typed = self._prompting
+            self._prompting = self._line_open = False
 
-    def said(self, who: str, text: str) -> None:
-        """Print what a user said, unless it was typed here and so is to be seen already."""
-        if not self._only_the_reply and not (who == "you" and self._asks):
-            self._begin_line()
-            self._write(self._paint("1;36", f"{who} › ") + self._harmless(text) + "\n")
+    def said(self, text: str) -> None:
+        """Print what the user says here, unless it stands there as it was typed."""
+        if not self._as_typed:
+            self.speaker("you", text)
+
+    def speaker(self, who: str, text: str = "") -> None:
+        """Begin what somebody says."""
+        if not self._only_the_reply:
+            self.end_line()
+            self._write(self._paint("1;32" if who == "bot" else "1;36", f"{who} › ") + self._harmless(text))
 
     def past(self, message: dict[str, Any]) -> None:
         """Print a message of the history."""
-        if self._only_the_reply:
-            return
-        self._begin_line()
-        who = self._paint("1;36", "you › ") if message["role"] == "user" else self._paint("1;32", "bot › ")
-        self._write(who + self._harmless(message["content"]))
-        if message["status"] == "streaming":
-            return
-        self._begin_line()
-        if message["status"] != "complete":
-            self.notice(message.get("error", {}).get("message") or message["status"])
-
-    def reply(self) -> None:
-        """Begin a reply."""
         if not self._only_the_reply:
-            self._begin_line()
-            self._write(self._paint("1;32", "bot › "))
+            self.speaker("you" if message["role"] == "user" else "bot", message["content"])
+            if message["status"] not in ("complete", "streaming"):
+                self.notice(message.get("error", {}).get("message") or message["status"])
 
     def token(self, text: str) -> None:
         """Print the next piece of a reply."""
         self._write(self._harmless(text))
 
     def end_line(self) -> None:
-        """End the line, if one was begun."""
-        self._begin_line()
+        """End the line, if one was begun; take back a prompt, which is shown again below."""
+        if self._prompting:
+            self._write("\r\033[K")
+            self._prompting = self._line_open = False
+        elif self._line_open:
+            self._write("\n")
 
     def notice(self, text: str) -> None:
         """Tell the user something beside the conversation."""
         if self._only_the_reply:
             print(f"({text})", file=sys.stderr, flush=True)
         else:
-            self._begin_line()
+            self.end_line()
             self._write(self._paint("31" if text.startswith("✗") else "2", f"({text})") + "\n")
-
-    def _begin_line(self) -> None:
-        if self._prompting:
-            self._write("\r\033[K")  # take the prompt back; it is shown again below
-            self.typed()
-        elif self._line_open:
-            self._write("\n")
 
     def _write(self, text: str) -> None:
         print(text, end="", flush=True)
         if text:
             self._line_open = not text.endswith("\n")
+            self._as_typed = False
 
     def _paint(self, colour: str, text: str) -> str:
         return f"\033[{colour}m{text}\033[0m" if self._colours else text
@@ -266,13 +259,12 @@ class Chat:
         self._conversation = conversation
         self._screen = screen
         self._once = once is not None
-        self._unsent: deque[str] = deque([] if once is None else [once])
+        self._unsent = deque([once] if once else [])
         self._leaving = self._once
         self._inbox: queue.Queue[Event] = queue.Queue()
         self._question: str | None = None  # the ids of what we said and of the reply to it, while that is to come
         self._answer: str | None = None
         self._busy = False  # whether a reply runs, whoever asked for it
-        self._begun = False  # whether some of it is on the screen
         self._streamed = ""
         self._visible = not self._once  # with --once, the end of somebody else's reply is not shown
         self._open = False  # whether the stream is open: if not, nothing is posted whose reply might be missed
@@ -301,21 +293,21 @@ class Chat:
 
     def show(self, history: dict[str, Any]) -> None:
         """Print what was said so far; a running reply goes on where its text ends."""
-        self._busy = self._begun = False
-        self._streamed = ""
+        self._busy, self._streamed = False, ""
         for message in history["messages"]:
-            self._screen.past(message)
             if message["status"] == "streaming":
-                self._busy = self._begun = True
-                self._streamed = message["content"]
+                self._busy, self._streamed = True, message["content"]
+            if message["content"] or message["status"] != "streaming":  # the first token begins a reply
+                self._screen.past(message)
 
     def _listen(self) -> None:
         for event in self._conversation.events():
             self._inbox.put(event)
 
     def _read_lines(self) -> None:
-        for line in sys.stdin:
-            self._inbox.put(Event("typed", {"text": line.strip()}))
+        with open(0, encoding="utf-8", errors="replace", closefd=False) as lines:
+            for line in lines:
+                self._inbox.put(Event("typed", {"text": line.strip()}))
         self._inbox.put(Event("eof", {}))
 
     def _wait(self) -> None:
@@ -336,7 +328,7 @@ class Chat:
             elif text == "/retry":
                 self._expect(self._conversation.retry())
             else:
-                self._screen.said("you", text)
+                self._screen.said(text)
                 self._expect(self._conversation.say(text))
         except Refused as refusal:
             if refusal.code == "reply_in_progress" and text != "/retry":
@@ -350,7 +342,7 @@ class Chat:
 
     def _expect(self, answer: dict[str, Any]) -> None:
         self._question, self._answer = answer.get("messageId"), answer["replyId"]
-        self._streamed, self._stopping = "", False
+        self._stopping = False
 
     def _take(self, event: Event) -> None:
         """Act on one event."""
@@ -372,27 +364,26 @@ class Chat:
             case "lost":
                 self._open = False
                 if self._lost_at is None:
-                    self._screen.notice("no connection; trying again")
+                    self._screen.notice(f"{data['reason']}; trying again")
                     self._lost_at = time.monotonic()
                 elif self._once and time.monotonic() - self._lost_at > PATIENCE_S:
-                    raise Refused(0, {"detail": "the connection does not come back"})
+                    raise Refused(data["reason"])
             case "refused":
-                raise Refused(0, {"detail": data["message"]})
+                raise Refused(data["reason"])
             case "input":
                 self._streamed = ""
                 if data["messageId"] == self._question:
                     self._visible = True
                 elif self._visible:
-                    self._screen.said("someone else", data["text"])
-                self._busy, self._begun = True, False
+                    self._screen.speaker("someone else", data["text"])
+                self._busy = True
             case "token":
                 self._busy = True
-                self._streamed += data["text"]
                 if self._visible:
-                    if not self._begun:
-                        self._screen.reply()
-                    self._begun = True
+                    if not self._streamed:
+                        self._screen.speaker("bot")
                     self._screen.token(data["text"])
+                self._streamed += data["text"]
             case "done" | "error":
                 self._end(event)
             case "reset":
@@ -400,7 +391,7 @@ class Chat:
 
     def _end(self, event: Event) -> None:
         """End a reply, and compare one that we asked for with what is stored."""
-        self._busy = self._begun = False
+        self._busy = False
         if self._visible:
             self._screen.end_line()
             if event.name == "error":
@@ -412,10 +403,8 @@ class Chat:
             same = self._conversation.stored(event.data["messageId"]) == self._streamed
             if not same and event.name == "done":
                 self._screen.notice("✗ what is stored is not what was streamed")
-            if self._once:
-                self._good = whole and same
-            elif whole:
-                self._good = self._good and same
+            if whole or self._once:
+                self._good = self._good and whole and same
             self._question = self._answer = None
         self._streamed = ""
 
@@ -426,11 +415,19 @@ class Chat:
             self._screen.notice("the conversation has changed; this is how it stands")
             self.show(history)
         else:
-            self._busy = self._begun = False
+            self._busy = False
             self._screen.notice("the conversation was deleted; what you say begins it anew")
         if self._answer is not None and not self._busy:
             self._question = self._answer = None
             self._good = self._good and not self._once
+
+
+def server_url(text: str) -> SplitResult:
+    """Return the parts of a server's address; raise ValueError if it is none."""
+    url = urlsplit(text if "//" in text else f"http://{text}")
+    if url.scheme not in ("http", "https") or not (url.hostname or "").encode("idna") or url.port == 0:
+        raise ValueError
+    return url
 
 
 def main() -> int:
@@ -440,9 +437,17 @@ def main() -> int:
     parser.add_argument("--conversation", metavar="ID", help="go on with a conversation: its id, 24 hex digits")
     parser.add_argument("--once", metavar="TEXT", help="one turn: print the reply; exit code 0 only if it is stored so")
     arguments = parser.parse_args()
+    try:
+        url = server_url(arguments.url)
+    except ValueError:
+        parser.error(f"--url: not the address of a server, such as http://127.0.0.1:3000: {arguments.url!r}")
+    if arguments.conversation is not None and not re.fullmatch("[0-9a-fA-F]{24}", arguments.conversation):
+        parser.error(f"--conversation: an id has 24 hex digits: {arguments.conversation!r}")
+    if arguments.once is not None and not arguments.once.strip():
+        parser.error("--once: there is nothing to say")
 
     screen = Screen(only_the_reply=arguments.once is not None)
-    conversation = Conversation(arguments.url, arguments.conversation or secrets.token_hex(12), screen.notice)
+    conversation = Conversation(url, arguments.conversation or secrets.token_hex(12), screen.notice)
     chat = Chat(conversation, screen, arguments.once)
     try:
         screen.notice(f"conversation {conversation.id}")

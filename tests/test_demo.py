@@ -11,7 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -220,24 +220,52 @@ class LyingServer(RequestHandler):
         self.left.set()
 
 
+async def once_against(handler: type[RequestHandler]) -> tuple[int, str, str]:
+    """Return what `--once` makes of a server that only a test would write."""
+    sock, port = bind_unused_port()
+    server = HTTPServer(Application([(r"/chat(.*)", handler)], log_function=lambda handler: None))
+    server.add_sockets([sock])
+    try:
+        async with demo(f"http://127.0.0.1:{port}", "--once", "hi") as client:
+            return await client.end()
+    finally:
+        server.stop()
+        await server.close_all_connections()
+
+
 @pytest.mark.parametrize(("stored", "code"), [("Hallo!", 1), ("Hello", 1), ("Hello!", 0)])
 def test_once_says_no_to_a_server_that_has_stored_something_else(stored: str, code: int) -> None:
     """That the exit code depends on the comparison; no honest server can show it."""
 
     async def run() -> None:
-        sock, port = bind_unused_port()
-        lying = type("Lying", (LyingServer,), {"stored": stored})
-        server = HTTPServer(Application([(r"/chat(.*)", lying)], log_function=lambda handler: None))
-        server.add_sockets([sock])
-        try:
-            async with demo(f"http://127.0.0.1:{port}", "--once", "hi") as client:
-                result, output, errors = await client.end()
-        finally:
-            server.stop()
-            await server.close_all_connections()
+        result, output, errors = await once_against(type("Lying", (LyingServer,), {"stored": stored}))
         assert output == "Hello!\n"
         assert result == code
         assert ("not what was streamed" in errors) == (code == 1)
+
+    asyncio.run(run())
+
+
+class BusyServer(LyingServer):
+    """Refuses the first requests to the stream and the first posts, as it or a proxy before it would."""
+
+    stored = "Hello!"
+    statuses: ClassVar[dict[str, list[int]]]
+
+    def prepare(self) -> None:
+        if self.statuses.get(self.request.method):
+            self.set_status(self.statuses[self.request.method].pop())
+            self.set_header("Retry-After", "0")
+            self.finish({"detail": "Busy."})
+
+
+def test_a_server_that_is_busy_or_away_is_asked_until_it_answers_and_the_reason_is_said_once() -> None:
+    async def run() -> None:
+        statuses = {"GET": [502, 503], "POST": [504, 502, 503, 429]}
+        code, output, errors = await once_against(type("Busy", (BusyServer,), {"statuses": statuses}))
+        assert statuses == {"GET": [], "POST": []}
+        assert errors.splitlines()[1:] == ["(Busy; trying again)", "(connected again)", "(Busy; trying again in 0 s)"]
+        assert (code, output) == (0, "Hello!\n")
 
     asyncio.run(run())
 
@@ -250,17 +278,47 @@ def test_once_into_a_pipe_that_closes_early_is_quiet(quick: str) -> None:
     assert "Broken" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [(["--conversation", "nonsense"], "24 hex digits"), (["--once", "  "], "input")],
-)
-def test_what_the_server_refuses_is_said(quick: str, arguments: list[str], complaint: str) -> None:
+def test_what_the_server_refuses_is_said(quick: str) -> None:
     async def run() -> None:
-        async with demo(quick, *arguments) as client:
+        async with demo(quick, "--once", "x" * 32_001) as client:
             code, output, errors = await client.end()
         assert code == 1
-        assert "✗" in output + errors
-        assert complaint in output + errors
+        assert output == ""
+        assert "(✗ /input" in errors
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--url", "http://127.0.0.1:notaport"], "--url: not the address of a server"),
+        (["--url", "http://127.0.0.1:0"], "--url: not the address of a server"),
+        (["--url", "http://:3000"], "--url: not the address of a server"),
+        (["--url", "http://a..b"], "--url: not the address of a server"),
+        (["--url", "ftp://127.0.0.1"], "--url: not the address of a server"),
+        (["--conversation", "nonsense"], "--conversation: an id has 24 hex digits"),
+        (["--conversation", ""], "--conversation: an id has 24 hex digits"),
+        (["--once", "  "], "--once: there is nothing to say"),
+        (["--once", ""], "--once: there is nothing to say"),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_refused_at_once(arguments: list[str], complaint: str) -> None:
+    command = [sys.executable, "scripts/demo.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"error: {complaint}" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--conversation", "a" * 24]])
+def test_without_a_server_it_says_where_it_looked(arguments: list[str]) -> None:
+    async def run() -> None:
+        sock, port = bind_unused_port()
+        sock.close()
+        url = f"http://127.0.0.1:{port}"
+        async with demo(url, *arguments) as client:
+            await client.until(f"(no connection to {url}: nothing answers there; does scripts/run run? see --url; ")
 
     asyncio.run(run())
 
@@ -352,7 +410,9 @@ def test_a_line_that_drops_in_the_middle_of_a_reply_is_taken_up_again(quick: str
             proxy.refuse = False
             code, output, _ = await client.end()
         [_, reply] = await history(quick, conversation)
-        before, notices, after = re.split(r"\n(\(no connection; trying again\)\n\(connected again\))\n", output)
+        before, notices, after = re.split(
+            rf"\n(\(no connection to {url}: [^\n]+; trying again\)\n\(connected again\))\n", output
+        )
         assert (before + after).endswith(said(reply)), notices
         assert code == 0
 
@@ -418,6 +478,7 @@ def test_a_busy_server_is_asked_again_when_it_says(slow: str) -> None:
             client.process.send_signal(signal.SIGINT)
             code, output, _ = await client.end()
         assert output.count("you › hello\n") == 1
+        assert "try again in a moment; trying again in" in output
         assert code == 0
 
     asyncio.run(run())
@@ -462,6 +523,7 @@ def test_a_conversation_that_is_deleted_begins_anew(quick: str) -> None:
             await client.until("was deleted")
             await client.say("two")
             code, output, _ = await client.end()
+        assert "no connection" not in output
         messages = await history(quick, conversation)
         assert [message["content"] for message in messages][::2] == ["two"]
         assert output.endswith(f"you › two\n{said(messages[1])}")
@@ -473,7 +535,9 @@ def test_a_conversation_that_is_deleted_begins_anew(quick: str) -> None:
 # --- on a terminal
 
 
-def on_terminal(url: str, conversation: str, *, typed: bytes, until: bytes, **environment: str) -> tuple[bytes, int]:
+def on_terminal(
+    url: str, conversation: str, *, typed: bytes, until: bytes, interrupt: bool = False, **environment: str
+) -> tuple[bytes, int]:
     """Type into a demo on a terminal; return all that it shows until, after the last key, it shows `until` and ends."""
     main, end = pty.openpty()
     process = subprocess.Popen(
@@ -497,7 +561,10 @@ def on_terminal(url: str, conversation: str, *, typed: bytes, until: bytes, **en
         show("you › ".encode())
         os.write(main, typed)
         show(until)
-        os.write(main, b"\x04")
+        if interrupt:
+            process.send_signal(signal.SIGINT)
+        else:
+            os.write(main, b"\x04")
         with suppress(OSError):  # what a terminal without a process on it answers
             while data := os.read(main, 65536):
                 shown += data
@@ -538,6 +605,27 @@ def test_typing_on_a_terminal_shows_each_line_once(quick: str) -> None:
     assert shown.count(b"hello there\r\n") == 2, "as typed, and in the reply's quote"
     assert reply.replace("\n", "\r\n").encode() in shown
     assert code == 0
+
+
+def test_ctrl_c_at_the_prompt_leaves_quietly(quick: str) -> None:
+    shown, code = on_terminal(quick, new_id(), typed=b"", until=b"", interrupt=True, NO_COLOR="1")
+    assert shown.decode().endswith("you › \r\x1b[K")
+    assert code == 130
+
+
+def test_what_was_typed_during_a_reply_is_shown_when_it_is_sent(quick: str) -> None:
+    conversation = new_id()
+    shown, code = on_terminal(quick, conversation, typed=b"one\ntwo\n", until=b"> two", NO_COLOR="1")
+    assert "\nyou › two\r\nbot › ".encode() in shown
+    assert code == 0
+
+
+def test_words_that_are_not_utf8_are_sent_as_far_as_they_can_be_read(quick: str) -> None:
+    conversation = new_id()
+    command = [sys.executable, "scripts/demo.py", "--url", quick, "--conversation", conversation]
+    subprocess.run(command, cwd=ROOT, input=b"caf\xe9\n", capture_output=True, timeout=PATIENCE_S, check=True)
+    [question, _] = asyncio.run(history(quick, conversation))
+    assert question["content"] == "caf\ufffd"
 
 
 async def post_and_wait(url: str, conversation: str, text: str) -> None:

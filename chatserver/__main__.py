@@ -90,7 +90,7 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "no host name"
         raise SetupError(f"{settings.host}:{settings.port} (HOST, PORT) cannot be listened on: {why}") from None
-    _give_up_idle_readers(sockets, settings.slow_client_timeout_s)
+    give_up_idle_readers(sockets, settings.slow_client_timeout_s)
     store = Store(
         client,
         timeout_s=settings.database_timeout_s,
@@ -124,10 +124,7 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
         gc.set_threshold(_GC_THRESHOLD)
         sys.setswitchinterval(_SWITCH_S)
         await stopping.wait()
-        replies = (
-            f"waiting up to {settings.drain_s:g} s for {chat.running} replies" if chat.running else "no reply runs"
-        )
-        logger.info("shutting down, %s; again to exit at once", replies)
+        logger.info("shutting down; running replies: %d, waited for up to %g s", chat.running, settings.drain_s)
         server.stop()
         await chat.drain()
         await streams.close()
@@ -139,7 +136,7 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
     await server.close_all_connections()
 
 
-def _give_up_idle_readers(sockets: list[socket.socket], slow_client_timeout_s: float) -> None:
+def give_up_idle_readers(sockets: list[socket.socket], slow_client_timeout_s: float) -> None:
     """Have the kernel, where it can, cut a client that has vanished or takes nothing of its answer.
 
     What is accepted inherits it. A stream's own timer comes first, and counts those that it cuts.

@@ -7,7 +7,7 @@ from datetime import datetime
 from functools import partial
 
 from chatserver import sse, store
-from chatserver.errors import DatabaseUnavailable, Draining, KeyReused, NotFound
+from chatserver.errors import DatabaseUnavailable, Draining, KeyReused, NoSuchConversation, NotFound
 from chatserver.hub import Hub, Live, Subscriber
 from chatserver.metrics import Metrics
 from chatserver.records import Message, Record, Summary, Turn
@@ -138,7 +138,7 @@ class Chat:
                 if live.reply is None or self._replies.get(live.reply.message_id) is None:
                     record = await self._replies.read(live, self._store.peek)
                     if record is None:
-                        raise NotFound("There is no conversation with this id.")
+                        raise NoSuchConversation
                 if live.reply is not None and (running := self._replies.get(live.reply.message_id)):
                     self._replies.end(running, STOPPED)
                     if running.ending != STOPPED:
@@ -168,7 +168,7 @@ class Chat:
             if reply is not None and (running := self._replies.get(reply.message_id)):
                 self._replies.end(running, STOPPED)
         if not found:
-            raise NotFound("There is no conversation with this id.")
+            raise NoSuchConversation
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class Chat:
                 record = await self._replies.read(live, partial(self._store.read, last=limit))
             # No await from here on, so that text and position are of one moment.
             if record is None:
-                raise NotFound("There is no conversation with this id.")
+                raise NoSuchConversation
             if not record.found:
                 raise NotFound("The parameter before names no message of this conversation.")
             messages = list(record.messages)

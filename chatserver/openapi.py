@@ -30,6 +30,21 @@ _WHEN = {
     "draining": "the server is shutting down",
     "internal": "an error of ours; the log has it under the request's id",
 }
+ENDS = {
+    "interrupted": "its server stopped or was lost while it was written; retry it",
+    "conversation_full": "it was cut where the conversation had no more room",
+    "source_authentication": "the model's server does not accept the key, or not for this model",
+    "source_cut": "the model's server broke off",
+    "source_empty": "the model said nothing",
+    "source_failed": "the model's server reported an error or refused the request, or the source crashed",
+    "source_invalid": "what the model's server sent cannot be understood",
+    "source_length": "it reached its largest length",
+    "source_rate_limited": "the model's server is asked too often, or the account has no credit",
+    "source_refused": "the model declined to answer, or the answer was filtered",
+    "source_timeout": "the model's server fell silent",
+    "source_unavailable": "the model's server cannot be reached or is in trouble",
+}
+"""The codes of replies that failed or were interrupted, and when they occur."""
 _CODES: dict[type[ChatError], tuple[str, ...]] = {
     InvalidRequest: ("invalid_request", "invalid_json", "invalid_id"),
 }
@@ -64,12 +79,15 @@ def _component(name: str, max_input_chars: int) -> tuple[str, Schema]:
 
 def _description() -> str:
     codes = "\n".join(f"- `{code}` ({status}): {when}" for code, (status, when) in sorted(problem_codes().items()))
+    ends = "\n".join(f"- `{code}`: {when}" for code, when in ENDS.items())
     return (
         "A chat backend that never loses a word.\n\n"
-        "A position says how much of a conversation a client has seen; it is opaque. Every event of a stream has the "
+        "A position says how much of a conversation a client has seen; it is opaque, but for the one before the first "
+        "message, which is `<conversationId>-0`. Every event of a stream has the "
         "position right after it as its id, and the history has the one where its messages end, so that a stream "
         "opened with it brings exactly what follows.\n\n"
-        f"Errors are problem+json (RFC 9457). The codes:\n\n{codes}"
+        f"Errors are problem+json (RFC 9457). The codes:\n\n{codes}\n\n"
+        f"A reply that failed or was interrupted has a code, too, in its `error` event and in the history:\n\n{ends}"
     )
 
 

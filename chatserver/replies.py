@@ -192,9 +192,9 @@ class Replies:
         """
         if self.draining:
             raise Draining
-        if len(self._running) + len(self._beginning) >= self._settings.max_replies:
-            raise TooManyReplies
         with self._hub.hold(conversation_id) as live:
+            if len(self._running) + len(self._beginning) >= self._settings.max_replies:
+                raise ReplyInProgress if live.reply is not None else TooManyReplies
             self._beginning[reply_id] = asyncio.Event()
             try:
                 try:

@@ -124,7 +124,7 @@ class Settings:
     log_level: str = _setting("info", _choice("debug", "info", "warning", "error"))
 
     mongodb_uri: str | None = _setting(None, secret=True)
-    chat_data_dir: Path = _setting(Path(".data"), Path)
+    chat_data_dir: Path = _setting(Path(".data"), lambda text: Path(text).expanduser())
     database_timeout_s: float = _setting(3.0, _SECONDS)
     checkpoint_ms: int = _setting(250, _whole(10, 60_000))
     lease_ms: int = _setting(10_000, _whole(100, 3_600_000))
@@ -168,6 +168,7 @@ def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Pa
     """
     file = _read_file(dotenv)
     values: dict[str, Any] = {}
+    wrong: list[str] = []
     for setting in fields(Settings):
         name = setting.name.upper()
         text = (environment.get(name) or file.get(name) or "").strip()
@@ -177,7 +178,9 @@ def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Pa
             values[setting.name] = setting.metadata["parse"](text)
         except ValueError as error:
             shown = repr(re.sub(".*@", "[hidden]@", text)) if setting.repr else "[hidden]"
-            raise SetupError(f"{name} is {shown}: {error}") from None
+            wrong.append(f"{name} is {shown}: {error}")
+    if wrong:
+        raise SetupError("\n".join(wrong))
     settings = Settings(**values)
     if settings.reply_source == "openai" and settings.openai_api_key in (None, PLACEHOLDER_KEY):
         raise SetupError("REPLY_SOURCE is 'openai', but OPENAI_API_KEY is not set to a real key (see .env.example)")

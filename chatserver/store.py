@@ -19,7 +19,6 @@ import hashlib
 import inspect
 import logging
 import re
-import sys
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -50,7 +49,7 @@ from chatserver.errors import (
     ConversationFull,
     DatabaseUnavailable,
     KeyReused,
-    NotFound,
+    NoSuchConversation,
     NothingToRetry,
     OutcomeUnknown,
     ReplyInProgress,
@@ -62,9 +61,6 @@ from chatserver.records import Begun, Message, Record, ReplyError, StoredReply, 
 logger = logging.getLogger(__name__)
 
 DEFAULT_DATABASE = "chat-db"
-_SWITCH_S = 0.0005
-"""How long a driver's thread waits for the interpreter while the event loop is busy, several times a call: with the
-interpreter's own 5 ms, a stop among 200 replies without delay takes up to a second."""
 DOCUMENT_BYTES = 16 * 1024 * 1024
 REPLY_ROOM = 1024 * 1024
 """Bytes kept free for a reply: a turn that would leave less is refused before it starts."""
@@ -115,7 +111,7 @@ def describe_uri(uri: str) -> str:
 
 
 def connect(uri: str, timeout_s: float) -> "AsyncIOMotorClient[Any]":
-    """Return the one database client of a process; set how readily the interpreter changes threads.
+    """Return the one database client of a process.
 
     :raises SetupError: if the URI is wrong
     """
@@ -125,7 +121,6 @@ def connect(uri: str, timeout_s: float) -> "AsyncIOMotorClient[Any]":
         client: AsyncIOMotorClient[Any] = AsyncIOMotorClient(uri, **client_options(timeout_s))
     except (InvalidURI, ConfigurationError, ValueError) as error:
         raise SetupError(f"MONGODB_URI is not a MongoDB URI: {error}") from None
-    sys.setswitchinterval(_SWITCH_S)
     return client
 
 
@@ -308,7 +303,7 @@ class Store:
                 {"_id": conversation}, {"reply._id": 1, "last": {"$slice": ["$messages", -1]}}
             )
             if document is None:
-                raise NotFound("There is no conversation with this id.")
+                raise NoSuchConversation
             if "reply" in document:
                 raise ReplyInProgress
             last = document["last"][0]

@@ -11,6 +11,7 @@ from pymongo.database import Database as PyMongoDatabase
 from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 
+from chatserver.__main__ import give_up_idle_readers
 from chatserver.app import make_app
 from chatserver.chat import Chat
 from chatserver.handlers.stream import Streams
@@ -93,6 +94,7 @@ class App:
         self._ticking = asyncio.create_task(self.streams.tick_for_ever())
         self.server = HTTPServer(make_app(self.chat, self.streams, self.metrics, settings))
         sock, self.port = bind_unused_port()
+        give_up_idle_readers([sock], settings.slow_client_timeout_s)
         self.server.add_socket(sock)
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = Client(self.url)

@@ -407,6 +407,7 @@ async def test_too_many_replies_are_refused_and_store_nothing(make_app: Callable
     response = await app.client.post("me, too")
     assert_problem(response, 503, "too_many_replies")
     assert int(response.headers["Retry-After"]) > 0
+    assert_problem(await app.client.post("again", first["conversationId"]), 409, "reply_in_progress")
     assert app.database.conversations.count_documents({}) == 1
     gate.release()
     await app.client.events(first["conversationId"], first["lastEventId"])

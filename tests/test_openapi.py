@@ -1,6 +1,7 @@
 """The specification: valid, complete, and true."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,12 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 from tornado.web import RequestHandler
 
-from chatserver import errors, schemas
+from chatserver import errors, openapi, schemas
 from chatserver.app import make_app as routes
 from chatserver.errors import ChatError
 from chatserver.openapi import make_openapi, problem_codes
+from chatserver.records import INTERRUPTED
+from chatserver.replies import _CRASHED, _FULL
 from tests.apps import App
 from tests.clients import new_id
 
@@ -141,6 +144,14 @@ async def test_documentation_page_needs_no_network_and_names_everything(app: App
         assert name in response.text
     for name in ("X-Request-Id", "integer, minimum 1, maximum 100, default 20", "<code>^[!-~]{1,255}$</code>"):
         assert name in response.text
+
+
+def test_every_code_of_a_failed_reply_is_described() -> None:
+    package = Path(openapi.__file__).parent
+    sources = "".join(path.read_text() for path in (package / "sources").glob("*.py"))
+    said = {*re.findall('"(source_[a-z_]+)"', sources), INTERRUPTED.code}
+    said |= {ending.error.code for ending in (_FULL, _CRASHED) if ending.error}
+    assert set(openapi.ENDS) == said and all(code in openapi.make_openapi(1)["info"]["description"] for code in said)
 
 
 async def test_schema_files_are_schemas() -> None:

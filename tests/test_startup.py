@@ -202,6 +202,7 @@ def test_port_that_is_taken_is_an_error(private: Callable[..., Server], database
     [
         ({"PORT": "abc"}, "PORT is 'abc': not a whole number"),
         ({"PORT": "70000"}, "PORT is '70000'"),
+        ({"PORT": "70000", "DRAIN_S": "x"}, "DRAIN_S is 'x'"),
         ({"SIMULATED_TOKEN_DELAY_MS": "-1"}, "SIMULATED_TOKEN_DELAY_MS is '-1'"),
         ({"REPLY_SOURCE": "gpt"}, "REPLY_SOURCE is 'gpt': not one of simulated, openai"),
         ({"REPLY_SOURCE": "openai"}, "OPENAI_API_KEY"),
@@ -216,6 +217,7 @@ def test_port_that_is_taken_is_an_error(private: Callable[..., Server], database
         ({"OPENAI_API_KEY": "sk-1\u200b2"}, "OPENAI_API_KEY is [hidden]: not made of visible ASCII characters"),
         ({"CORS_CREDENTIALS": "true", "CORS_ORIGINS": "*"}, "CORS_CREDENTIALS"),
         ({"CHAT_DATA_DIR": "/dev/null/x"}, "CHAT_DATA_DIR /dev/null/x"),
+        ({"CHAT_DATA_DIR": "~/x", "HOME": "/dev/null"}, "CHAT_DATA_DIR /dev/null/x"),
     ],
 )
 def test_setting_that_is_wrong_is_named_with_its_value(

@@ -48,6 +48,7 @@ def _page(document: dict[str, Any]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>chatserver API</title>'
+        '<link rel="icon" href="web/favicon.svg">'
         f'<link rel="stylesheet" href="web/docs.css"></head><body><main>{"".join(parts)}</main></body></html>\n'
     )
 

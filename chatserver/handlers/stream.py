@@ -296,9 +296,4 @@ class StreamHandler(BaseHandler):
             stream.close()
         accepted.setblocking(False)
         accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        if hasattr(socket, "TCP_USER_TIMEOUT") and accepted.family in (socket.AF_INET, socket.AF_INET6):
-            # A client that vanished acknowledges nothing: the kernel gives it up so long after a keep-alive. One that
-            # is there and takes nothing is our own timer's, which comes first.
-            milliseconds = int(self.config.slow_client_timeout_s * 1000) + 5000
-            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, accepted)

@@ -275,7 +275,7 @@ class Replies:
             self._publish_end(live, reply, stored)
         if stored is not message and not live.is_unused:
             # Whoever ended it may have gone on.
-            with suppress(DatabaseUnavailable):
+            with suppress(DatabaseUnavailable), self._hub.hold(live.conversation_id) as live:
                 self.align(live, await self.read(live, self._store.peek))
         ended = stored.status if stored else "deleted"
         self._metrics.reply_duration.labels(ended).observe(monotonic() - running.started_at)

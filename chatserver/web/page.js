@@ -294,6 +294,7 @@ async function attempt(action, unanswered = "") {
 function fit() {
   input.style.height = "auto";
   input.style.height = `${input.scrollHeight}px`;
+  thread.follow();
 }
 
 /** Have a text outlive a reload. */

@@ -5,13 +5,13 @@ import { render } from "./markdown.js";
 /** @typedef {import("./client.js").Message} Message */
 /** @typedef {import("./client.js").Conversation} Conversation */
 
-const NEAR_PX = 48;
+const NEAR_PX = 8;
 
+/** @type {Partial<Record<Message["status"], string>>} what is said of replies that can be retried */
 const ENDINGS = {
   stopped: "Stopped.",
   failed: "The answer failed.",
   interrupted: "The answer was interrupted.",
-  superseded: "Earlier attempt",
 };
 
 /** Shows one conversation at a time in the list `thread` inside `scroller`. */
@@ -23,6 +23,8 @@ export class Thread {
   /** @type {WeakMap<HTMLElement, string>} what each element shows */
   #shown = new WeakMap();
   #following = true;
+  /** where the scroller stood when it was last looked at or moved from here */
+  #top = 0;
   #scheduled = false;
 
   /**
@@ -35,18 +37,16 @@ export class Thread {
     this.thread = thread;
     this.onRetry = onRetry;
     this.onScroll = onScroll;
-    scroller.addEventListener("scroll", () => {
-      this.#following = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_PX;
-      onScroll(this.#following);
-    }, { passive: true });
-    new ResizeObserver(() => this.#follow()).observe(scroller);
-    new ResizeObserver(() => this.#follow()).observe(thread);
+    scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
+    new ResizeObserver(() => this.follow()).observe(scroller);
+    new ResizeObserver(() => this.follow()).observe(thread);
   }
 
   /** Show another conversation. */
   show(/** @type {Conversation} */ conversation) {
     this.#conversation = conversation;
     this.thread.replaceChildren();
+    this.scroller.scrollTop = 0;
     this.toEnd();
     this.update();
   }
@@ -65,14 +65,36 @@ export class Thread {
   /** Go to the last message, and along with it as it grows. */
   toEnd() {
     this.#following = true;
-    this.#follow();
+    this.follow();
     this.onScroll(true);
   }
 
-  #follow() {
-    if (this.#following) {
+  /** Keep the end in view, if the reader is there; to be called when the room for the messages has changed. */
+  follow() {
+    if (this.#following && this.#hasMessages) {
       this.scroller.scrollTop = this.scroller.scrollHeight;
     }
+    this.#top = this.scroller.scrollTop;
+  }
+
+  get #hasMessages() {
+    return this.thread.childElementCount > 0;
+  }
+
+  /**
+   * Upwards is the reader's doing, however little it is: to judge by the distance to the end would drag back whoever
+   * begins to scroll up while it grows. Only where there is less to scroll does the browser move up by itself, to the end.
+   */
+  #scrolled() {
+    const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+    const end = scrollHeight - clientHeight;
+    if (scrollTop < Math.min(this.#top, end)) {
+      this.#following = false;
+    } else if (scrollTop > this.#top && scrollTop > end - NEAR_PX) {
+      this.#following = true;
+    }
+    this.#top = scrollTop;
+    this.onScroll(this.#following || !this.#hasMessages);
   }
 
   #update() {
@@ -106,7 +128,7 @@ export class Thread {
     while (this.thread.children.length > messages.length) {
       this.thread.lastElementChild?.remove();
     }
-    this.#follow();
+    this.follow();
   }
 }
 
@@ -132,7 +154,7 @@ function show(element, message, isLast, onRetry) {
   body.classList.toggle("waiting", isGrowing && !message.content);
   element.setAttribute("aria-busy", String(isGrowing));
   const foot = /** @type {HTMLElement} */ (element.querySelector(".message-foot"));
-  foot.replaceChildren(...ending(message, isLast, onRetry));
+  foot.replaceChildren(...footing(message, isLast, onRetry));
 }
 
 /**
@@ -152,7 +174,7 @@ function build(element, message) {
   if (message.status === "superseded") {
     const details = document.createElement("details");
     const summary = document.createElement("summary");
-    summary.textContent = ENDINGS.superseded;
+    summary.textContent = "Earlier attempt";
     details.append(summary, body, foot);
     element.replaceChildren(speaker, details);
   } else {
@@ -167,22 +189,18 @@ function build(element, message) {
  * @param {boolean} isLast
  * @param {() => void} onRetry
  */
-function ending(message, isLast, onRetry) {
+function footing(message, isLast, onRetry) {
+  const ending = ENDINGS[message.status];
+  const words = [ending, message.error?.message].filter(Boolean).join(" ");
   const parts = [];
-  if (message.status === "superseded" && message.error) {
+  if (words) {
     const text = document.createElement("span");
     text.className = "ending";
-    text.textContent = message.error.message;
+    text.textContent = words;
     parts.push(text);
   }
-  if (message.status === "stopped" || message.status === "failed" || message.status === "interrupted") {
-    const text = document.createElement("span");
-    text.className = "ending";
-    text.textContent = [ENDINGS[message.status], message.error?.message].filter(Boolean).join(" ");
-    parts.push(text);
-    if (isLast) {
-      parts.push(button("Retry", "retry", onRetry));
-    }
+  if (ending && isLast) {
+    parts.push(button("Retry", "retry", onRetry));
   }
   if (message.status !== "streaming" && message.content) {
     const copy = button("Copy", "copy", () => {});

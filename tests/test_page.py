@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,8 @@ from tests.servers import ROOT, Server
 pytestmark = pytest.mark.needs("chromium")
 
 MakeSite = Callable[..., Site]
-AXE = ROOT / "tests" / "node" / "node_modules" / "axe-core" / "axe.min.js"
+NODE_MODULES = ROOT / "tests" / "node" / "node_modules"
+AXE = NODE_MODULES / "axe-core" / "axe.min.js"
 
 
 @pytest.fixture(scope="module")
@@ -797,7 +799,13 @@ RENDERED = {
     "text\n1. a\n2. b\n\nafter": "<p>text</p><ol><li>a</li><li>b</li></ol><p>after</p>",
     "3) c\n4) d": '<ol start="3"><li>c</li><li>d</li></ol>',
     "1. a\n\n   more\n\n2. b": "<ol><li>a<p>more</p></li><li>b</li></ol>",
+    "- a\n\t- b\n\t\t- c\n- d": "<ul><li>a<ul><li>b<ul><li>c</li></ul></li></ul></li><li>d</li></ul>",
+    "## Two ##\n# C#\n### #": "<h4>Two</h4><h3>C#</h3><h5></h5>",
     "a\n\n---\n\nb": "<p>a</p><hr><p>b</p>",
+    "(https://a.example/x_(y)), http://b.example/(z": (
+        '<p>(<a href="https://a.example/x_(y)" rel="noopener noreferrer" target="_blank">https://a.example/x_(y)</a>), '
+        '<a href="http://b.example/(z" rel="noopener noreferrer" target="_blank">http://b.example/(z</a></p>'
+    ),
     "[site](https://a.example/x_(y)?q=1) <http://b.example/>.": (
         '<p><a href="https://a.example/x_(y)?q=1" rel="noopener noreferrer" target="_blank">site</a> '
         '&lt;<a href="http://b.example/" rel="noopener noreferrer" target="_blank">http://b.example/</a>&gt;.</p>'
@@ -866,6 +874,74 @@ def test_markdown_that_grows_ends_as_if_it_had_come_at_once(page: Page, make_sit
         "<p>so </p>",
         "<p>so <em>it</em> <strong>b <em>c</em></strong></p>",
     ]
+
+
+def test_what_grows_keeps_its_elements_focus_and_selection(page: Page, make_site: MakeSite) -> None:
+    """Nothing but the last line is made anew, so that a long list or table costs no more with each token."""
+    open_page(page, make_site().url)
+    count, button, selection, text = page.evaluate(
+        """async () => {
+          const { render } = await import("./web/markdown.js");
+          const element = document.createElement("div");
+          document.body.append(element);
+          const grow = (text, from = 1) => {
+            for (let end = from; end <= text.length; end += 1) {
+              render(element, text.slice(0, end), true);
+            }
+          };
+          const lines = (line) => Array.from({ length: 50 }, (_, number) => line(number)).join("\\n");
+          let added = 0;
+          new MutationObserver((records) => {
+            for (const record of records) {
+              added += record.addedNodes.length;
+            }
+          }).observe(element, { subtree: true, childList: true });
+          const table = "|a|b|\\n|-|-|\\n" + lines((number) => `| ${number} | x |`);
+          for (const text of [lines((number) => `- item ${number}`), table]) {
+            render(element, "");
+            grow(text);
+            await null;
+          }
+          const count = added;
+
+          const code = "1. Do:\\n\\n   ```sh\\n   ls";
+          render(element, "");
+          grow(code);
+          const button = element.querySelector("li button");
+          button.focus();
+          button.textContent = "Copied";
+          grow(`${code} -l\\n   ps`, code.length);
+          const sameButton = document.activeElement === button && button.isConnected && button.textContent;
+
+          const paragraph = "Some **bold** words";
+          render(element, "");
+          grow(paragraph);
+          getSelection().selectAllChildren(element.querySelector("strong"));
+          getSelection().extend(element.querySelector("p").lastChild, 3);
+          grow(`${paragraph} and *more`, paragraph.length);
+          return [count, sameButton, getSelection().toString(), element.textContent];
+        }"""
+    )
+    assert count < 600, "rows or items were made anew"
+    assert (button, selection, text) == ("Copied", "bold wo", "Some bold words and more")
+
+
+def test_table_that_grows_is_a_table_all_the_time(page: Page, make_site: MakeSite) -> None:
+    open_page(page, make_site().url)
+    shown = page.evaluate(
+        """async (text) => {
+          const { render } = await import("./web/markdown.js");
+          const element = document.createElement("div");
+          const shown = new Set();
+          for (let end = text.indexOf("1"); end <= text.length; end += 1) {
+            render(element, text.slice(0, end), true);
+            shown.add(Array.from(element.children, (each) => each.className || each.tagName).join());
+          }
+          return [...shown, element.textContent];
+        }""",
+        "|a|b|\n|-|-|\n| 1 | one |\n| 2 | two",
+    )
+    assert shown == ["table", "ab1one2two"]
 
 
 def test_copy_buttons(new_context: Callable[..., BrowserContext], make_site: MakeSite) -> None:
@@ -1201,3 +1277,17 @@ def test_client_that_is_copied_needs_nothing_else(page: Page, make_site: MakeSit
         {name: each[name] for name in ("id", "role", "content", "status")} for each in site.history(conversation_id)
     ]
     assert (state, busy, messages) == ("paused", False, stored)
+
+
+@pytest.mark.needs("node")
+def test_types_in_the_comments_hold() -> None:
+    """Whoever copies `client.js` gets types that are true."""
+    options = "--noEmit --strict --allowJs --checkJs --target es2023 --module esnext --moduleResolution bundler"
+    files = sorted((ROOT / "chatserver" / "web").glob("*.js"))
+    checked = subprocess.run(
+        [NODE_MODULES / ".bin" / "tsc", *options.split(), "--lib", "es2023,dom,dom.iterable", "--types", "", *files],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert checked.returncode == 0, checked.stdout

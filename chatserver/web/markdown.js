@@ -21,47 +21,95 @@ const ROW = /^\s*\|(.*)\|\s*$/;
 const DELIMITER = /^\s*\|(?:\s*:?-+:?\s*\|)+\s*$/;
 const DEEPEST = 8;
 
-/** @type {WeakMap<Node, string>} what each block's element was made from */
-const sources = new WeakMap();
+/**
+ * What is to be seen: a text, or an element. Its `source` is all that its children are made from, where there is one: an
+ * element whose source has not changed is left as it is.
+ * @typedef {string | {tag: string, attributes?: Record<string, string>, source?: string, children: () => View[]}} View
+ */
+
+/** @type {WeakMap<Node, {shape: string, source?: string}>} what each element was made from */
+const made = new WeakMap();
 
 /**
- * Show a text in an element. Blocks that have not changed since the last time stay, so that a text that grows costs no
- * more than its last block, and what was selected or focused before that stays so.
+ * Show a text in an element. Only what has changed since the last time is touched, so that a text that grows costs no
+ * more than its last lines, and what was selected, focused or scrolled stays so.
  * @param {HTMLElement} element
  * @param {string} text
  * @param {boolean} growing  whether more is to come: then bold and code that are still open are shown as such
  */
 export function render(element, text, growing = false) {
-  const blocks = parse(text);
-  blocks.forEach((block, index) => {
-    const open = growing && index === blocks.length - 1;
-    const source = JSON.stringify([block, open]);
-    const old = element.childNodes[index];
-    if (old && sources.get(old) === source) {
-      return;
+  patch(element, parse(text, growing).map((block, index, all) => view(block, growing && index === all.length - 1, 0)));
+}
+
+/**
+ * Make an element's children what they are to be.
+ * @param {Node} parent
+ * @param {View[]} views
+ */
+function patch(parent, views) {
+  views.forEach((view, index) => {
+    const old = parent.childNodes[index];
+    const node = typeof view === "string" ? patchText(old, view) : patchElement(old, view);
+    if (!old) {
+      parent.appendChild(node);
+    } else if (node !== old) {
+      parent.replaceChild(node, old);
     }
-    const made = build(block, open, 0);
-    if (old) {
-      // The code block keeps its element, and with it its button, while its text grows.
-      if (!(block.kind === "code" && updateCode(old, block))) {
-        old.replaceWith(made);
-      }
-    } else {
-      element.append(made);
-    }
-    sources.set(element.childNodes[index], source);
   });
-  while (element.childNodes.length > blocks.length) {
-    element.lastChild?.remove();
+  while (parent.childNodes.length > views.length) {
+    parent.lastChild?.remove();
   }
+}
+
+/**
+ * @param {Node|undefined} old
+ * @param {string} text
+ */
+function patchText(old, text) {
+  if (!(old instanceof Text)) {
+    return document.createTextNode(text);
+  }
+  if (text.startsWith(old.data)) {
+    old.appendData(text.slice(old.data.length));
+  } else {
+    old.data = text;
+  }
+  return old;
+}
+
+/**
+ * @param {Node|undefined} old
+ * @param {Exclude<View, string>} view
+ */
+function patchElement(old, { tag, attributes = {}, source, children }) {
+  const shape = JSON.stringify([tag, attributes]);
+  const before = old && made.get(old);
+  /** @type {Node} */
+  let element;
+  if (old && before?.shape === shape) {
+    if (source !== undefined && before.source === source) {
+      return old;
+    }
+    element = old;
+  } else {
+    const created = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      created.setAttribute(name, value);
+    }
+    element = created;
+  }
+  made.set(element, { shape, source });
+  patch(element, children());
+  return element;
 }
 
 /**
  * Cut a text into its blocks.
  * @param {string} text
+ * @param {boolean} growing
  * @returns {Block[]}
  */
-export function parse(text) {
+function parse(text, growing) {
   const lines = text.replace(/\r\n?/g, "\n").split("\n");
   /** @type {Block[]} */
   const blocks = [];
@@ -88,7 +136,7 @@ export function parse(text) {
       blocks.push({ kind: "code", language: fence[2].trim().split(/\s/)[0], text: code.join("\n") });
     } else if (heading) {
       at += 1;
-      blocks.push({ kind: "heading", level: heading[1].length, text: heading[2].trim() });
+      blocks.push({ kind: "heading", level: heading[1].length, text: heading[2].trim().replace(/(?:^|\s)#+$/, "").trimEnd() });
     } else if (RULE.test(line)) {
       at += 1;
       blocks.push({ kind: "rule" });
@@ -97,7 +145,9 @@ export function parse(text) {
     } else if (ITEM.test(line)) {
       blocks.push(takeList(lines[at], take));
     } else if (ROW.test(line) && DELIMITER.test(lines[at + 1] ?? "")) {
-      const rows = take((each) => ROW.test(each)).filter((_, index) => index !== 1);
+      // A last row that has only begun is one all the same.
+      const isRow = (/** @type {string} */ each) => ROW.test(each) || (growing && at === lines.length - 1 && /^\s*\|/.test(each));
+      const rows = take(isRow).filter((_, index) => index !== 1);
       blocks.push({ kind: "table", rows: rows.map(cells) });
     } else {
       at += 1;
@@ -124,7 +174,8 @@ function takeList(first, take) {
   const items = [];
   let indent = 0;
   let blank = false;
-  take((line) => {
+  take((given) => {
+    const line = given.replace(/^\t+/, (tabs) => "    ".repeat(tabs.length));
     const item = ITEM.exec(line);
     const deeper = /^ */.exec(line)?.[0].length ?? 0;
     if (item && !RULE.test(line) && (items.length === 0 || deeper < indent) && /\d/.test(item[2]) === ordered) {
@@ -146,133 +197,102 @@ function takeList(first, take) {
 
 /** Return the texts of a table's cells. */
 function cells(/** @type {string} */ line) {
-  return (ROW.exec(line)?.[1] ?? "").split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+  return line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
 }
 
 /**
  * @param {Block} block
- * @param {boolean} growing
+ * @param {boolean} open  whether it grows
  * @param {number} depth
- * @returns {HTMLElement}
+ * @returns {View}
  */
-function build(block, growing, depth) {
+function view(block, open, depth) {
+  const source = JSON.stringify([block, open]);
   switch (block.kind) {
     case "code":
-      return buildCode(block);
+      return codeView(block, source);
     case "rule":
-      return document.createElement("hr");
-    case "heading": {
+      return { tag: "hr", source, children: () => [] };
+    case "heading":
       // The page has the levels above.
-      const heading = document.createElement(`h${Math.min(block.level + 2, 6)}`);
-      heading.append(...inline(block.text, growing));
-      return heading;
-    }
+      return { tag: `h${Math.min(block.level + 2, 6)}`, source, children: () => inline(block.text, open) };
     case "table":
-      return buildTable(block.rows);
+      return tableView(block, source);
     case "list": {
-      const list = document.createElement(block.ordered ? "ol" : "ul");
-      if (list instanceof HTMLOListElement && block.start !== 1) {
-        list.start = block.start;
-      }
-      block.items.forEach((text, index) => {
-        const item = document.createElement("li");
-        fill(item, text, growing && index === block.items.length - 1, depth + 1);
-        list.append(item);
-      });
-      return list;
+      const items = () =>
+        block.items.map((text, index, all) => containerView("li", text, open && index === all.length - 1, depth + 1));
+      const attributes = block.start === 1 ? undefined : { start: String(block.start) };
+      return { tag: block.ordered ? "ol" : "ul", attributes, source, children: items };
     }
-    case "quote": {
-      const quote = document.createElement("blockquote");
-      fill(quote, block.text, growing, depth + 1);
-      return quote;
-    }
-    default: {
-      const paragraph = document.createElement("p");
-      paragraph.append(...inline(block.text, growing));
-      return paragraph;
-    }
+    case "quote":
+      return containerView("blockquote", block.text, open, depth + 1);
+    default:
+      return { tag: "p", source, children: () => inline(block.text, open) };
   }
-}
-
-/** Put blocks into a list's item or a quote; a single paragraph needs no element of its own in an item. */
-function fill(/** @type {HTMLElement} */ element, /** @type {string} */ text, /** @type {boolean} */ growing, /** @type {number} */ depth) {
-  if (depth > DEEPEST) {
-    element.append(text);
-    return;
-  }
-  const blocks = parse(text);
-  blocks.forEach((block, index) => {
-    const open = growing && index === blocks.length - 1;
-    if (block.kind === "paragraph" && index === 0 && element instanceof HTMLLIElement) {
-      element.append(...inline(block.text, open));
-    } else {
-      element.append(build(block, open, depth));
-    }
-  });
-}
-
-/** @param {string[][]} rows */
-function buildTable(rows) {
-  const table = document.createElement("table");
-  rows.forEach((row, index) => {
-    const line = table.insertRow();
-    for (const text of row) {
-      const cell = document.createElement(index === 0 ? "th" : "td");
-      cell.append(...inline(text, false));
-      line.append(cell);
-    }
-  });
-  const frame = document.createElement("div");
-  frame.className = "table";
-  frame.tabIndex = 0;
-  frame.setAttribute("role", "group");
-  frame.setAttribute("aria-label", "Table");
-  frame.append(table);
-  return frame;
-}
-
-/** @param {{language: string, text: string}} block */
-function buildCode({ language, text }) {
-  const figure = document.createElement("figure");
-  figure.className = "code";
-  const caption = document.createElement("figcaption");
-  const label = document.createElement("span");
-  label.textContent = language || "text";
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "copy";
-  button.textContent = "Copy";
-  button.setAttribute("aria-label", "Copy code");
-  caption.append(label, button);
-  const pre = document.createElement("pre");
-  // It scrolls sideways, so the keyboard must be able to get at it.
-  pre.tabIndex = 0;
-  pre.setAttribute("role", "group");
-  pre.setAttribute("aria-label", "Code");
-  const code = document.createElement("code");
-  code.textContent = text;
-  pre.append(code);
-  figure.append(caption, pre);
-  return figure;
 }
 
 /**
- * @param {Node} element
- * @param {{language: string, text: string}} block
+ * Return a list's item or a quote, which holds blocks; a first paragraph needs no element of its own in an item.
+ * @param {"li"|"blockquote"} tag
+ * @param {string} text
+ * @param {boolean} open
+ * @param {number} depth
+ * @returns {View}
  */
-function updateCode(element, { language, text }) {
-  const label = element instanceof HTMLElement && element.matches("figure.code") && element.querySelector("figcaption span");
-  const code = label && element.querySelector("code");
-  if (!code || label.textContent !== (language || "text")) {
-    return false;
-  }
-  const old = code.firstChild;
-  if (old instanceof Text && text.startsWith(old.data)) {
-    old.appendData(text.slice(old.data.length));
-  } else {
-    code.textContent = text;
-  }
-  return true;
+function containerView(tag, text, open, depth) {
+  const children = () =>
+    parse(text, open).flatMap((block, index, all) => {
+      const isOpen = open && index === all.length - 1;
+      return tag === "li" && index === 0 && block.kind === "paragraph" ? inline(block.text, isOpen) : [view(block, isOpen, depth)];
+    });
+  return { tag, source: `${open} ${text}`, children: depth > DEEPEST ? () => [text] : children };
+}
+
+/**
+ * @param {{rows: string[][]}} block
+ * @param {string} source
+ * @returns {View}
+ */
+function tableView({ rows }, source) {
+  const row = (/** @type {string[]} */ texts, /** @type {number} */ index) => ({
+    tag: "tr",
+    source: JSON.stringify(texts),
+    children: () =>
+      texts.map((text) => ({ tag: index === 0 ? "th" : "td", children: () => inline(text, false) })),
+  });
+  const body = () => [{ tag: "tbody", children: () => rows.map(row) }];
+  return {
+    tag: "div",
+    attributes: { class: "table", tabindex: "0", role: "group", "aria-label": "Table" },
+    source,
+    children: () => [{ tag: "table", children: body }],
+  };
+}
+
+/**
+ * @param {{language: string, text: string}} block
+ * @param {string} source
+ * @returns {View}
+ */
+function codeView({ language, text }, source) {
+  const button = { type: "button", class: "copy", "aria-label": "Copy code" };
+  const caption = () => [
+    { tag: "span", children: () => [language || "text"] },
+    { tag: "button", attributes: button, children: () => ["Copy"] },
+  ];
+  // It scrolls sideways, so the keyboard must be able to get at it.
+  const frame = { tabindex: "0", role: "group", "aria-label": "Code" };
+  const code = () => [{ tag: "code", children: () => [text] }];
+  return {
+    tag: "figure",
+    attributes: { class: "code" },
+    source,
+    children: () => [
+      // Its source leaves alone what the button says while the text grows.
+      { tag: "figcaption", source: language, children: caption },
+      { tag: "pre", attributes: frame, children: code },
+    ],
+  };
 }
 
 // -- within a line ----------------------------------------------------------------------------------------------------
@@ -280,24 +300,20 @@ function updateCode(element, { language, text }) {
 const MARKS = /\\([\\`*_{}[\]()#+\-.!|>~])|(`+)|(\*{1,3}|_{1,3})|\[|\bhttps?:\/\/[^\s<>"'`]+/g;
 
 /**
- * Return a text's nodes.
+ * Return a text's parts.
  * @param {string} text
  * @param {boolean} growing
- * @returns {Node[]}
+ * @returns {View[]}
  */
 function inline(text, growing, depth = 0) {
-  /** @type {Node[]} */
-  const nodes = [];
+  /** @type {View[]} */
+  const views = [];
   let plain = "";
   const flush = () => {
     if (plain) {
-      nodes.push(document.createTextNode(plain));
+      views.push(plain);
       plain = "";
     }
-  };
-  const add = (/** @type {Node} */ node) => {
-    flush();
-    nodes.push(node);
   };
   /** @type {Set<string>} marks that nothing further on closes, so that a text full of them is not searched for each */
   const unclosed = new Set();
@@ -306,12 +322,13 @@ function inline(text, growing, depth = 0) {
   for (let mark = marks.exec(text); mark; mark = marks.exec(text)) {
     plain += text.slice(at, mark.index);
     at = mark.index;
-    const found = depth < DEEPEST ? element(text, mark, growing, depth, unclosed) : null;
+    const found = depth < DEEPEST ? markView(text, mark, growing, depth, unclosed) : null;
     if (mark[1]) {
       plain += mark[1];
       at += 2;
     } else if (found) {
-      add(found.node);
+      flush();
+      views.push(found.view);
       at = found.end;
     } else {
       plain += mark[0];
@@ -325,7 +342,7 @@ function inline(text, growing, depth = 0) {
     plain = plain.replace(/[*_`]{1,3}$/, "");
   }
   flush();
-  return nodes;
+  return views;
 }
 
 /**
@@ -335,21 +352,21 @@ function inline(text, growing, depth = 0) {
  * @param {boolean} growing
  * @param {number} depth
  * @param {Set<string>} unclosed
- * @returns {{node: HTMLElement, end: number}|null}
+ * @returns {{view: View, end: number}|null}
  */
-function element(text, mark, growing, depth, unclosed) {
+function markView(text, mark, growing, depth, unclosed) {
   const begin = mark.index + mark[0].length;
   if (mark[0] === "[") {
     const link = /\[((?:[^[\]\\]|\\.)*)\]\(<?([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?:\s"[^"]*")?\)/y;
     link.lastIndex = mark.index;
     const parts = link.exec(text);
-    const node = parts && anchor(parts[2], inline(parts[1], false, depth + 1));
-    return node ? { node, end: link.lastIndex } : null;
+    const view = parts && anchor(parts[2], inline(parts[1], false, depth + 1));
+    return view ? { view, end: link.lastIndex } : null;
   }
   if (mark[0].startsWith("http")) {
-    const address = mark[0].replace(/[.,;:!?*_~)\]]{1,9}$/, "");
-    const node = anchor(address, [document.createTextNode(address)]);
-    return node ? { node, end: mark.index + address.length } : null;
+    const address = trimAddress(mark[0]);
+    const view = anchor(address, [address]);
+    return view ? { view, end: mark.index + address.length } : null;
   }
   if (mark[1] || unclosed.has(mark[0]) || (mark[3] && !opens(text, mark[0], mark.index))) {
     return null;
@@ -362,8 +379,8 @@ function element(text, mark, growing, depth, unclosed) {
     }
   }
   const inner = close === -1 ? text.slice(begin) : text.slice(begin, close);
-  const node = mark[2] ? inlineCode(inner) : emphasis(inner, mark[0].length, growing && close === -1, depth);
-  return { node, end: close === -1 ? text.length : close + mark[0].length };
+  const view = mark[2] ? inlineCode(inner) : emphasis(inner, mark[0].length, growing && close === -1, depth);
+  return { view, end: close === -1 ? text.length : close + mark[0].length };
 }
 
 /** Tell whether a mark of emphasis opens: there is text right after it, and it is no underscore inside a word. */
@@ -395,11 +412,22 @@ function isWord(/** @type {string|undefined} */ char) {
   return char !== undefined && /[\p{L}\p{N}]/u.test(char);
 }
 
+/** Return an address without what only stands after it: punctuation, and brackets that it did not open. */
+function trimAddress(/** @type {string} */ address) {
+  let end = address.length;
+  let unopened = address.split(")").length - address.split("(").length;
+  while (/[.,;:!?*_~\])]/.test(address[end - 1]) && (address[end - 1] !== ")" || unopened > 0)) {
+    unopened -= address[end - 1] === ")" ? 1 : 0;
+    end -= 1;
+  }
+  return address.slice(0, end);
+}
+
+/** @returns {View} */
 function inlineCode(/** @type {string} */ text) {
-  const code = document.createElement("code");
   const line = text.replaceAll("\n", " ");
-  code.textContent = line.startsWith(" ") && line.endsWith(" ") && line.trim() ? line.slice(1, -1) : line;
-  return code;
+  const code = line.startsWith(" ") && line.endsWith(" ") && line.trim() ? line.slice(1, -1) : line;
+  return { tag: "code", children: () => [code] };
 }
 
 /**
@@ -407,18 +435,19 @@ function inlineCode(/** @type {string} */ text) {
  * @param {number} marks  1: italic, 2: bold, 3: both
  * @param {boolean} growing
  * @param {number} depth
+ * @returns {View}
  */
 function emphasis(text, marks, growing, depth) {
-  const element = document.createElement(marks === 1 ? "em" : "strong");
-  const innermost = marks === 3 ? element.appendChild(document.createElement("em")) : element;
-  innermost.append(...inline(text, growing, depth + 1));
-  return element;
+  const children = () => inline(text, growing, depth + 1);
+  const both = () => [{ tag: "em", children }];
+  return { tag: marks === 1 ? "em" : "strong", children: marks === 3 ? both : children };
 }
 
 /**
  * Return a link, or null if its address is none that a link may have.
  * @param {string} address
- * @param {Node[]} label
+ * @param {View[]} label
+ * @returns {View|null}
  */
 function anchor(address, label) {
   let url;
@@ -430,10 +459,5 @@ function anchor(address, label) {
   if (!["http:", "https:", "mailto:"].includes(url.protocol)) {
     return null;
   }
-  const link = document.createElement("a");
-  link.href = url.href;
-  link.rel = "noopener noreferrer";
-  link.target = "_blank";
-  link.append(...label);
-  return link;
+  return { tag: "a", attributes: { href: url.href, rel: "noopener noreferrer", target: "_blank" }, children: () => label };
 }

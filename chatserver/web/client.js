@@ -24,6 +24,7 @@
  * @property {"user"|"assistant"} role
  * @property {string} content
  * @property {Status} status
+ * @property {string} [createdAt]  ISO 8601; the history has it for all messages, the stream for those of users
  * @property {{code: string, message: string}} [error]  why a reply failed or was interrupted
  *
  * @typedef {object} Summary
@@ -35,6 +36,11 @@
  * @property {"idle"|"streaming"} status
  *
  * @typedef {{conversationId: string, messageId: string, replyId: string, lastEventId: string}} Turn
+ *
+ * @typedef {object} Unsent  a message that is not known to have arrived
+ * @property {string} text
+ * @property {string} key  with the same key it is taken once, however often it is sent
+ * @property {number} [before]  how many messages there were before it, if that was known
  *
  * @typedef {"connecting"|"live"|"reconnecting"|"offline"|"paused"|"deleted"} State
  * `paused` is before `open` and after `pause`; `deleted` is final.
@@ -74,6 +80,11 @@ export class ApiError extends Error {
     this.code = code;
     this.retryAfterS = retryAfterS;
   }
+
+  /** Whether it is unknown if the request was carried out: there was no answer, or only a proxy's. */
+  get isUnanswered() {
+    return [0, 502, 504].includes(this.status);
+  }
 }
 
 /** The API's routes, one method each. All of them throw `ApiError`. */
@@ -97,10 +108,12 @@ export class Api {
   /**
    * Return what was said so far, and the position after it.
    * @param {string} id
+   * @param {{limit?: number, before?: string}} [part]  only so many messages, the newest, or those before that one
    * @returns {Promise<{messages: Message[], lastEventId: string}>}
    */
-  history(id) {
-    return this.#call("GET", `chat/${id}`);
+  history(id, { limit, before } = {}) {
+    const query = new URLSearchParams({ ...(limit && { limit: String(limit) }), ...(before && { before }) });
+    return this.#call("GET", `chat/${id}${query.size ? `?${query}` : ""}`);
   }
 
   /**
@@ -164,36 +177,52 @@ export class Api {
       request.headers = { ...headers, "Content-Type": "application/json" };
       request.body = JSON.stringify(body);
     }
+    const url = new URL(path, this.base);
     let response;
     let text;
     try {
-      response = await fetch(new URL(path, this.base), request);
+      response = await fetch(url, request);
       text = await response.text();
     } catch {
       // fetch rejects for nothing but a request that could not be made, a broken line and our own time limit.
       throw new ApiError(0, "unreachable", "The server cannot be reached.");
     }
+    const type = response.headers.get("Content-Type") ?? "";
     if (!response.ok) {
       // A proxy's error is no problem+json.
-      const isProblem = response.headers.get("Content-Type")?.startsWith("application/problem+json");
+      const isProblem = type.startsWith("application/problem+json");
       const problem = isProblem ? JSON.parse(text) : { code: "unknown", detail: `The server answered ${response.status}.` };
       throw new ApiError(response.status, problem.code, problem.detail, Number(response.headers.get("Retry-After")) || 0);
     }
-    return text ? JSON.parse(text) : undefined;
+    if (response.status === 204) {
+      return undefined;
+    }
+    if (!type.startsWith("application/json")) {
+      // Such as the login page of a hotel's network.
+      throw new ApiError(0, "unreachable", "The server cannot be reached: something else answered.");
+    }
+    return JSON.parse(text);
   }
 }
 
 /**
  * One conversation, kept up to date by its stream.
  *
- * Fires `change` when `messages`, `accepted` or `busy` have changed, `state` when `state` has, and `end` (a CustomEvent
- * whose detail is the reply) when a reply has ended.
+ * Fires `change` when `messages`, `accepted`, `busy` or `pending` have changed, `state` when `state` has, `sent` (a
+ * CustomEvent whose detail is the text) when what was said is known to have arrived, and `end` (its detail is the reply)
+ * when a reply has ended.
  */
 export class Conversation extends EventTarget {
   /** @type {Message[]} what was said, in order; a reply that grows is the last */
   messages = [];
   /** @type {{text: string, messageId: string, replyId: string}|null} a turn that was taken, until the stream tells it */
   accepted = null;
+  /** @type {Unsent|null} to be kept and given back by whoever wants it to outlive a reload */
+  unsent = null;
+  /** whether something said, or a retry, has not been answered yet */
+  pending = false;
+  /** whether the server knew no such conversation when it was asked; what is said begins it */
+  missing = false;
 
   /** @type {State} */
   #state = "paused";
@@ -206,8 +235,6 @@ export class Conversation extends EventTarget {
   #attempt = 0;
   /** @type {ReturnType<typeof setTimeout>|undefined} */
   #timer;
-  /** @type {{text: string, key: string}|null} */
-  #unsent = null;
   // Either is only a hint; whether the line holds is found out by trying.
   #onNetworkChange = () => this.#reconnect();
 
@@ -230,6 +257,11 @@ export class Conversation extends EventTarget {
   /** Whether a reply is awaited or grows. */
   get busy() {
     return this.accepted !== null || this.messages.at(-1)?.status === "streaming";
+  }
+
+  /** Whether `messages` is what the server has, as far as it is known. */
+  get loaded() {
+    return this.#position !== null;
   }
 
   /** @returns {State} */
@@ -256,17 +288,26 @@ export class Conversation extends EventTarget {
   }
 
   /**
-   * Say something. After a failure, the same text may be sent again without being said twice.
+   * Say something. After a failure, the same text may be sent again without being posted twice.
    * @param {string} text
    * @throws {ApiError}
    */
   async say(text) {
-    if (this.#unsent?.text !== text) {
-      this.#unsent = { text, key: randomHex(16) };
+    if (this.unsent?.text !== text) {
+      this.unsent = { text, key: randomHex(16), before: this.loaded ? this.messages.length : undefined };
     }
-    const turn = await this.#ask(() => this.api.say(this.id, text, this.#unsent?.key ?? ""));
-    this.#unsent = null;
-    this.#accept(turn, text);
+    const unsent = this.unsent;
+    try {
+      await this.#begin(() => this.api.say(this.id, text, unsent.key), text);
+    } catch (error) {
+      if (!(error instanceof ApiError) || this.unsent === unsent) {
+        throw error;
+      }
+      // The answer was lost, but by now the stream has told that it arrived.
+    }
+    if (this.unsent === unsent) {
+      this.#sent(text);
+    }
   }
 
   /**
@@ -274,7 +315,7 @@ export class Conversation extends EventTarget {
    * @throws {ApiError}
    */
   async retry() {
-    this.#accept(await this.#ask(() => this.api.retry(this.id)), "");
+    await this.#begin(() => this.api.retry(this.id), "");
   }
 
   /**
@@ -288,6 +329,26 @@ export class Conversation extends EventTarget {
   /** The position before the first message, as the API defines it. */
   get #beginning() {
     return `${this.id}-0`;
+  }
+
+  /**
+   * @param {() => Promise<Turn>} request
+   * @param {string} text  empty for a retry
+   */
+  async #begin(request, text) {
+    this.pending = true;
+    this.#changed();
+    try {
+      this.#accept(await this.#ask(request), text);
+    } finally {
+      this.pending = false;
+      this.#changed();
+    }
+  }
+
+  #sent(/** @type {string} */ text) {
+    this.unsent = null;
+    this.dispatchEvent(new CustomEvent("sent", { detail: text }));
   }
 
   /**
@@ -309,7 +370,7 @@ export class Conversation extends EventTarget {
   /**
    * The stream may lag behind an answer, or be ahead of it.
    * @param {Turn} turn
-   * @param {string} text  empty for a retry
+   * @param {string} text
    */
   #accept(turn, text) {
     const isRetry = text === "";
@@ -322,7 +383,6 @@ export class Conversation extends EventTarget {
     } else if (isRetry || !this.#find(turn.messageId)) {
       this.accepted = { text, messageId: turn.messageId, replyId: turn.replyId };
     }
-    this.#changed();
   }
 
   // -- the line -------------------------------------------------------------------------------------------------------
@@ -355,11 +415,14 @@ export class Conversation extends EventTarget {
           return;
         }
         this.#position = this.#beginning;
+        this.missing = true;
       }
     }
     const source = new EventSource(this.api.streamUrl(this.id, this.#position));
     this.#source = source;
+    let isOpen = false;
     source.addEventListener("open", () => {
+      isOpen = true;
       this.#known = true;
       this.#failures = 0;
       this.#setState("live");
@@ -369,11 +432,13 @@ export class Conversation extends EventTarget {
         if (event instanceof MessageEvent) {
           this.#position = event.lastEventId || null;
           this.#take(name, JSON.parse(event.data));
-        } else if (source.readyState === EventSource.CLOSED) {
-          // It gives up on any answer but 200; on a line that breaks, it comes back by itself.
-          this.#connectLater();
-        } else {
+        } else if (isOpen && source.readyState === EventSource.CONNECTING) {
+          // The line broke, and it tries again by itself; but only once, since it would do so every second for ever.
+          isOpen = false;
           this.#setState("reconnecting");
+        } else {
+          // It gives up on any answer but 200.
+          this.#connectLater();
         }
       });
     }
@@ -381,12 +446,15 @@ export class Conversation extends EventTarget {
 
   #reconnect() {
     this.#failures = 0;
-    this.#setState("reconnecting");
+    this.#state = "reconnecting";
+    // Whether that is called "offline" may have changed.
+    this.dispatchEvent(new Event("state"));
     this.#connect();
   }
 
   /** Connect after a while that doubles with each failure; its random part keeps many clients from coming at once. */
   #connectLater(atLeastMs = 0) {
+    this.#hangUp();
     const longest = Math.min(LONGEST_DELAY_MS, FIRST_DELAY_MS * 2 ** this.#failures);
     this.#failures += 1;
     this.#timer = setTimeout(() => this.#connect(), Math.max(atLeastMs, longest * (0.5 + Math.random() / 2)));
@@ -427,8 +495,11 @@ export class Conversation extends EventTarget {
       const ours = this.accepted?.messageId === data.messageId ? this.accepted : null;
       this.accepted = ours ? null : this.accepted;
       if (!this.#find(data.messageId)) {
-        this.messages.push({ id: data.messageId, role: "user", content: data.text, status: "complete" });
+        this.messages.push({ id: data.messageId, role: "user", content: data.text, status: "complete", createdAt: data.createdAt });
         this.messages.push({ id: ours?.replyId ?? null, role: "assistant", content: "", status: "streaming" });
+      }
+      if (data.text === this.unsent?.text) {
+        this.#sent(data.text);
       }
     } else if (name === "token") {
       this.#growing().content += data.text;
@@ -474,6 +545,10 @@ export class Conversation extends EventTarget {
     this.messages = messages.map((message) => Object.assign(this.#find(message.id) ?? {}, message));
     if (this.accepted && (this.#find(this.accepted.messageId) || messages.length === 0)) {
       this.accepted = null;
+    }
+    const { text, before } = this.unsent ?? {};
+    if (text && before !== undefined && this.messages.slice(before).some((each) => each.role === "user" && each.content === text)) {
+      this.#sent(text);
     }
     this.#changed();
   }

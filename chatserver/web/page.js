@@ -1,6 +1,7 @@
 /** The chat page: one conversation, the list of all, and a box to write in. */
 
 import { Api, ApiError, Conversation, isId, newId } from "./client.js";
+import { keepDraft, loadDraft } from "./drafts.js";
 import { Sidebar } from "./sidebar.js";
 import { shareConnections } from "./tabs.js";
 import { Thread } from "./thread.js";
@@ -10,12 +11,14 @@ const STATES = {
   live: "Live",
   reconnecting: "Reconnecting",
   offline: "Offline",
-  paused: "Paused: go on by a click",
+  paused: "Paused: click to resume",
   deleted: "Deleted",
 };
 const NAME = "chatserver";
 const NEW = "New conversation";
+const UNTITLED = "Conversation";
 const BUSY = "The answer is still being written: wait for its end, or stop it.";
+const KEPT = "Your text is kept; sending it again will not post it twice.";
 const COPIED_MS = 1500;
 
 const input = /** @type {HTMLTextAreaElement} */ (byId("input"));
@@ -27,24 +30,28 @@ const notice = byId("notice");
 const api = new Api(new URL(".", location.href));
 /** @type {Conversation} */
 let conversation;
+/** under which the draft is kept: the conversation's id, once that stands in the address bar */
 let draftName = "";
 let mayHold = false;
-let sending = false;
 let inTrouble = false;
-/** @type {string|null} what the notice says once the server answers again; null: what it says now */
-let afterwards = null;
+/** what the notice is about, so that it goes when that is settled, and what is left of it once the server answers again */
+let told = { about: "", later: "" };
+/** @type {Set<string>} the conversations that are being deleted from here */
+const deleting = new Set();
 
 const thread = new Thread(byId("scroller"), byId("thread"), {
   onRetry: () => {
     // The button that had the focus goes away.
     input.focus();
-    attempt(() => conversation.retry());
+    if (!conversation.pending) {
+      attempt("retry", () => conversation.retry(), "Your retry may not have got through.");
+    }
   },
   onScroll: (atEnd) => {
     byId("latest").hidden = atEnd;
   },
 });
-const sidebar = new Sidebar(api, { onDelete: remove, onList: showTitle });
+const sidebar = new Sidebar(api, { onDelete: remove, onList: showList, onFailure: (error) => tell(error.message) });
 const tellOthers = shareConnections({
   hold: () => {
     mayHold = true;
@@ -82,12 +89,15 @@ function route() {
 function follow(next, name) {
   conversation?.pause();
   conversation = next;
-  draftName = `${NAME}-draft-${name}`;
+  draftName = name;
+  const draft = loadDraft(name);
+  next.unsent = draft.unsent ?? null;
   next.addEventListener("change", () => next === conversation && showConversation());
   next.addEventListener("state", () => next === conversation && showState());
   next.addEventListener("end", (event) => next === conversation && event instanceof CustomEvent && onEnd(event.detail));
-  tell("");
-  input.value = sessionStorage.getItem(draftName) ?? "";
+  next.addEventListener("sent", (event) => event instanceof CustomEvent && onSent(next, event.detail));
+  input.value = draft.text;
+  tell(next.unsent && next.unsent.text === draft.text ? KEPT : "", "say");
   fit();
   thread.show(next);
   sidebar.select(next.id);
@@ -106,9 +116,7 @@ function onEnd(/** @type {import("./client.js").Message} */ reply) {
   // Only now is the answer read out: once, as a whole, and not token by token.
   const endings = { stopped: " (stopped)", failed: " (failed)", interrupted: " (interrupted)" };
   announce(`Answer: ${reply.content.replace(/[*`#]/g, "")}${endings[/** @type {"stopped"} */ (reply.status)] ?? ""}`);
-  if (notice.textContent === BUSY) {
-    tell("");
-  }
+  settled("busy");
   sidebar.refresh();
 }
 
@@ -117,23 +125,48 @@ function changedList() {
   tellOthers();
 }
 
-/** Delete a conversation. */
-async function remove(/** @type {string} */ id) {
-  const isOurs = id === conversation.id;
-  if (isOurs) {
-    conversation.pause();
-  }
-  const isDone = await attempt(() => api.delete(id));
-  if (isOurs && isDone) {
-    startNew();
-  } else if (isOurs) {
-    conversation.open();
+/** Take what has arrived, now or on an earlier try, out of the box; what was typed after it stays. */
+function onSent(/** @type {Conversation} */ to, /** @type {string} */ text) {
+  const isShown = to.id === conversation.id;
+  const typed = isShown ? input.value : loadDraft(to.id).text;
+  const left = typed.startsWith(text) ? typed.slice(text.length) : typed;
+  keepDraft(to.id, { text: left });
+  if (isShown) {
+    conversation.unsent = null;
+    input.value = left;
+    fit();
+    settled("say");
+    thread.toEnd();
   }
   changedList();
 }
 
+/** Delete a conversation. */
+async function remove(/** @type {string} */ id) {
+  deleting.add(id);
+  const isDone = await attempt(id, () => api.delete(id), `“${sidebar.title(id)}” may not have been deleted.`);
+  deleting.delete(id);
+  // The reader may have gone elsewhere meanwhile.
+  if (isDone && id === conversation.id) {
+    leaveDeleted();
+  }
+  changedList();
+}
+
+/** Go from a conversation that is gone to a new one; what was typed goes along. */
+function leaveDeleted() {
+  const typed = input.value;
+  keepDraft(draftName, { text: "" });
+  history.replaceState(null, "", location.pathname + location.search);
+  route();
+  addText(typed);
+}
+
 function startNew() {
-  history.pushState(null, "", location.pathname + location.search);
+  // One step back leads to what was there before, however often this is clicked.
+  if (location.hash) {
+    history.pushState(null, "", location.pathname + location.search);
+  }
   route();
 }
 
@@ -141,31 +174,45 @@ function startNew() {
 
 function showConversation() {
   const isEmpty = conversation.messages.length === 0 && !conversation.accepted;
-  byId("welcome").hidden = !isEmpty || (isId(location.hash.slice(1)) && conversation.state !== "live");
+  byId("welcome").hidden = !isEmpty || !conversation.loaded;
+  byId("missing").hidden = !conversation.missing;
   byId("thread").hidden = isEmpty;
-  byId("awaited").hidden = !isEmpty || !isId(location.hash.slice(1)) || !isTrouble();
+  byId("awaited").hidden = !isEmpty || conversation.loaded || !isTrouble();
+  byId("composer").setAttribute("aria-busy", String(conversation.pending));
   const hadFocus = document.activeElement === send || document.activeElement === stop;
   stop.hidden = !conversation.busy;
   send.hidden = conversation.busy;
   if (hadFocus && document.activeElement === document.body) {
     input.focus();
   }
+  settled(conversation.busy ? "retry" : "stop");
   showTitle();
   thread.update();
 }
 
+function showList() {
+  showTitle();
+  if (isId(told.about) && sidebar.title(told.about) === undefined) {
+    // It has been deleted after all.
+    tell("");
+  }
+}
+
 function showTitle() {
   const first = conversation.messages[0]?.content ?? conversation.accepted?.text;
-  const title = sidebar.title(conversation.id) ?? first?.trim().split("\n")[0].slice(0, 80) ?? NEW;
+  const title = sidebar.title(conversation.id) ?? first?.trim().split("\n")[0].slice(0, 80) ?? (conversation.loaded ? NEW : UNTITLED);
   byId("title").textContent = title;
   document.title = `${title} · ${NAME}`;
 }
 
 function showState() {
   if (conversation.state === "deleted") {
-    startNew();
-    tell("That conversation has been deleted.");
-    changedList();
+    const isOurDoing = deleting.has(conversation.id);
+    leaveDeleted();
+    if (!isOurDoing) {
+      tell("That conversation has been deleted.");
+      changedList();
+    }
     return;
   }
   const state = byId("state");
@@ -174,9 +221,12 @@ function showState() {
   if (isTrouble() || (inTrouble && conversation.state === "live")) {
     inTrouble = isTrouble();
     announce(STATES[conversation.state]);
+    if (!inTrouble) {
+      sidebar.refresh();
+    }
   }
-  if (afterwards !== null && conversation.state === "live") {
-    tell(afterwards);
+  if (conversation.state === "live" && notice.textContent !== told.later) {
+    tell(told.later, told.about);
   }
   showConversation();
 }
@@ -193,12 +243,20 @@ function announce(/** @type {string} */ text) {
 /**
  * Tell the reader what went wrong; an empty text takes the notice away.
  * @param {string} text
- * @param {string|null} [later]  what is left to say once the server answers again
+ * @param {string} [about]  what it is about; see `settled`
+ * @param {string} [later]  what is left to say once the server answers again
  */
-function tell(text, later = null) {
+function tell(text, about = "", later = text) {
   notice.textContent = text;
   notice.hidden = !text;
-  afterwards = later;
+  told = { about, later };
+}
+
+/** Take the notice away if it is about something that is not so any more. */
+function settled(/** @type {string} */ about) {
+  if (told.about === about) {
+    tell("");
+  }
 }
 
 // -- writing --------------------------------------------------------------------------------------------------------------
@@ -210,69 +268,61 @@ byId("composer").addEventListener("submit", (event) => {
 
 input.addEventListener("keydown", (event) => {
   // While a character is composed (Japanese, for one), Enter chooses it.
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  // (Safari tells of that key only by this old number.)
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) {
     event.preventDefault();
     say();
   }
 });
 
 input.addEventListener("input", () => {
-  keepDraft(draftName, input.value);
+  keep();
   fit();
 });
 
 stop.addEventListener("click", (event) => {
   // The second click of a double click on "Send" is none on "Stop".
   if (event.detail < 2) {
-    attempt(() => conversation.stop());
+    attempt("stop", () => conversation.stop(), "Your stop may not have got through.");
   }
 });
 
 for (const suggestion of document.querySelectorAll(".suggestion")) {
   suggestion.addEventListener("click", () => {
-    input.value = suggestion.textContent ?? "";
+    addText(suggestion.textContent ?? "");
     input.focus();
-    fit();
   });
 }
 
-async function say() {
+function say() {
   const text = input.value;
   const to = conversation;
-  const draft = draftName;
-  if (!text.trim() || sending) {
+  if (!text.trim() || to.pending) {
     return;
   }
   if (to.busy) {
-    tell(BUSY);
+    tell(BUSY, "busy");
     return;
   }
-  sending = true;
-  byId("composer").setAttribute("aria-busy", "true");
-  const isSent = await attempt(() => to.say(text), "Your text is kept; sending it again will not say it twice.");
-  sending = false;
-  byId("composer").removeAttribute("aria-busy");
-  if (!isSent) {
-    return;
-  }
-  keepDraft(draft, "");
-  if (to === conversation) {
-    // What was typed meanwhile stays.
-    input.value = input.value.startsWith(text) ? input.value.slice(text.length) : input.value;
-    fit();
+  if (draftName !== to.id) {
+    // Before it is sent: should the answer be lost, a reload finds the conversation that was begun.
+    keepDraft(draftName, { text: "" });
+    draftName = to.id;
     history.replaceState(null, "", `#${to.id}`);
-    draftName = `${NAME}-draft-${to.id}`;
-    thread.toEnd();
   }
-  changedList();
+  attempt("say", () => to.say(text), KEPT);
+  // The message has its key by now.
+  keep();
 }
 
 /**
  * Do something that may fail, and say so if it does.
+ * @param {string} about  what a notice is about; of a deletion, which the reader may see from elsewhere, the id
  * @param {() => Promise<unknown>} action
- * @param {string} [unanswered]  what to say if it is unknown whether it was done
+ * @param {string} unanswered  what to say if it is unknown whether it was done
  */
-async function attempt(action, unanswered = "") {
+async function attempt(about, action, unanswered) {
+  const of = conversation;
   tell("");
   try {
     await action();
@@ -281,13 +331,25 @@ async function attempt(action, unanswered = "") {
     if (!(error instanceof ApiError)) {
       throw error;
     }
-    if (error.status === 0) {
-      tell(`${error.message} ${unanswered}`, unanswered);
-    } else {
-      tell(error.message.replace(/^\/input /, "Your message "));
+    if (of === conversation || isId(about)) {
+      const isBusy = error.code === "reply_in_progress";
+      const text = error.message.replace(/^\/input /, "Your message ");
+      if (error.isUnanswered) {
+        tell(`${text} ${unanswered}`, about, unanswered);
+      } else {
+        tell(text, isBusy ? "busy" : about);
+      }
+      showConversation();
     }
     return false;
   }
+}
+
+/** Add to what is in the box. */
+function addText(/** @type {string} */ text) {
+  input.value = [input.value, text].filter(Boolean).join("\n\n");
+  keep();
+  fit();
 }
 
 /** Make the box as high as its text. */
@@ -297,13 +359,9 @@ function fit() {
   thread.follow();
 }
 
-/** Have a text outlive a reload. */
-function keepDraft(/** @type {string} */ name, /** @type {string} */ text) {
-  if (text) {
-    sessionStorage.setItem(name, text);
-  } else {
-    sessionStorage.removeItem(name);
-  }
+/** Have what is in the box outlive a reload, and the key of what was sent with it. */
+function keep() {
+  keepDraft(draftName, { text: input.value, unsent: conversation.unsent });
 }
 
 // -- small things -----------------------------------------------------------------------------------------------------
@@ -327,6 +385,7 @@ async function copy(/** @type {string} */ text) {
     return navigator.clipboard.writeText(text).then(() => true, () => false);
   }
   // Plain http in a local network has no clipboard of its own.
+  const focused = document.activeElement;
   const area = document.createElement("textarea");
   area.value = text;
   area.className = "visually-hidden";
@@ -334,6 +393,9 @@ async function copy(/** @type {string} */ text) {
   area.select();
   const isCopied = document.execCommand("copy");
   area.remove();
+  if (focused instanceof HTMLElement) {
+    focused.focus({ preventScroll: true });
+  }
   return isCopied;
 }
 
@@ -349,8 +411,11 @@ byId("skip").addEventListener("click", (event) => {
 });
 
 byId("new").addEventListener("click", (event) => {
-  event.preventDefault();
-  startNew();
+  // With one of these keys the browser opens it in a tab or a window of its own.
+  if (!event.ctrlKey && !event.metaKey && !event.shiftKey) {
+    event.preventDefault();
+    startNew();
+  }
 });
 
 function byId(/** @type {string} */ id) {

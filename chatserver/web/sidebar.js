@@ -12,16 +12,21 @@ export class Sidebar {
   /** @type {string|undefined} where the next page begins */
   #cursor;
   #current = "";
+  #isFetched = false;
   #asked = 0;
 
   /**
    * @param {import("./client.js").Api} api
-   * @param {{onDelete: (id: string) => Promise<void>, onList: () => void}} actions
+   * @param {object} actions
+   * @param {(id: string) => Promise<void>} actions.onDelete
+   * @param {() => void} actions.onList
+   * @param {(error: ApiError) => void} actions.onFailure  what was clicked for cannot be done
    */
-  constructor(api, { onDelete, onList }) {
+  constructor(api, { onDelete, onList, onFailure }) {
     this.api = api;
     this.onDelete = onDelete;
     this.onList = onList;
+    this.onFailure = onFailure;
     this.sidebar = byId("sidebar");
     this.list = byId("conversations");
     this.opener = byId("open-sidebar");
@@ -61,6 +66,7 @@ export class Sidebar {
       if (asked !== this.#asked) {
         return;
       }
+      this.#isFetched = true;
       const oldest = page.conversations.at(-1);
       const seen = new Set(page.conversations.map((each) => each.conversationId));
       const older = page.nextCursor
@@ -91,15 +97,21 @@ export class Sidebar {
       if (!(error instanceof ApiError)) {
         throw error;
       }
+      this.onFailure(error);
     }
   }
 
   #show() {
     /** @type {Map<string|undefined, HTMLElement>} */
     const old = new Map(Array.from(this.list.children, (each) => [each instanceof HTMLElement ? each.dataset.id : "", /** @type {HTMLElement} */ (each)]));
+    // First, so that none of the others is moved: what is moved loses the focus.
+    for (const [id, item] of old) {
+      if (!this.#conversations.some((each) => each.conversationId === id)) {
+        item.remove();
+      }
+    }
     this.#conversations.forEach((summary, index) => {
       const item = old.get(summary.conversationId) ?? this.#item(summary);
-      old.delete(summary.conversationId);
       const isCurrent = summary.conversationId === this.#current;
       const link = /** @type {HTMLAnchorElement} */ (item.querySelector("a"));
       link.textContent = summary.title;
@@ -113,10 +125,7 @@ export class Sidebar {
         this.list.insertBefore(item, this.list.children[index] ?? null);
       }
     });
-    for (const gone of old.values()) {
-      gone.remove();
-    }
-    byId("no-conversations").hidden = this.#conversations.length > 0;
+    byId("no-conversations").hidden = !this.#isFetched || this.#conversations.length > 0;
     byId("more").hidden = !this.#cursor;
   }
 
@@ -125,6 +134,7 @@ export class Sidebar {
     item.dataset.id = summary.conversationId;
     const link = document.createElement("a");
     link.href = `#${summary.conversationId}`;
+    link.dir = "auto";
     link.addEventListener("click", () => this.#open(false));
     const remove = document.createElement("button");
     remove.type = "button";
@@ -136,7 +146,10 @@ export class Sidebar {
   }
 
   #confirm(/** @type {string} */ id, /** @type {HTMLElement} */ item) {
-    byId("delete-text").textContent = `“${this.title(id)}” and all its messages are deleted for good.`;
+    // On its own, so that a title cannot turn around the words beside it.
+    const title = document.createElement("bdi");
+    title.textContent = this.title(id) ?? "";
+    byId("delete-text").replaceChildren("“", title, "” and all its messages are deleted for good.");
     // Not at the dialog's "close", which comes late: by then it may be open again.
     this.dialog.onsubmit = async (event) => {
       if (/** @type {HTMLButtonElement} */ (event.submitter).value === "delete") {

@@ -19,7 +19,7 @@ const ATTENTION = ["focus", "pointerdown", "keydown", "pageshow"];
  */
 export function shareConnections({ hold, letGo, refresh }) {
   const me = `${Math.random()}`;
-  const channel = new BroadcastChannel("chatserver");
+  const channel = openChannel();
   /** @type {Set<string>} the windows that are seen and were attended after this one */
   const later = new Set();
   /** @type {boolean|undefined} */
@@ -74,4 +74,17 @@ export function shareConnections({ hold, letGo, refresh }) {
     settle();
   }
   return () => channel.postMessage({ list: true });
+}
+
+/**
+ * Return the line to this browser's other windows; where there is none, each is on its own.
+ * @returns {Pick<BroadcastChannel, "postMessage"|"addEventListener">}
+ */
+function openChannel() {
+  try {
+    return new BroadcastChannel("chatserver");
+  } catch {
+    // An old browser has none, another was told to keep windows apart.
+    return { postMessage: () => {}, addEventListener: () => {} };
+  }
 }

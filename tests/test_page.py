@@ -1538,6 +1538,21 @@ def test_works_under_a_path_and_asks_nobody_else(page: Page, make_site: MakeSite
     assert [url for url in asked if not url.startswith(prefix)] == []
 
 
+def test_files_are_whole_and_at_one_address(make_site: MakeSite) -> None:
+    site = make_site()
+    for path in ("web/", "web/./", "web/index.html", "web/client.js/"):
+        answer = httpx.get(site.url + path)
+        assert (answer.status_code, answer.headers["Content-Type"]) == (404, "application/problem+json"), path
+    whole = httpx.get(f"{site.url}web/client.js")
+    for part in ("bytes=999999-", "bytes=0-9", "bytes=5-2"):
+        answer = httpx.get(f"{site.url}web/client.js", headers={"Range": part})
+        assert (answer.status_code, answer.content) == (200, whole.content)
+    assert "Accept-Ranges" not in whole.headers
+    head = httpx.head(site.url)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["Content-Length"] == httpx.get(site.url).headers["Content-Length"]
+
+
 def test_client_that_is_copied_needs_nothing_else(page: Page, make_site: MakeSite) -> None:
     """`client.js` is one file, and its own example works."""
     site = make_site(words(2))

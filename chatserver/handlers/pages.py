@@ -12,8 +12,8 @@ WEB = Path(__file__).parent.parent / "web"
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",
     # Nothing runs on a page but its own scripts, and it talks to nobody but us.
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
 }
@@ -26,8 +26,15 @@ class PageHandler(BaseHandler, StaticFileHandler):
         BaseHandler.initialize(self, **kwargs)
         StaticFileHandler.initialize(self, str(WEB), default_filename="index.html")
 
+    async def get(self, path: str, include_body: bool = True) -> None:
+        """Send a file, whole: all are small, so that a `Range` is not worth its errors."""
+        self.request.headers.pop("Range", None)
+        await StaticFileHandler.get(self, path, include_body)
+
     def validate_absolute_path(self, root: str, absolute_path: str) -> str | None:
-        if "\0" in absolute_path:
+        # The page's links are relative, so that it is itself nowhere but at `/`; and no file is a folder.
+        is_elsewhere = self.request.path != "/" and self.request.path.endswith(("/", "/index.html"))
+        if is_elsewhere or "\0" in absolute_path:
             raise NotFound
         return StaticFileHandler.validate_absolute_path(self, root, absolute_path)
 
@@ -36,5 +43,6 @@ class PageHandler(BaseHandler, StaticFileHandler):
         return StaticFileHandler.compute_etag(self)
 
     def set_extra_headers(self, path: str) -> None:
+        self.clear_header("Accept-Ranges")
         for name, value in PAGE_HEADERS.items():
             self.set_header(name, value)

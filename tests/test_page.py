@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 import pytest
+from bson import ObjectId
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
 
 from chatserver.errors import SourceError
@@ -1320,6 +1322,38 @@ def test_reader_who_scrolls_up_while_an_answer_streams_is_not_dragged_back(
     assert scroller.evaluate("(box) => box.scrollHeight - box.clientHeight - box.scrollTop") < 2
 
 
+def test_long_conversation_opens_at_its_very_end(page: Page, make_site: MakeSite) -> None:
+    """What is far from view is not laid out: its height is a guess."""
+    site = make_site([])
+    conversation_id = site.run(site.app.client.say("Hello"))["conversationId"]
+    site.until(lambda: not site.app.chat.running)
+    now = datetime.now(UTC)
+    roles = ("user", "assistant") * 200
+    messages = [
+        {"_id": ObjectId(), "role": role, "content": f"{role} {number}\n\n{said(number)}", "createdAt": now}
+        for number, role in enumerate(roles)
+    ]
+    update = {"$push": {"messages": {"$each": messages}}}
+    site.app.database.conversations.update_one({"_id": ObjectId(conversation_id)}, update)
+    open_page(page, f"{site.url}#{conversation_id}")
+    distance = (
+        "(box) => new Promise(requestAnimationFrame).then(() => box.scrollHeight - box.clientHeight - box.scrollTop)"
+    )
+    scroller = page.locator("#scroller")
+    latest = page.get_by_role("button", name="Latest")
+    copy = page.get_by_role("button", name="Copy answer").last
+    expect(copy).to_be_in_viewport(ratio=1)
+    assert scroller.evaluate(distance) < 2
+    scroller.focus()
+    page.keyboard.press("Home")
+    expect(page.get_by_text("user 0", exact=False).first).to_be_in_viewport()
+    expect(latest).to_be_visible()
+    latest.click()
+    expect(copy).to_be_in_viewport(ratio=1)
+    assert scroller.evaluate(distance) < 2
+    expect(latest).to_be_hidden()
+
+
 def test_box_that_grows_and_shrinks_leaves_the_reader_at_the_end(page: Page, make_site: MakeSite) -> None:
     site = make_site([f"Line {number}\n\n" for number in range(60)])
     open_page(page, site.url)
@@ -1569,6 +1603,11 @@ def test_client_that_is_copied_needs_nothing_else(page: Page, make_site: MakeSit
           await conversation.say("Hello!");
           await ended;
           conversation.pause();
+          const { messages: [answer] } = await conversation.api.history(conversation.id, { limit: 1 });
+          const part = await conversation.api.history(conversation.id, { before: answer.id });
+          if (answer.content !== "word0 word1" || part.messages[0].content !== "Hello!") {
+            throw new Error("parts of the history are not told apart");
+          }
           return JSON.stringify([conversation.id, conversation.state, conversation.busy, conversation.messages]);
         }""",
         site.url,

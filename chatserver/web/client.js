@@ -112,8 +112,8 @@ export class Api {
    * @returns {Promise<{messages: Message[], lastEventId: string}>}
    */
   history(id, { limit, before } = {}) {
-    const query = new URLSearchParams({ ...(limit && { limit: String(limit) }), ...(before && { before }) });
-    return this.#call("GET", `chat/${id}${query.size ? `?${query}` : ""}`);
+    const query = new URLSearchParams({ ...(limit && { limit: String(limit) }), ...(before && { before }) }).toString();
+    return this.#call("GET", `chat/${id}${query && `?${query}`}`);
   }
 
   /**

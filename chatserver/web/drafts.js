@@ -2,7 +2,7 @@
 
 /** @typedef {{text: string, unsent?: import("./client.js").Unsent|null}} Draft  of the box, and of what was sent */
 
-const PREFIX = "chatserver-draft-";
+const PREFIX = "chatserver-typed-";
 
 /**
  * Return what was kept for a conversation.

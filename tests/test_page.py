@@ -49,8 +49,11 @@ def make_site(database: Database) -> Iterator[Callable[..., Site]]:
 
 
 @pytest.fixture
-def new_context(browser: Browser) -> Iterator[Callable[..., BrowserContext]]:
-    """Return a function that makes a browser's profile of its own; a script's error on any page fails the test."""
+def new_context(browser: Browser, make_site: MakeSite) -> Iterator[Callable[..., BrowserContext]]:
+    """Return a function that makes a browser's profile of its own; a script's error on any page fails the test.
+
+    It comes after the sites, so that it ends before them: no page opens a stream while its site is being stopped.
+    """
     contexts: list[BrowserContext] = []
     errors: list[str] = []
 

@@ -133,7 +133,7 @@ def _paths() -> dict[str, Any]:
                 "stream",
                 "Watch a conversation: Server-Sent Events, from a position on, until the client leaves.",
                 {"200": _event_stream()},
-                (*_ID_CODES, "too_many_streams", "database_unavailable"),
+                (*_ID_CODES, "too_many_streams", "database_unavailable", "draining"),
                 parameters=[_LAST_EVENT_ID, *_query("stream")],
             ),
         },

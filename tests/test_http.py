@@ -400,6 +400,11 @@ async def test_too_many_streams_are_refused_until_one_goes(
         stream.close()
 
 
+async def test_stream_that_comes_when_all_are_being_ended_is_refused(app: App) -> None:
+    await app.streams.close()
+    assert_problem(await app.client.http.get(f"/chat/stream/{ID}"), 503, "draining")
+
+
 async def test_too_many_replies_are_refused_and_store_nothing(make_app: Callable[..., Awaitable[App]]) -> None:
     gate = asyncio.Semaphore(0)
     app = await make_app(source=Script("x", gate=gate), max_replies=1)

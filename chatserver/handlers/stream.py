@@ -30,7 +30,7 @@ from typing import cast
 
 from chatserver import sse
 from chatserver.chat import Chat
-from chatserver.errors import TooManyStreams
+from chatserver.errors import Draining, TooManyStreams
 from chatserver.handlers.base import BaseHandler
 from chatserver.hub import MAX_WRITE, Live
 from chatserver.metrics import Metrics
@@ -183,6 +183,7 @@ class Streams:
         self._open: dict[Connection, tuple[str, str]] = {}
         self._conversations: Counter[str] = Counter()
         self._addresses: Counter[str] = Counter()
+        self._ending = False
         metrics.watch("chatserver_open_streams", "Streams that are open.", lambda: len(self))
 
     def __len__(self) -> int:
@@ -192,7 +193,10 @@ class Streams:
         """Return a connection yet to be made, counted from now on.
 
         :raises TooManyStreams: if there are as many as may be
+        :raises Draining: if all are being ended
         """
+        if self._ending:
+            raise Draining("This server is shutting down and opens no new streams.")
         limits = self._settings
         if len(self._open) >= limits.max_streams:
             raise TooManyStreams("This server has as many streams open as it may; try again later.")
@@ -233,6 +237,7 @@ class Streams:
 
     async def close(self) -> None:
         """End all streams, each once it was told all that there is; cut those that do not take it in time."""
+        self._ending = True
         try:
             async with asyncio.timeout(_PARTING_S):
                 while self._open:

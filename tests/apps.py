@@ -1,7 +1,7 @@
 """The application inside the test's process: everything real, and within reach."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,13 +120,13 @@ class App:
             while not condition():
                 await asyncio.sleep(0.005)
 
-    async def until_idle_but_watched(self) -> None:
-        """Wait until no reply runs."""
-        await self.until(lambda: not self.chat.running)
-
     async def until_idle(self) -> None:
         """Wait until no reply runs and every live conversation is forgotten."""
         await self.until(lambda: not self.chat.running and not self.hub.lives)
+
+
+MakeApp = Callable[..., Awaitable[App]]
+"""Starts an application for a test; see the fixture `make_app`."""
 
 
 @asynccontextmanager
@@ -137,8 +137,3 @@ async def running(app: App) -> AsyncIterator[App]:
         yield app
     finally:
         await app.stop()
-
-
-def texts(pieces: Sequence[str]) -> str:
-    """Return what pieces say together."""
-    return "".join(pieces)

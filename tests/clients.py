@@ -52,7 +52,6 @@ class Transcript:
     said: dict[str, str] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
-    _open: str = ""
 
     def take(self, event: Event) -> None:
         """Take the next event; the message of a token is the part of its id before the last `-`."""

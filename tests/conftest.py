@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,7 +17,7 @@ from tornado.ioloop import IOLoop
 
 from chatserver.mongod import Mongod
 from chatserver.store import initiate_replica_set
-from tests.apps import App, Database
+from tests.apps import App, Database, MakeApp
 from tests.servers import Server
 
 TOOLS = {
@@ -157,7 +157,7 @@ def io_loop() -> Iterator[IOLoop]:
 
 
 @pytest.fixture
-def make_app(io_loop: IOLoop, database: Database) -> Iterator[Callable[..., Awaitable[App]]]:
+def make_app(io_loop: IOLoop, database: Database) -> Iterator[MakeApp]:
     """Return a function that starts the application, on a real socket of the test's loop; see `App`."""
     apps: list[App] = []
 
@@ -173,7 +173,7 @@ def make_app(io_loop: IOLoop, database: Database) -> Iterator[Callable[..., Awai
 
 
 @pytest.fixture
-def app(io_loop: IOLoop, make_app: Callable[..., Awaitable[App]]) -> App:
+def app(io_loop: IOLoop, make_app: MakeApp) -> App:
     """The application as it is set by default, but quick."""
     app: App = io_loop.run_sync(make_app)
     return app

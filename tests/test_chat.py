@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,13 +15,11 @@ from chatserver.errors import DatabaseUnavailable, OutcomeUnknown, SourceError
 from chatserver.records import INTERRUPTED, Message
 from chatserver.replies import Replies
 from chatserver.sources.simulated import Simulated
-from tests.apps import App, Database, Script, running
+from tests.apps import App, Database, MakeApp, Script, running
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
 from tests.servers import Server
 
 pytestmark = pytest.mark.gen_test
-
-Make = Callable[..., Awaitable[App]]
 
 
 def gated(*pieces: str | BaseException, said: int = 0) -> Script:
@@ -58,7 +56,7 @@ async def _names(app: App, conversation_id: str) -> list[str]:
 # -- posts ---------------------------------------------------------------------------------------------------------
 
 
-async def test_post_answers_as_soon_as_the_message_is_stored(make_app: Make) -> None:
+async def test_post_answers_as_soon_as_the_message_is_stored(make_app: MakeApp) -> None:
     app = await make_app(source=gated("x"))
     answer = await app.client.say("Hello")
     assert set(answer) == {"conversationId", "status", "messageId", "replyId", "lastEventId"}
@@ -68,7 +66,7 @@ async def test_post_answers_as_soon_as_the_message_is_stored(make_app: Make) -> 
     assert str(stored["reply"]["_id"]) == answer["replyId"]
 
 
-async def test_second_post_while_a_reply_runs_is_refused_and_stores_nothing(make_app: Make) -> None:
+async def test_second_post_while_a_reply_runs_is_refused_and_stores_nothing(make_app: MakeApp) -> None:
     app = await make_app(source=gated("x"))
     conversation_id = new_id()
     responses = await asyncio.gather(*(app.client.post(f"{n}", conversation_id) for n in range(8)))
@@ -78,7 +76,7 @@ async def test_second_post_while_a_reply_runs_is_refused_and_stores_nothing(make
     assert len(document(app, conversation_id)["messages"]) == 1
 
 
-async def test_source_is_shown_the_conversation_without_superseded_replies(make_app: Make) -> None:
+async def test_source_is_shown_the_conversation_without_superseded_replies(make_app: MakeApp) -> None:
     source = Script("one", SourceError("source_failed", "no"))
     app = await make_app(source=source, history_messages=3)
     answer, _ = await app.client.turn("first")
@@ -136,7 +134,7 @@ async def test_key_lives_as_long_as_its_conversation(app: App) -> None:
 # -- stop, retry, delete -------------------------------------------------------------------------------------------
 
 
-async def test_stop_keeps_what_was_said_and_everybody_hears_of_it(make_app: Make) -> None:
+async def test_stop_keeps_what_was_said_and_everybody_hears_of_it(make_app: MakeApp) -> None:
     source = gated("a", "b", "c", said=2)
     app = await make_app(source=source)
     answer = await app.client.say("Hello")
@@ -160,7 +158,7 @@ async def test_stop_keeps_what_was_said_and_everybody_hears_of_it(make_app: Make
         assert (response.status_code, response.json()) == (202, {"status": "idle"})
 
 
-async def test_stop_before_the_first_token(make_app: Make) -> None:
+async def test_stop_before_the_first_token(make_app: MakeApp) -> None:
     app = await make_app(source=gated("a"))
     answer = await app.client.say("Hello")
     assert (await app.client.http.post(f"/chat/{answer['conversationId']}/stop")).json()["status"] == "stopping"
@@ -169,7 +167,7 @@ async def test_stop_before_the_first_token(make_app: Make) -> None:
     assert (message["content"], message["status"]) == ("", "stopped")
 
 
-async def test_stop_meets_the_natural_end_and_one_of_the_two_wins(make_app: Make) -> None:
+async def test_stop_meets_the_natural_end_and_one_of_the_two_wins(make_app: MakeApp) -> None:
     app = await make_app(source=Script(*["x"] * 300))
     ends = set()
     for _ in range(40):
@@ -187,7 +185,7 @@ async def test_stop_meets_the_natural_end_and_one_of_the_two_wins(make_app: Make
     assert "stopped" in ends
 
 
-async def test_retry_replaces_a_reply_that_failed(make_app: Make) -> None:
+async def test_retry_replaces_a_reply_that_failed(make_app: MakeApp) -> None:
     source = Script("half", SourceError("source_failed", "no"))
     app = await make_app(source=source)
     answer, events = await app.client.turn("Hello")
@@ -216,7 +214,7 @@ async def test_retry_replaces_a_reply_that_failed(make_app: Make) -> None:
     assert (response.status_code, response.json()["code"]) == (409, "nothing_to_retry")
 
 
-async def test_two_retries_at_one_moment_begin_one_reply(make_app: Make) -> None:
+async def test_two_retries_at_one_moment_begin_one_reply(make_app: MakeApp) -> None:
     source = Script(SourceError("source_failed", "no"))
     app = await make_app(source=source)
     answer, _ = await app.client.turn("Hello")
@@ -226,7 +224,7 @@ async def test_two_retries_at_one_moment_begin_one_reply(make_app: Make) -> None
     assert sorted(response.status_code for response in await asyncio.gather(*retries)) == [202, 409, 409, 409, 409]
 
 
-async def test_delete_during_a_reply_leaves_nothing_and_brings_nothing_back(make_app: Make) -> None:
+async def test_delete_during_a_reply_leaves_nothing_and_brings_nothing_back(make_app: MakeApp) -> None:
     source = gated("a", "b", said=1)
     app = await make_app(source=source)
     answer = await app.client.say("Hello")
@@ -246,7 +244,7 @@ async def test_delete_during_a_reply_leaves_nothing_and_brings_nothing_back(make
 
 
 async def test_delete_spares_a_conversation_that_begins_anew_in_the_same_moment(
-    make_app: Make, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app(source=gated("a", "b", said=1))
     old = await app.client.say("old")
@@ -304,7 +302,7 @@ async def test_list_pages_stay_right_while_conversations_are_added_and_touched(a
         assert (await app.client.http.get("/chat", params={"cursor": cursor})).status_code == 400
 
 
-async def test_history_comes_in_pages_that_join(make_app: Make) -> None:
+async def test_history_comes_in_pages_that_join(make_app: MakeApp) -> None:
     app = await make_app(source=Script("answer"))
     conversation_id = new_id()
     for number in range(5):
@@ -324,7 +322,7 @@ async def test_history_comes_in_pages_that_join(make_app: Make) -> None:
     assert (response.status_code, response.json()["code"]) == (404, "not_found")
 
 
-async def test_newest_page_has_the_reply_in_flight(make_app: Make) -> None:
+async def test_newest_page_has_the_reply_in_flight(make_app: MakeApp) -> None:
     source = Script("answer")
     app = await make_app(source=source)
     conversation_id = new_id()
@@ -343,14 +341,14 @@ async def test_newest_page_has_the_reply_in_flight(make_app: Make) -> None:
 
 
 async def lose(app: App) -> None:
-    """Make an application what a killed server is: it writes no more, neither replies nor leases."""
+    """MakeApp an application what a killed server is: it writes no more, neither replies nor leases."""
     for task in list(app.chat._replies._tasks):
         task.cancel()
     await asyncio.gather(*app.chat._replies._tasks, return_exceptions=True)
 
 
 @pytest.mark.expects_log("could not be stored")
-async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: Make) -> None:
+async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: MakeApp) -> None:
     source = gated("seen ", "kept ", "lost", said=2)
     lost = await make_app(source=source, checkpoint_ms=20, lease_ms=2000)
     answer = await lost.client.say("Hello")
@@ -381,7 +379,7 @@ async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: Ma
 
 @pytest.mark.expects_log("could not be stored")
 async def test_post_to_a_conversation_whose_server_is_lost_finishes_its_reply(
-    make_app: Make, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Replies, "_sweep", lambda _: asyncio.sleep(3600))
     lost = await make_app(source=gated("a"), lease_ms=300, checkpoint_ms=20)
@@ -396,7 +394,7 @@ async def test_post_to_a_conversation_whose_server_is_lost_finishes_its_reply(
     assert statuses[:3] == [None, "interrupted", None]
 
 
-async def test_server_that_was_only_paused_notices_that_its_reply_was_taken_over(make_app: Make) -> None:
+async def test_server_that_was_only_paused_notices_that_its_reply_was_taken_over(make_app: MakeApp) -> None:
     source = gated("one ", "two ", "three", said=1)
     paused = await make_app(source=source, checkpoint_ms=20, lease_ms=10_000)
     answer = await paused.client.say("Hello")
@@ -417,7 +415,7 @@ async def test_server_that_was_only_paused_notices_that_its_reply_was_taken_over
     assert [each["content"] for each in messages] == ["Hello", "one "] and source.closed == 1
 
 
-async def test_stop_and_delete_reach_a_reply_of_another_server(make_app: Make) -> None:
+async def test_stop_and_delete_reach_a_reply_of_another_server(make_app: MakeApp) -> None:
     source = gated("one ", "two", said=1)
     writer = await make_app(source=source)
     other = await make_app()
@@ -437,7 +435,7 @@ async def test_stop_and_delete_reach_a_reply_of_another_server(make_app: Make) -
         await writer.until_idle()
 
 
-async def test_stream_opened_on_another_server_goes_on_from_what_is_stored(make_app: Make) -> None:
+async def test_stream_opened_on_another_server_goes_on_from_what_is_stored(make_app: MakeApp) -> None:
     """Also while that server keeps in memory, for somebody who watches, how the conversation stood before."""
     writer, other = await make_app(), await make_app()
     first, _ = await writer.client.turn("one")
@@ -453,7 +451,7 @@ async def test_stream_opened_on_another_server_goes_on_from_what_is_stored(make_
 
 
 async def test_delete_that_meets_the_natural_end_resets_its_streams(
-    make_app: Make, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = gated("a")
     app = await make_app(source=source)
@@ -474,7 +472,7 @@ async def test_delete_that_meets_the_natural_end_resets_its_streams(
 
 @pytest.mark.expects_log("does not answer")
 async def test_delete_again_after_one_whose_answer_was_lost_resets_its_streams(
-    make_app: Make, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app()
     answer, _ = await app.client.turn("Hello")
@@ -494,7 +492,9 @@ async def test_delete_again_after_one_whose_answer_was_lost_resets_its_streams(
     assert await watcher == ["reset"]
 
 
-async def test_conversation_that_another_server_deleted_ends_its_streams_when_that_is_noticed(make_app: Make) -> None:
+async def test_conversation_that_another_server_deleted_ends_its_streams_when_that_is_noticed(
+    make_app: MakeApp,
+) -> None:
     app, other = await make_app(), await make_app()
     answer, _ = await app.client.turn("Hello")
     conversation_id = answer["conversationId"]
@@ -506,7 +506,7 @@ async def test_conversation_that_another_server_deleted_ends_its_streams_when_th
     assert await watcher == []
 
 
-async def test_turn_that_began_elsewhere_while_a_reply_was_followed_is_not_missed(make_app: Make) -> None:
+async def test_turn_that_began_elsewhere_while_a_reply_was_followed_is_not_missed(make_app: MakeApp) -> None:
     source = gated("one ", "two ", said=1)
     writer = await make_app(source=source, checkpoint_ms=20)
     other = await make_app(checkpoint_ms=250, lease_ms=10_000)
@@ -532,7 +532,7 @@ async def test_turn_that_began_elsewhere_while_a_reply_was_followed_is_not_misse
 
 
 async def test_client_from_another_server_that_stands_in_the_middle_of_a_frame_is_told_only_the_rest(
-    make_app: Make,
+    make_app: MakeApp,
 ) -> None:
     """Guards against a client that was told the whole log again, its cursor being set after the rest of the frame."""
     pieces = [f"{number:09d}." for number in range(12)]
@@ -559,7 +559,9 @@ async def test_client_from_another_server_that_stands_in_the_middle_of_a_frame_i
     ahead.close()
 
 
-async def test_idle_conversation_in_memory_needs_no_database(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_idle_conversation_in_memory_needs_no_database(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app = await make_app()
     answer, _ = await app.client.turn("one")
     path = f"/chat/stream/{answer['conversationId']}?lastEventId={answer['replyId']}-done"
@@ -579,7 +581,7 @@ async def test_idle_conversation_in_memory_needs_no_database(make_app: Make, mon
         each.close()
 
 
-async def test_stop_that_meets_checkpoints_of_another_server_stops(make_app: Make) -> None:
+async def test_stop_that_meets_checkpoints_of_another_server_stops(make_app: MakeApp) -> None:
     writer = await make_app(source=Simulated(0.002, 5000), checkpoint_ms=10, lease_ms=10_000)
     other = await make_app()
     for _ in range(10):
@@ -590,7 +592,7 @@ async def test_stop_that_meets_checkpoints_of_another_server_stops(make_app: Mak
     await writer.until_idle()
 
 
-async def test_several_stops_at_once_say_the_same(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_several_stops_at_once_say_the_same(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     app = await make_app(source=Simulated(0.01, 5000))
     answer = await app.client.say("Hello")
     finish, all_here = app.store.finish, asyncio.Event()
@@ -612,7 +614,7 @@ async def test_several_stops_at_once_say_the_same(make_app: Make, monkeypatch: p
 
 
 @pytest.mark.expects_log("a background job failed")
-async def test_checkpoints_go_on_after_one_that_failed(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_checkpoints_go_on_after_one_that_failed(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     source = gated("one ", "two ", said=1)
     app = await make_app(source=source)
     checkpoint, failed = app.store.checkpoint, asyncio.Event()
@@ -631,7 +633,7 @@ async def test_checkpoints_go_on_after_one_that_failed(make_app: Make, monkeypat
 
 
 async def test_reply_that_begins_when_the_time_to_drain_is_over_is_interrupted(
-    make_app: Make, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app(source=Simulated(0.05, 1000))
     begin, held = app.store.begin, asyncio.Event()
@@ -652,7 +654,7 @@ async def test_reply_that_begins_when_the_time_to_drain_is_over_is_interrupted(
     assert document(app, answer["conversationId"])["messages"][-1]["status"] == "interrupted"
 
 
-async def test_page_before_the_reply_in_flight(make_app: Make) -> None:
+async def test_page_before_the_reply_in_flight(make_app: MakeApp) -> None:
     source = gated("one ", "two ", said=1)
     app = await make_app(source=source)
     answer = await app.client.say("Hello")
@@ -673,7 +675,7 @@ async def test_deleting_what_is_not_there_leaves_those_who_wait_for_it(app: App)
     waiting.close()
 
 
-async def test_turns_that_another_server_wrote_meanwhile_are_not_missed(make_app: Make) -> None:
+async def test_turns_that_another_server_wrote_meanwhile_are_not_missed(make_app: MakeApp) -> None:
     here, there = await make_app(), await make_app()
     conversation_id = new_id()
     first, _ = await here.client.turn("here", conversation_id)
@@ -699,7 +701,7 @@ async def test_turns_that_another_server_wrote_meanwhile_are_not_missed(make_app
 
 
 async def test_reply_goes_on_while_the_database_is_away_and_ends_when_it_is_back(
-    make_app: Make, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = gated("a", "b", said=1)
     app = await make_app(source=source, lease_ms=300)
@@ -728,7 +730,7 @@ async def test_reply_goes_on_while_the_database_is_away_and_ends_when_it_is_back
 
 @pytest.mark.parametrize("done", [True, False])
 async def test_begin_with_an_unknown_outcome_is_settled(
-    make_app: Make, monkeypatch: pytest.MonkeyPatch, done: bool
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, done: bool
 ) -> None:
     app = await make_app()
     begin = app.store.begin
@@ -751,7 +753,7 @@ async def test_begin_with_an_unknown_outcome_is_settled(
     await app.until(lambda: not app.chat._replies._beginning)
 
 
-async def test_begin_that_arrives_late_is_found(make_app: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_begin_that_arrives_late_is_found(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     app = await make_app()
     begin, begun = app.store.begin, []
 
@@ -769,7 +771,7 @@ async def test_begin_that_arrives_late_is_found(make_app: Make, monkeypatch: pyt
 
 
 async def test_database_error_while_following_or_finishing_is_retried(
-    make_app: Make, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app(source=Script("a"))
     finish = app.store.finish
@@ -790,7 +792,7 @@ async def test_database_error_while_following_or_finishing_is_retried(
 
 
 async def test_reply_that_outgrows_the_room_is_ended_with_what_fits(
-    make_app: Make, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "DOCUMENT_BYTES", store_module.REPLY_ROOM + 20_000)
     app = await make_app(source=Script(*["é" * 9_999] * 200))

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,13 +13,11 @@ from bson import ObjectId
 from chatserver import sse
 from chatserver.hub import MAX_WRITE
 from chatserver.replay import PAGE_BYTES, PAGE_MESSAGES
-from tests.apps import App, Database, Script
+from tests.apps import Database, MakeApp, Script
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
 from tests.servers import Server, until
 
 pytestmark = pytest.mark.gen_test(timeout=110)
-
-Make = Callable[..., Awaitable[App]]
 
 
 class Stalled:
@@ -36,7 +34,7 @@ class Stalled:
 
 
 async def test_frame_is_encoded_once_for_all_and_nothing_is_done_for_each_token(
-    make_app: Make, monkeypatch: pytest.MonkeyPatch
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = asyncio.Semaphore(0)
     app = await make_app(source=Script(*["x"] * 20, gate=gate), checkpoint_ms=60_000, lease_ms=600_000)
@@ -68,7 +66,7 @@ async def test_frame_is_encoded_once_for_all_and_nothing_is_done_for_each_token(
         stream.close()
 
 
-async def test_pending_tokens_leave_in_one_write(make_app: Make) -> None:
+async def test_pending_tokens_leave_in_one_write(make_app: MakeApp) -> None:
     gate = asyncio.Semaphore(0)
     app = await make_app(source=Script("a", "b", "c", "d", gate=gate))
     answer = await app.client.say("hi")
@@ -90,7 +88,7 @@ async def test_pending_tokens_leave_in_one_write(make_app: Make) -> None:
     raw.close()
 
 
-async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(make_app: Make) -> None:
+async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(make_app: MakeApp) -> None:
     app = await make_app(source=Script(*["some words " * 50] * 3000), slow_client_timeout_s=1.0)
     conversation_id = new_id()
     stalled = Stalled(app.port, f"/chat/stream/{conversation_id}")
@@ -111,7 +109,7 @@ async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(ma
     assert text_of(rest) == history["messages"][-1]["content"][1000:]
 
 
-async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: Make) -> None:
+async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: MakeApp) -> None:
     """So that whatever a slow client is told next, were it that its conversation is gone, begins a frame."""
     gate = asyncio.Semaphore(0)
     app = await make_app(source=Script(*["some words " * 80] * 400, "x" * 3 * MAX_WRITE, "end", gate=gate))
@@ -134,14 +132,14 @@ async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: Make) -> None
         gate.release()
 
 
-async def test_slow_client_that_takes_something_now_and_then_is_not_cut(make_app: Make) -> None:
+async def test_slow_client_that_takes_something_now_and_then_is_not_cut(make_app: MakeApp) -> None:
     app = await make_app(source=Script(*["some words " * 50] * 500), slow_client_timeout_s=2.0)
     answer = await app.client.say("hi")
     raw = await RawStream(
         app.port, f"/chat/stream/{answer['conversationId']}?lastEventId={answer['lastEventId']}"
     ).open()
     raw.writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    await app.until_idle_but_watched()
+    await app.until(lambda: not app.chat.running)
     seen, loop = Transcript(), asyncio.get_running_loop()
     began = loop.time()
     count = 0
@@ -158,7 +156,7 @@ async def test_slow_client_that_takes_something_now_and_then_is_not_cut(make_app
     raw.close()
 
 
-async def test_client_that_lags_a_whole_turn_behind_is_cut_and_resumes(make_app: Make) -> None:
+async def test_client_that_lags_a_whole_turn_behind_is_cut_and_resumes(make_app: MakeApp) -> None:
     app = await make_app(source=Script(*["some words " * 50] * 2000), slow_client_timeout_s=60.0)
     conversation_id = new_id()
     stalled = Stalled(app.port, f"/chat/stream/{conversation_id}")
@@ -176,7 +174,7 @@ async def test_client_that_lags_a_whole_turn_behind_is_cut_and_resumes(make_app:
     await app.until_idle()
 
 
-async def test_missed_messages_are_told_page_by_page_as_the_client_takes_them(make_app: Make) -> None:
+async def test_missed_messages_are_told_page_by_page_as_the_client_takes_them(make_app: MakeApp) -> None:
     app = await make_app()
     conversation_id, time = new_id(), datetime.now(UTC)
     texts = [f"{number} " + "some words " * (20_000 if number % 20 == 1 else 1) for number in range(250)]
@@ -207,7 +205,7 @@ async def test_missed_messages_are_told_page_by_page_as_the_client_takes_them(ma
     await app.until_idle()
 
 
-async def test_vanished_client_is_given_up_by_the_kernel(make_app: Make) -> None:
+async def test_vanished_client_is_given_up_by_the_kernel(make_app: MakeApp) -> None:
     app = await make_app(slow_client_timeout_s=7.0)
     raw = await RawStream(app.port, f"/chat/stream/{new_id()}").open()
     await app.until(lambda: app.subscribers == 1)

@@ -4,13 +4,13 @@ import asyncio
 import shutil
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.apps import App
+from tests.apps import MakeApp
 from tests.clients import Client, EventDecoder, RawStream, new_id
 from tests.servers import ROOT
 
@@ -64,7 +64,7 @@ async def nginx(folder: Path, config: str, upstream: int, read_timeout_s: int) -
 
 @pytest.mark.parametrize("config", [PLAIN, DEPLOYED], ids=["http-1.0", "deployed"])
 async def test_stream_through_nginx_is_as_quick_and_as_whole_as_directly(
-    make_app: Callable[..., Awaitable[App]], tmp_path: Path, config: str
+    make_app: MakeApp, tmp_path: Path, config: str
 ) -> None:
     app = await make_app(simulated_token_delay_ms=30, keepalive_s=1.0, allowed_hosts=("chat.example.com",))
     loop = asyncio.get_running_loop()

@@ -23,11 +23,10 @@ from chatserver.settings import Settings, read_settings
 from chatserver.sources import Message, Prompt, make_source
 from chatserver.sources import openai as source_module
 from chatserver.sources.openai import OpenAI
-from tests.apps import App
+from tests.apps import App, MakeApp
 from tests.clients import RawStream, text_of
 from tests.servers import Server
 
-MakeApp = Callable[..., Awaitable[App]]
 KEY = "sk-test-4f9d2c7b8a1e6035"
 AIMOCK = Path(__file__).parent / "node/node_modules/@copilotkit/aimock/dist/cli.js"
 fails_loudly = pytest.mark.expects_log("the model's server failed")

@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -12,7 +12,7 @@ import pytest
 from chatserver.errors import SourceError
 from chatserver.sources import Prompt
 from chatserver.sources.simulated import Simulated
-from tests.apps import App, Database, Script, running
+from tests.apps import App, Database, MakeApp, Script, running
 from tests.clients import Client, Event, RawStream, Transcript, new_id, text_of
 
 NASTY = [
@@ -78,9 +78,7 @@ def stored(history: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("delay_ms", [0, 2])
-async def test_fifty_clients_cut_off_at_random_points_have_the_stored_text(
-    make_app: Callable[..., Awaitable[App]], delay_ms: int
-) -> None:
+async def test_fifty_clients_cut_off_at_random_points_have_the_stored_text(make_app: MakeApp, delay_ms: int) -> None:
     app = await make_app(simulated_token_delay_ms=delay_ms)
     conversation_id = new_id()
     dice = random.Random(7)
@@ -107,7 +105,7 @@ async def test_fifty_clients_cut_off_at_random_points_have_the_stored_text(
         assert text_of(events) == reply[chars:] and events[-1].name == "done"
 
 
-async def test_text_that_is_hard_to_carry_arrives_unchanged(make_app: Callable[..., Awaitable[App]]) -> None:
+async def test_text_that_is_hard_to_carry_arrives_unchanged(make_app: MakeApp) -> None:
     app = await make_app(source=Script(*NASTY))
     conversation_id = new_id()
     watchers = [
@@ -122,7 +120,7 @@ async def test_text_that_is_hard_to_carry_arrives_unchanged(make_app: Callable[.
 
 
 @pytest.mark.expects_log("source of replies crashed")
-async def test_source_that_cancels_itself_ends_its_reply(make_app: Callable[..., Awaitable[App]]) -> None:
+async def test_source_that_cancels_itself_ends_its_reply(make_app: MakeApp) -> None:
     app = await make_app(source=Script("half", asyncio.CancelledError()))
     answer, events = await app.client.turn("hi")
     assert events[-1].data["code"] == "source_failed"
@@ -130,7 +128,7 @@ async def test_source_that_cancels_itself_ends_its_reply(make_app: Callable[...,
     assert (await app.client.history(answer["conversationId"]))["messages"][-1]["status"] == "failed"
 
 
-async def test_half_a_surrogate_pair_in_a_failure_is_replaced(make_app: Callable[..., Awaitable[App]]) -> None:
+async def test_half_a_surrogate_pair_in_a_failure_is_replaced(make_app: MakeApp) -> None:
     app = await make_app(source=Script("half", SourceError("source_refused", "It said: \ud83d")))
     answer, events = await app.client.turn("hi")
     assert events[-1].data["message"] == "It said: \ufffd"
@@ -138,7 +136,7 @@ async def test_half_a_surrogate_pair_in_a_failure_is_replaced(make_app: Callable
     assert stored_error == {"code": "source_refused", "message": "It said: \ufffd"}
 
 
-async def test_half_a_surrogate_pair_from_a_source_is_replaced(make_app: Callable[..., Awaitable[App]]) -> None:
+async def test_half_a_surrogate_pair_from_a_source_is_replaced(make_app: MakeApp) -> None:
     app = await make_app(source=Script("a\ud83d", "b"))
     answer, events = await app.client.turn("hi")
     assert (
@@ -176,7 +174,7 @@ async def test_resume_after_a_restart_and_missed_turns(database: Database, stops
 
 
 async def test_history_and_the_stream_from_its_position_make_the_stored_text_at_every_moment(
-    make_app: Callable[..., Awaitable[App]],
+    make_app: MakeApp,
 ) -> None:
     gate = asyncio.Semaphore(0)
     app = await make_app(source=Script(*NASTY, gate=gate))
@@ -197,7 +195,7 @@ async def test_history_and_the_stream_from_its_position_make_the_stored_text_at_
     assert history["status"] == "idle" and history["lastEventId"] == f"{answer['replyId']}-done"
 
 
-async def test_tokens_leave_one_by_one_when_there_is_time(make_app: Callable[..., Awaitable[App]]) -> None:
+async def test_tokens_leave_one_by_one_when_there_is_time(make_app: MakeApp) -> None:
     app = await make_app(source=Simulated(0.04, 20))
     conversation_id = new_id()
     raw = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
@@ -241,7 +239,7 @@ async def test_http_1_0_client_reads_the_stream(app: App) -> None:
 
 
 async def test_stream_without_a_position_begins_with_the_reply_in_flight(
-    make_app: Callable[..., Awaitable[App]],
+    make_app: MakeApp,
 ) -> None:
     gate = asyncio.Semaphore(2)
     app = await make_app(source=Script("a", "b", "c", gate=gate))
@@ -321,7 +319,7 @@ async def test_position_that_does_not_exist_is_answered_by_reset(app: App, kind:
     assert [event.name async for event in app.client.stream(new_id(), position)] == ["reset"]
 
 
-async def test_source_that_fails_at_once_tells_early_and_late_clients(make_app: Callable[..., Awaitable[App]]) -> None:
+async def test_source_that_fails_at_once_tells_early_and_late_clients(make_app: MakeApp) -> None:
     app = await make_app(source=Script(SourceError("source_failed", "Out of paper.")))
     conversation_id = new_id()
     early = asyncio.create_task(app.client.events(conversation_id))
@@ -337,7 +335,7 @@ async def test_source_that_fails_at_once_tells_early_and_late_clients(make_app: 
 
 
 @pytest.mark.expects_log("source of replies crashed")
-async def test_source_that_crashes_ends_its_reply(make_app: Callable[..., Awaitable[App]]) -> None:
+async def test_source_that_crashes_ends_its_reply(make_app: MakeApp) -> None:
     app = await make_app(source=Script("half", ZeroDivisionError("secret")))
     answer, events = await app.client.turn("hi")
     assert text_of(events) == "half" and events[-1].data["code"] == "source_failed"
@@ -352,7 +350,7 @@ async def test_reply_is_generated_and_stored_with_nobody_connected(app: App) -> 
     assert message["status"] == "complete" and len(message["content"].split()) > 40
 
 
-async def test_client_that_goes_away_leaves_nothing_behind(make_app: Callable[..., Awaitable[App]]) -> None:
+async def test_client_that_goes_away_leaves_nothing_behind(make_app: MakeApp) -> None:
     app = await make_app(simulated_token_delay_ms=2)
     tasks = our_tasks()
     answer = await app.client.say("hi")
@@ -375,7 +373,7 @@ async def test_hundred_conversations_at_once_keep_their_tokens_apart(app: App) -
 
 
 async def test_others_advance_while_two_hundred_replies_stream_without_delay(
-    make_app: Callable[..., Awaitable[App]],
+    make_app: MakeApp,
 ) -> None:
     app = await make_app(source=Endless(), database_timeout_s=30.0, checkpoint_ms=250)
     answers = await asyncio.gather(*(app.client.say(f"n {n}") for n in range(200)))

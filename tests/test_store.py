@@ -1,6 +1,7 @@
 """The store, with both clients and both kinds of server; the shape of what is in the database."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -11,6 +12,7 @@ import pytest
 from bson import ObjectId
 from pymongo.errors import BulkWriteError, OperationFailure
 
+from chatserver import store as store_module
 from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
 from chatserver.records import INTERRUPTED, Message, Turn
 from chatserver.store import DOCUMENT_BYTES, REPLY_ROOM, Store, client_options, connect, describe_uri, new_id
@@ -61,6 +63,8 @@ def reply_of(begun: Turn, content: str, **options: Any) -> Message:
 
 async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
     async with stores.open() as store:
+        assert store._conversations.write_concern.document == {"w": "majority", "j": True}
+        assert store._conversations.read_concern.level == "majority"
         first = turn()
         begun = await store.begin(first, "Hello", None, new=True)
         assert (begun.number, begun.previous_id, begun.turn) == (1, None, first)
@@ -71,8 +75,11 @@ async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
         await store.checkpoint({first.reply_id: (first.conversation_id, "He")})
         assert stores.database.conversations.find_one()["reply"]["content"] == "He"
         message = reply_of(first, "Hey")
+        earlier = datetime(2020, 1, 1, tzinfo=UTC)
+        stores.database.conversations.update_one({}, {"$set": {"updatedAt": earlier}})
         assert await store.finish(first.conversation_id, message) == message
         document = stores.database.conversations.find_one()
+        assert document["updatedAt"] > earlier
         assert set(document) == {"_id", "createdAt", "updatedAt", "messages"}
         user, reply = document["messages"]
         assert set(user) == set(reply) == {"_id", "role", "content", "createdAt"}
@@ -184,8 +191,8 @@ async def test_checkpoint_says_which_replies_are_no_longer_ours(stores: Stores) 
         assert set(await store.checkpoint(replies)) == {lost.reply_id}
 
 
-async def test_conversation_without_room_is_refused_before_the_turn(database: Database) -> None:
-    async with Stores(database, "motor").open() as store:
+async def test_conversation_without_room_is_refused_before_the_turn(stores: Stores) -> None:
+    async with stores.open() as store:
         first = turn()
         await store.begin(first, "Hello", None)
         await store.finish(first.conversation_id, reply_of(first, "x" * (DOCUMENT_BYTES - REPLY_ROOM - 20_000)))
@@ -200,7 +207,7 @@ async def test_conversation_without_room_is_refused_before_the_turn(database: Da
             await store.begin(turn(first.conversation_id), "no more", None)
         with pytest.raises(ConversationFull):
             await store.begin_retry(first.conversation_id, new_id())
-        assert len(database.conversations.find_one()["messages"]) == 4
+        assert len(stores.database.conversations.find_one()["messages"]) == 4
 
 
 async def test_only_the_messages_asked_for_are_read(stores: Stores) -> None:
@@ -246,6 +253,7 @@ async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_qu
         assert [record is None for record in records[:150]] == [False] * 120 + [True] * 30
         first, second = records[:2]
         assert first is not None and first.reply is None and first.last_id == turns[0].reply_id
+        assert first.messages == [] and first.older == 2
         assert second is not None and second.reply is not None and second.reply.id == turns[1].reply_id
         # Whoever asks while a query is on its way is answered by one that was sent after that.
         early = asyncio.create_task(store.peek(turns[1].conversation_id))
@@ -301,6 +309,28 @@ async def test_reply_that_cannot_be_encoded_fails_none_of_those_that_end_with_it
         first, bad, third = await asyncio.gather(*(store.finish(*each) for each in messages), return_exceptions=True)
         assert isinstance(bad, UnicodeEncodeError)
         assert (first, third) == (messages[0][1], messages[2][1])
+
+
+@pytest.mark.parametrize("hours", [-5, 5])
+async def test_lease_is_set_and_judged_by_the_clock_of_the_database(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    class Wrong(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(hours=hours)
+
+    monkeypatch.setattr(store_module, "datetime", Wrong)
+    async with stores.open() as store:
+        for new in (True, False):
+            mine = turn()
+            await store.begin(mine, "hello", None, new=new)
+            assert abs(stores.database.conversations.find_one({})["updatedAt"] - datetime.now(UTC)).seconds > 3600
+            assert await store.find_lost([]) == []
+            await store.checkpoint({mine.reply_id: (mine.conversation_id, "hel")})
+            assert await store.find_lost([]) == []
+            record = await store.peek(mine.conversation_id)
+            assert record is not None and record.reply is not None and not record.reply.expired
 
 
 async def test_lease_that_lies_in_the_future_has_run_out(stores: Stores) -> None:
@@ -362,17 +392,26 @@ async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:
         assert begun.number == 2
 
 
-async def test_list_and_running_replies_are_found_by_an_index(database: Database) -> None:
+async def test_what_is_looked_for_is_found_by_an_index(database: Database) -> None:
+    """As the database's own profile of the store's queries has it; a page of the list costs what is on it."""
     async with Stores(database, "motor").open() as store:
-        for _ in range(3):
-            await store.begin(turn(), "Hello", None)
-    plans = [
-        database.conversations.find().sort([("createdAt", -1), ("_id", -1)]).limit(2).explain(),
-        database.conversations.find({"reply._id": {"$exists": True, "$nin": [ObjectId()]}}).explain(),
-        database.conversations.find({"_id": ObjectId(), "messages.key": "k"}).explain(),
-    ]
-    for plan in plans:
-        assert "COLLSCAN" not in str(plan["queryPlanner"]["winningPlan"])
+        turns = [turn() for _ in range(30)]
+        for each in turns:
+            await store.begin(each, "Hello", "k")
+        *_, middle = await store.summaries(15, None)
+        database.db.command("profile", 2)
+        await store.summaries(2, None)
+        await store.summaries(2, (middle.created_at, middle.id))
+        await store.find_lost([each.reply_id for each in turns])
+        await store.find_keyed(turns[0].conversation_id, "k", "Hello")
+        await store.peek(turns[0].conversation_id)
+        await store.read(turns[0].conversation_id)
+        database.db.command("profile", 0)
+    profile = list(database.db["system.profile"].find({"op": "query"}))
+    assert len(profile) == 6
+    for query in profile:
+        assert re.match("IXSCAN|IDHACK", query["planSummary"]) and not query.get("hasSortStage"), query
+    assert all(query["docsExamined"] <= 3 for query in profile if "sort" in query["command"])
 
 
 @pytest.mark.expects_log("the database refuses \\(begin\\): code 8000")

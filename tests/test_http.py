@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from chatserver.handlers import stream as stream_module
 from chatserver.handlers.base import _DISCARDED
 from tests.apps import App, MakeApp, Script
 from tests.clients import RawStream
@@ -323,6 +324,24 @@ async def test_only_our_own_host_names_are_answered(app: App, host: str, allowed
         assert_problem(response, 421, "host_not_allowed")
 
 
+async def test_server_that_is_bound_to_every_address_answers_to_addresses_and_to_no_foreign_name(
+    make_app: MakeApp,
+) -> None:
+    """Guards against DNS rebinding: a page's own name, made to resolve to this server."""
+    app = await make_app(host="0.0.0.0")
+    for host, status in (("10.0.0.1", 200), ("[fe80::1]:3000", 200), ("localhost", 200), ("evil.example", 421)):
+        assert (await app.client.http.get("/healthz", headers={"Host": host})).status_code == status, host
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/web/docs.css"])
+async def test_pages_say_what_a_browser_may_do_with_them(app: App, path: str) -> None:
+    headers = (await app.client.http.get(path)).headers
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert headers["Cross-Origin-Opener-Policy"] == "same-origin"
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+
+
 async def test_host_names_are_a_setting(make_app: MakeApp) -> None:
     app = await make_app(allowed_hosts=("chat.example",))
     for host, status in (("chat.example", 200), ("localhost", 200), ("127.0.0.1", 200), ("other.example", 421)):
@@ -427,6 +446,16 @@ async def test_stream_ends_at_its_age_and_is_resumed(make_app: MakeApp) -> None:
     assert events[-1].name == "done"
 
 
+async def test_streams_that_open_together_do_not_end_together(make_app: MakeApp) -> None:
+    app = await make_app(stream_max_age_s=1000)
+    connections = [app.streams.open(ID, "address", b"", False) for _ in range(30)]
+    now = asyncio.get_running_loop().time()
+    ages = [each.expires_at - now for each in connections if each.expires_at is not None]
+    for each in connections:
+        each.leave()
+    assert len(ages) == 30 and 499 < min(ages) < max(ages) - 200 < 1300
+
+
 async def test_path_with_a_nul_is_not_found(app: App) -> None:
     assert_problem(await app.client.http.get("/web/%00"), 404, "not_found")
 
@@ -461,8 +490,14 @@ async def test_health_readiness_and_metrics(app: App) -> None:
     assert int(response.headers["Retry-After"]) > 0
 
 
-async def test_metrics_count_what_happened(app: App) -> None:
+async def test_metrics_count_what_happened(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "_TICK_S", 0.01)
+    app = await make_app()
     await app.client.turn("hi", ID)
+    app.store._away_until = float("inf")
+    assert_problem(await app.client.http.get("/chat"), 503, "database_unavailable")
+    app.store._away_until = 0.0
+    await app.until(lambda: app.metrics.loop_lag._sum.get() > 0)
     assert [event.name async for event in app.client.stream(ID, "gone")] == ["reset"]
     text = (await app.client.http.get("/metrics")).text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -479,11 +514,20 @@ async def test_metrics_count_what_happened(app: App) -> None:
         "chatserver_time_to_first_token_seconds_count": 1,
         'chatserver_reply_duration_seconds_count{status="complete"}': 1,
         'chatserver_store_operation_duration_seconds_count{operation="begin"}': 1,
+        'chatserver_store_operation_duration_seconds_count{operation="list"}': 1,
+        'chatserver_store_errors_total{operation="list"}': 1,
     }.items():
         assert float(values[name]) == value, name
-    assert float(values["chatserver_tasks"]) > 0
-    assert "chatserver_event_loop_lag_seconds_bucket" in text and ID not in text
-    assert "_created" not in text
+    for name in (
+        "chatserver_tasks",
+        "chatserver_stream_writes_total",
+        "chatserver_time_to_first_token_seconds_sum",
+        'chatserver_reply_duration_seconds_sum{status="complete"}',
+        'chatserver_store_operation_duration_seconds_sum{operation="begin"}',
+        "chatserver_event_loop_lag_seconds_sum",
+    ):
+        assert float(values[name]) > 0, name
+    assert "_created" not in text and ID not in text
 
 
 async def test_refused_turn_is_no_error_of_the_database_in_the_metrics(make_app: MakeApp) -> None:

@@ -15,7 +15,7 @@ from chatserver.errors import ChatError
 from chatserver.openapi import make_openapi, problem_codes
 from chatserver.records import INTERRUPTED
 from chatserver.replies import _CRASHED, _FULL
-from tests.apps import App
+from tests.apps import App, MakeApp, Script
 from tests.clients import new_id
 
 pytestmark = pytest.mark.gen_test
@@ -115,7 +115,7 @@ def check(document: dict[str, Any], name: str, value: object) -> None:
     Draft202012Validator(schema).validate(value)
 
 
-async def test_answers_and_events_are_as_described(app: App) -> None:
+async def test_answers_and_events_are_as_described(app: App, make_app: MakeApp) -> None:
     http = app.client.http
     document = (await http.get("/openapi.json")).json()
     answer = await app.client.say("Hello")
@@ -124,7 +124,11 @@ async def test_answers_and_events_are_as_described(app: App) -> None:
     check(document, "Conversation", await app.client.history(conversation_id))
     check(document, "Stopped", (await http.post(f"/chat/{conversation_id}/stop")).json())
     events = await app.client.events(conversation_id, f"{conversation_id}-0")
-    for event in [*events, *[each async for each in app.client.stream(conversation_id, "gone")]]:
+    events += [each async for each in app.client.stream(conversation_id, "gone")]
+    failing = await make_app(source=Script(errors.SourceError("source_failed", "Out of paper.")))
+    events += (await failing.client.turn("Hello"))[1]
+    assert {event.name for event in events} == set(document["components"]["schemas"]["Events"]["properties"])
+    for event in events:
         check(document, f"Events/properties/{event.name}", event.data)
     check(document, "Conversation", await app.client.history(conversation_id, limit=1))
     check(document, "Conversations", (await http.get("/chat", params={"limit": 1})).json())

@@ -71,11 +71,11 @@ async def test_new_turns_are_refused_in_time_and_running_ones_go_on(mongod: Mong
         assert max(await asyncio.gather(*(post(number) for number in range(100)))) < 5
         assert (await app.client.http.get("/healthz")).status_code == 200
         assert (await app.client.http.get("/readyz")).status_code == 503
-        live = app.hub.get(answer["conversationId"])
-        assert live is not None and live.reply is not None
-        # All has been said by now, and waits to be stored: no `done` yet.
-        await asyncio.sleep(1.0)
-        assert not watcher.done()
+        reply = app.chat._replies.get(answer["replyId"])
+        assert reply is not None
+        # All has been said, and waits to be stored: no `done` yet.
+        await app.until(lambda: not reply.generating)
+        assert not watcher.done() and reply.live.reply is reply.reply
         await mends(mongod, how)
         events = await watcher
         assert events[-1].name == "done"

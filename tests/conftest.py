@@ -27,6 +27,7 @@ TOOLS = {
     "nginx": "nginx",
     "cc": "cc",
     "openssl": "openssl",
+    "curl": "curl",
 }
 NODE_PACKAGES = Path(__file__).parent / "node" / "node_modules" / "installed.json"
 """Written by scripts/test once all the packages are there."""

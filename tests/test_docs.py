@@ -90,7 +90,7 @@ def test_file_tree_of_the_readme_is_the_one_there_is() -> None:
         assert (ROOT / link).exists(), link
 
 
-@pytest.mark.needs("openssl")
+@pytest.mark.needs("curl", "openssl")
 def test_commands_of_the_recommended_flow_can_be_pasted(make_server: Callable[..., Server]) -> None:
     server = make_server().start()
     block = README.partition("## The recommended flow")[2].split("```sh")[1].split("```")[0]

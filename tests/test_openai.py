@@ -767,7 +767,7 @@ def test_the_process_keeps_the_key_and_what_was_said_to_itself(make_server: Call
     assert server.stop() == 0
     assert "401" in server.output
     assert KEY not in server.output
-    assert "private" not in server.output
+    assert "private" not in server.output and STORY[:9] not in server.output
     assert set(re.findall(r'"logger": "(\w+)', server.output)) == {"chatserver"}
 
 

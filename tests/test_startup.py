@@ -1,5 +1,6 @@
 """Starting and ending the server, as whoever runs it does: a process, signals, what it prints."""
 
+import json
 import re
 import shutil
 import signal
@@ -7,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,9 @@ def say(server: Server, text: str = "hi") -> dict[str, str]:
     return answer
 
 
-def history(server: Server, conversation_id: str) -> dict[str, object]:
+def history(server: Server, conversation_id: str) -> dict[str, Any]:
     response = httpx.get(f"{server.url}/chat/{conversation_id}", trust_env=False)
-    value: dict[str, object] = response.json()
+    value: dict[str, Any] = response.json()
     return value
 
 
@@ -60,6 +62,11 @@ def mongodb_uri(server: Server) -> str:
     return found[0]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def failed(server: Server, seconds: float) -> str:
     """Start a server that must give up by itself in time, with an exit code and without a stack trace."""
     began = time.monotonic()
@@ -71,15 +78,18 @@ def failed(server: Server, seconds: float) -> str:
 
 
 def test_private_mongodb_starts_and_ends_with_the_server(private: Callable[..., Server]) -> None:
-    server = private().start()
+    server = private(SIMULATED_TOKENS=400).start()
     answer = say(server)
     pid = mongod_pid(server)
     with pymongo.MongoClient[dict[str, Any]](mongodb_uri(server)) as client:
         assert client.get_default_database().conversations.count_documents({}) == 1
+    # The reply that still runs is written to its end first, and stored.
     assert server.stop() == 0
-    assert _ended(pid)
+    assert re.search("shutting down.*reply complete", server.output, re.DOTALL)
+    assert _ended(pid) and not re.search("WARNING|ERROR", server.output)
     server.start()
-    assert history(server, answer["conversationId"])["status"] == "idle"
+    _, reply = history(server, answer["conversationId"])["messages"]
+    assert reply["status"] == "complete" and reply["content"]
     assert server.stop() == 0
 
 
@@ -96,7 +106,6 @@ def test_killed_server_starts_again_and_finds_its_data(private: Callable[..., Se
     # With a private database nobody else can be writing that reply: it is finished at once.
     stored = history(server, answer["conversationId"])
     messages = stored["messages"]
-    assert isinstance(messages, list)
     assert stored["status"] == "idle" and messages[-1]["status"] == "interrupted" and messages[-1]["content"]
     assert messages[-1]["error"]["code"] == "interrupted"
     assert server.stop() == 0
@@ -115,9 +124,58 @@ def test_signal_ends_it_in_order(make_server: Callable[..., Server], numbers: li
     assert '"code":"interrupted"' in text
     server.start()
     messages = history(server, answer["conversationId"])["messages"]
-    assert isinstance(messages, list) and messages[-1]["status"] == "interrupted"
+    assert messages[-1]["status"] == "interrupted"
     streamed = "".join(re.findall(r'data: \{"text":"(.*?)"\}', text)).replace("\\n", "\n").replace('\\"', '"')
     assert messages[-1]["content"] == streamed
+
+
+def test_server_does_without_uvloop(tmp_path: Path, make_server: Callable[..., Server]) -> None:
+    (tmp_path / "uvloop.py").write_text("raise ImportError\n")
+    server = make_server(PYTHONPATH=f"{tmp_path}:{ROOT}", SIMULATED_TOKENS=20).start()
+    answer = say(server)
+    query = {"lastEventId": answer["lastEventId"], "until": "done"}
+    stream = httpx.get(f"{server.url}/chat/stream/{answer['conversationId']}", params=query, trust_env=False)
+    assert stream.text.count("event: token") > 0 and "event: done" in stream.text
+    assert server.stop() == 0
+
+
+def test_script_runs_it(tmp_path: Path, make_server: Callable[..., Server]) -> None:
+    """In a copy of the folder whose .venv, this one's, is ready."""
+    for name in ("chatserver", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    installed = tmp_path / ".venv" / "installed"
+    installed.mkdir(parents=True)
+    for file in (tmp_path, installed):
+        shutil.copy(ROOT / "requirements.txt", file)
+    for entry in Path(sys.prefix).iterdir():
+        if entry.name != installed.name:
+            (tmp_path / ".venv" / entry.name).symlink_to(entry)
+    server = make_server()
+    server.command = [str(tmp_path / "scripts" / "run")]
+    assert httpx.get(f"{server.start().url}/healthz", trust_env=False).json() == {"status": "ok"}
+    assert server.stop() == 0
+
+
+def test_logs_as_json_name_what_they_are_about_and_never_what_was_said(make_server: Callable[..., Server]) -> None:
+    server = make_server(LOG_FORMAT="json", LOG_LEVEL="debug", SIMULATED_TOKENS=50).start()
+    answer = say(server, "a private matter")
+    query = {"lastEventId": answer["lastEventId"], "until": "done"}
+    httpx.get(f"{server.url}/chat/stream/{answer['conversationId']}", params=query, trust_env=False)
+    content = history(server, answer["conversationId"])["messages"][-1]["content"]
+    assert server.stop() == 0
+    lines = [json.loads(line) for line in server.stderr]
+    for line in lines:
+        assert datetime.fromisoformat(line["time"]).tzinfo and line["level"] and line["logger"] and line["message"]
+    about = [line for line in lines if line.get("conversation") == answer["conversationId"]]
+    assert [line["message"] for line in about if line.get("reply") == answer["replyId"]] == [
+        "reply started",
+        "POST /chat",
+        "reply complete",
+    ]
+    assert [line["message"] for line in about if line.get("status") == 200] == [
+        f"GET /chat/{path}{answer['conversationId']}" for path in ("stream/", "")
+    ]
+    assert "private" not in server.output and content[:20] not in server.output
 
 
 def test_what_a_client_sends_wrongly_is_not_logged(make_server: Callable[..., Server]) -> None:
@@ -134,6 +192,8 @@ def test_second_signal_ends_it_at_once(make_server: Callable[..., Server]) -> No
     say(server)
     server.signal(signal.SIGTERM)
     until(lambda: "shutting down" in server.output)
+    # While it waits for its reply, nobody new gets in.
+    until(lambda: not listens(server.port))
     began = time.monotonic()
     server.signal(signal.SIGTERM)
     assert server.wait() == 1 and time.monotonic() - began < 2

@@ -1,12 +1,13 @@
 """Servers that break one promise each: `python -m tests.mutants NAME`. The chaos program must catch them all."""
 
 import asyncio
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from chatserver import __main__ as server
-from chatserver.hub import LiveReply, Place
+from chatserver.hub import Live, LiveReply, Place
 from chatserver.replies import Replies
 from chatserver.store import Store
 
@@ -57,14 +58,25 @@ def lost_replies_left_alone() -> None:
     Replies.finish_checkpointed = nothing  # type: ignore[method-assign]
 
 
-def no_checkpoints() -> None:
-    """Leases are renewed, but what was said is not saved."""
-    checkpoint = Store.checkpoint
+def seldom_checkpoints() -> None:
+    """What was said is saved every second, not every quarter of one."""
+    os.environ |= {"CHECKPOINT_MS": "1000", "LEASE_MS": "3000"}
 
-    async def empty(self: Store, replies: Any) -> Any:
-        return await checkpoint(self, {reply: (conversation, "") for reply, (conversation, _) in replies.items()})
 
-    Store.checkpoint = empty  # type: ignore[method-assign]
+def end_untold_at_shutdown() -> None:
+    """Streams end without a word of the replies that the shutdown interrupts."""
+    publish_end = Replies._publish_end
+
+    def untold(self: Replies, live: Live, reply: LiveReply, message: Any) -> None:
+        if not self._out_of_time:
+            publish_end(self, live, reply, message)
+
+    Replies._publish_end = untold  # type: ignore[method-assign]
+
+
+def deletion_untold() -> None:
+    """A conversation that is deleted while a reply runs leaves its streams as they are."""
+    Live.reset = lambda self: None  # type: ignore[method-assign]
 
 
 MUTANTS: dict[str, Callable[[], None]] = {
@@ -74,7 +86,9 @@ MUTANTS: dict[str, Callable[[], None]] = {
         done_before_the_write,
         text_repeated_on_resume,
         lost_replies_left_alone,
-        no_checkpoints,
+        seldom_checkpoints,
+        end_untold_at_shutdown,
+        deletion_untold,
     )
 }
 

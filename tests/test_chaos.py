@@ -1,4 +1,8 @@
-"""The chaos program: a short run holds every promise, and it catches servers that do not."""
+"""The chaos program: a short run holds every promise, and it catches servers that do not.
+
+Such a server gets a run of its own, shorter and with the one kind of fault that brings its error to light. The options
+of the first run catch each of the seven, too, as was tried by hand; but that would take six minutes more.
+"""
 
 import re
 import subprocess
@@ -9,20 +13,20 @@ import pytest
 from bson import ObjectId
 
 from scripts.chaos_lib.check import check, last_checkpoint
-from scripts.chaos_lib.ledger import Fault, Ledger, Post, Seen
+from scripts.chaos_lib.ledger import Deletion, Fault, Ledger, Post, Retry, Seen
 from tests.servers import ROOT
 
 CONVERSATION, USER, REPLY = "c" * 24, "a" * 24, "b" * 24
 
 
 def chaos(*options: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "scripts.chaos_lib", "--seed", "7", *options]
+    command = [sys.executable, "-m", "scripts.chaos_lib", "--seed", "6", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
 
 
 @pytest.mark.timeout(180)
 def test_short_run_holds_every_promise() -> None:
-    done = chaos("--seconds", "55")
+    done = chaos("--seconds", "40")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -35,12 +39,14 @@ def test_short_run_holds_every_promise() -> None:
         ("done_before_the_write", "server killed", "2", "done not kept"),
         ("text_repeated_on_resume", "lines cut", "15", "text repeated"),
         ("lost_replies_left_alone", "server killed", "15", "stuck"),
-        ("no_checkpoints", "server killed", "15", "text lost"),
+        ("seldom_checkpoints", "server killed", "15", "text lost"),
+        ("end_untold_at_shutdown", "server restarted", "15", "end not told"),
+        ("deletion_untold", "lines cut", "15", "deletion not kept"),
     ],
 )
 def test_server_that_breaks_a_promise_is_caught(mutant: str, faults: str, delay_ms: str, caught: str) -> None:
     server = f"{sys.executable} -m tests.mutants {mutant}"
-    options = ["--seconds", "12", "--turns", "1", "--patience", "6", "--pause", "4", "--token-delay-ms", delay_ms]
+    options = ["--seconds", "7", "--turns", "1", "--patience", "2.5", "--pause", "4", "--token-delay-ms", delay_ms]
     done = chaos("--server", server, "--faults", faults, *options)
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(rf"^  {caught} +[1-9]", done.stdout, re.M), done.stdout
@@ -61,13 +67,13 @@ def stored(content: str = "Hello", **fields: Any) -> dict[str, Any]:
     return {CONVERSATION: {"messages": [user, reply]}}
 
 
-INTERRUPTED = {"status": "interrupted", "error": {"code": "interrupted", "message": ""}}
+INTERRUPTED: dict[str, Any] = {"status": "interrupted", "error": {"code": "interrupted", "message": ""}}
 
 
 def ledger(*seen: Seen, **fields: Any) -> Ledger:
     answer = {"conversationId": CONVERSATION, "messageId": USER, "replyId": REPLY}
-    posts = fields.pop("posts", [Post(CONVERSATION, "k", "hi", answer, 0.0)])
-    return Ledger(0.25, 0.5, posts=posts, seen={(CONVERSATION, 0): list(seen)}, **fields)
+    posts = fields.pop("posts", [Post(CONVERSATION, "k", answer)])
+    return Ledger(0.25, posts=posts, seen={(CONVERSATION, 0): list(seen)}, **fields)
 
 
 def said(text: str = "hi", time: float = 1.0) -> Seen:
@@ -84,6 +90,14 @@ def done(status: str = "complete", time: float = 3.0) -> Seen:
 
 def failed(code: str = "interrupted", time: float = 9.0) -> Seen:
     return Seen(time, "error", f"{REPLY}-done", {"messageId": REPLY, "code": code, "message": ""})
+
+
+def left(position: str, time: float, opened: float = 1.0, *, clean: bool = True) -> Seen:
+    return Seen(time, "left", position, {"opened": opened, "clean": clean})
+
+
+def gone(time: float = 5.0) -> Seen:
+    return Seen(time, "gone", f"{REPLY}-done", {})
 
 
 def kinds(run: Ledger, conversations: dict[str, Any]) -> set[str]:
@@ -127,8 +141,8 @@ def test_checker_names_what_a_client_was_told_wrongly(seen: list[Seen], kind: st
 def test_checker_compares_posts_with_the_record() -> None:
     answer = {"conversationId": CONVERSATION, "messageId": USER, "replyId": REPLY}
     other = {**answer, "messageId": "d" * 24}
-    assert kinds(ledger(posts=[Post(CONVERSATION, "k", "hi", other, 0.0)]), stored()) == {"message lost"}
-    posts = [Post(CONVERSATION, "k", "hi", answer, 0.0), Post(CONVERSATION, "k", "hi", other, 1.0)]
+    assert kinds(ledger(posts=[Post(CONVERSATION, "k", other)]), stored()) == {"message lost"}
+    posts = [Post(CONVERSATION, "k", answer), Post(CONVERSATION, "k", other)]
     assert "post stored twice" in kinds(ledger(posts=posts), stored())
     document = stored()[CONVERSATION]
     again = {"_id": ObjectId(), "role": "user", "content": "hi"}
@@ -144,6 +158,9 @@ def test_checker_compares_posts_with_the_record() -> None:
         (4.2, [Fault("server killed", "server", 5.0, 5.0)], True),
         (4.9, [], True),
         (4.9, [Fault("lines cut", "line", 5.0, 5.0)], True),
+        (4.9, [Fault("server restarted", "shutdown", 5.0, 5.5)], True),
+        (4.55, [Fault("server killed", "server", 5.0, 5.0)], False),
+        (4.4, [Fault("server killed", "server", 5.0, 5.0)], True),
         (4.2, [Fault("database killed", "database", 3.0, 4.8), Fault("server killed", "server", 5.0, 5.0)], False),
         (1.9, [Fault("database killed", "database", 3.0, 4.8), Fault("server killed", "server", 5.0, 5.0)], True),
         (4.2, [Fault("database killed", "database", 1.0, 2.0), Fault("server killed", "server", 5.0, 5.0)], True),
@@ -154,6 +171,70 @@ def test_only_what_came_after_the_last_checkpoint_may_be_lost(
 ) -> None:
     run = ledger(said(), token("Hel", 3, 1.5), token("lo", 5, lost_at), failed(), faults=faults)
     assert (kinds(run, stored("Hel", **INTERRUPTED)) == {"text lost"}) is blamed
-    stopped = {**INTERRUPTED, "status": "failed"}
-    assert kinds(run, stored("Hel", **stopped)) == {"text lost"}
+    crashed: dict[str, Any] = {"status": "failed", "error": {"code": "source_failed"}}
+    run.seen[CONVERSATION, 0][-1] = failed("source_failed")
+    assert kinds(run, stored("Hel", **crashed)) == {"text lost"}
     assert last_checkpoint(run, 100.0, 101.0) is None
+
+
+def test_stopped_reply_may_be_interrupted_but_never_go_on_to_its_end() -> None:
+    run = ledger(stops=[(CONVERSATION, REPLY)])
+    assert kinds(run, stored()) == {"stop not kept"}
+    assert not kinds(run, stored(status="stopped"))
+    assert not kinds(run, stored(**INTERRUPTED))
+
+
+def test_retry_stands_right_after_the_reply_that_it_supersedes() -> None:
+    new = "d" * 24
+    run = ledger(said(), token("Hello", 5), done("stopped"), retries=[Retry(CONVERSATION, REPLY, new)])
+    documents = stored(status="superseded")
+    assert kinds(run, documents) == {"retry not kept"}
+    documents[CONVERSATION]["messages"].append({"_id": ObjectId(new), "role": "assistant", "content": ""})
+    assert not kinds(run, documents)
+    run.retries[0] = Retry(CONVERSATION, REPLY, None)
+    assert not kinds(run, documents)
+    run.retries.clear()
+    assert kinds(run, documents) == {"retry not kept"}
+
+
+@pytest.mark.parametrize(
+    ("seen", "faults", "told"),
+    [
+        ([left(f"{REPLY}-done", 4.1), gone()], [], True),
+        ([left(f"{REPLY}-done", 4.1)], [], False),
+        ([left(f"{REPLY}-done", 9.0), gone(9.0)], [], False),
+        ([left(f"{REPLY}-done", 9.0, opened=4.5), gone(9.0)], [], True),
+        ([left(f"{REPLY}-done", 9.0), gone(9.0)], [Fault("server paused", "server", 3.5, 7.0)], True),
+    ],
+)
+def test_streams_of_a_deleted_conversation_are_told_at_once(seen: list[Seen], faults: list[Fault], told: bool) -> None:
+    doomed = {"conversationId": CONVERSATION, "messageId": "d" * 24, "replyId": "e" * 24}
+    last = Seen(3.5, "token", f"{'e' * 24}-1", {"text": "x"})
+    run = ledger(said(), token("Hello", 5), done(), last, *seen, faults=faults)
+    run.posts.append(Post(CONVERSATION, "l", doomed))
+    run.deletions[CONVERSATION] = Deletion(4.0, stored()[CONVERSATION]["messages"])
+    assert kinds(run, {}) == (set() if told else {"deletion not kept"})
+    assert "deletion not kept" in kinds(run, stored())
+    assert "message lost" in kinds(ledger(said(), gone()), {})
+
+
+def test_conversation_that_was_deleted_was_right_before_that() -> None:
+    run = ledger(said(), token("Hel", 3), done(), gone(), posts=[])
+    run.deletions[CONVERSATION] = Deletion(4.0, stored()[CONVERSATION]["messages"])
+    assert kinds(run, {}) == {"done not kept"}
+
+
+@pytest.mark.parametrize(
+    ("end", "missing"),
+    [
+        (left(f"{REPLY}-3", 5.6), True),
+        (left(f"{REPLY}-done", 5.6), False),
+        (left(f"{REPLY}-3", 4.9), False),
+        (left(f"{REPLY}-3", 5.6, opened=5.1), False),
+        (left(f"{REPLY}-3", 5.6, clean=False), False),
+    ],
+)
+def test_stream_that_ends_at_a_shutdown_ends_after_the_end_of_its_reply(end: Seen, missing: bool) -> None:
+    faults = [Fault("server restarted", "shutdown", 5.0, 5.5)]
+    run = ledger(said(), token("Hel", 3), end, token("lo", 5, 7.0), failed(), faults=faults)
+    assert kinds(run, stored(**INTERRUPTED)) == ({"end not told"} if missing else set())

@@ -3,11 +3,31 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from scripts.chaos_lib.ledger import Fault, Ledger, Seen
 
-KINDS = ("message lost", "post stored twice", "done not kept", "text repeated", "text skipped", "stuck", "text lost")
+KINDS = (
+    "message lost",
+    "post stored twice",
+    "done not kept",
+    "stop not kept",
+    "retry not kept",
+    "deletion not kept",
+    "text repeated",
+    "text skipped",
+    "text lost",
+    "end not told",
+    "stuck",
+)
+SLACK_S = 0.25
+"""How much older than an interval a last checkpoint may be: on two cores with a load of eight, 0.1 s was seen."""
+RECOVERY_S = 1.0
+"""How long after an outage the driver and the server, each of which looks every half second, find the database."""
+RESET_S = 2.0
+"""How long the reset of a deleted conversation may be on its way."""
+_HITS_SERVERS = ("server", "shutdown")
 Stored = Mapping[str, Any]
 
 
@@ -40,11 +60,67 @@ def check(ledger: Ledger, conversations: Mapping[str, Stored]) -> Verdict:
     for conversation_id, document in conversations.items():
         if "reply" in document:
             verdict.blame("stuck", f"{conversation_id} is still streaming")
+    _check_deletions(ledger, conversations, verdict)
+    # Of one that was deleted, what was stored before its last turn takes its place.
+    deleted = {each: {"messages": deletion.messages} for each, deletion in ledger.deletions.items()}
+    conversations = {**conversations, **deleted}
     _check_posts(ledger, conversations, verdict)
+    _check_endings(ledger, conversations, verdict)
     for (conversation_id, number), seen in ledger.seen.items():
         document = conversations.get(conversation_id, {"messages": []})
+        if conversation_id in deleted:
+            seen = [each for each in seen if _is_about(each, document)]
         _Reader(ledger, f"{conversation_id} client {number}", document, verdict).read(seen)
     return verdict
+
+
+def _is_about(event: Seen, document: Stored) -> bool:
+    """Return whether an event is about messages of a document only, or about a stream."""
+    stored = {str(message["_id"]) for message in document["messages"]}
+    about = {message["id"] for message in event.data["messages"]} if event.kind == "history" else {event.id[:24]}
+    return event.kind == "left" or about <= stored
+
+
+def _check_deletions(ledger: Ledger, conversations: Mapping[str, Stored], verdict: Verdict) -> None:
+    """Nothing of a deleted conversation comes back, and its streams are ended with `reset`."""
+    for conversation_id in ledger.deletions.keys() & conversations.keys():
+        verdict.blame("deletion not kept", f"{conversation_id} is stored again")
+    for (conversation_id, number), seen in ledger.seen.items():
+        name = f"{conversation_id} client {number}"
+        if (deletion := ledger.deletions.get(conversation_id)) is None:
+            if seen and seen[-1].kind == "gone":
+                verdict.blame("message lost", f"{name}: the conversation was gone, but not deleted")
+            continue
+        if not seen or seen[-1].kind != "gone":
+            verdict.blame("deletion not kept", f"{name} was not told")
+        for stream in (each for each in seen if each.kind == "left"):
+            late = stream.data["opened"] < deletion.time < stream.time - RESET_S
+            # A server that was paused, or another one, cannot know at once.
+            if late and not any(
+                fault.kind == "server paused" and fault.begin < stream.time and deletion.time < fault.end + 1
+                for fault in ledger.faults
+            ):
+                verdict.blame("deletion not kept", f"{name} was told {stream.time - deletion.time:.2f} s later")
+
+
+def _check_endings(ledger: Ledger, conversations: Mapping[str, Stored], verdict: Verdict) -> None:
+    """A stop that took effect and a retry that was answered are stored so; no reply is superseded by itself."""
+    nothing: Stored = {"messages": []}
+    for conversation_id, reply_id in ledger.stops:
+        messages = conversations.get(conversation_id, nothing)["messages"]
+        # One whose server was lost before it was stored is interrupted; but it never goes on to its end.
+        if not any(str(each["_id"]) == reply_id and each.get("status", "complete") != "complete" for each in messages):
+            verdict.blame("stop not kept", f"{conversation_id}: {reply_id} was stopped, but is not stored so")
+    for retry in ledger.retries:
+        messages = conversations.get(retry.conversation_id, nothing)["messages"]
+        pairs = [(str(old["_id"]), old.get("status"), str(new["_id"])) for old, new in pairwise(messages)]
+        if retry.new_id and (retry.reply_id, "superseded", retry.new_id) not in pairs:
+            verdict.blame("retry not kept", f"{retry} is not stored so")
+    asked = {retry.reply_id for retry in ledger.retries}
+    for conversation_id, document in conversations.items():
+        for message in document["messages"]:
+            if message.get("status") == "superseded" and str(message["_id"]) not in asked:
+                verdict.blame("retry not kept", f"{conversation_id}: nobody retried {message['_id']}")
 
 
 def _check_posts(ledger: Ledger, conversations: Mapping[str, Stored], verdict: Verdict) -> None:
@@ -58,6 +134,8 @@ def _check_posts(ledger: Ledger, conversations: Mapping[str, Stored], verdict: V
         if post.answer["messageId"] not in order:
             order.append(post.answer["messageId"])
     for conversation_id, order in orders.items():
+        if conversation_id in ledger.deletions:
+            order.pop()
         messages = conversations.get(conversation_id, {"messages": []})["messages"]
         users = [str(message["_id"]) for message in messages if message["role"] == "user"]
         for message_id, count in Counter(users).items():
@@ -90,6 +168,8 @@ class _Reader:
                 self._take_input(event)
             elif event.kind in ("done", "error"):
                 self._take_end(event)
+            elif event.kind == "left":
+                self._take_leave(event)
         self._check_order()
 
     def _check_order(self) -> None:
@@ -135,6 +215,16 @@ class _Reader:
         if stored is None or stored["content"] != event.data["text"]:
             self._verdict.blame("message lost", f"{self._name}: input {message_id} is not stored so")
 
+    def _take_leave(self, event: Seen) -> None:
+        """A stream that a server ends as it shuts down, whose replies are all stored by then, has told their ends."""
+        ended = event.data["clean"] and any(
+            fault.kind == "server restarted" and event.data["opened"] < fault.begin < event.time < fault.end + 1
+            for fault in self._ledger.faults
+        )
+        message_id, _, chars = event.id.rpartition("-")
+        if ended and chars != "done" and message_id in self._stored:
+            self._verdict.blame("end not told", f"{self._name}: left at {event.id} by a server that shut down")
+
     def _take_end(self, event: Seen) -> None:
         message_id = event.data["messageId"]
         if message_id in self._ended:
@@ -147,25 +237,29 @@ class _Reader:
         kept = stored["content"] if stored else ""
         if event.kind == "done":
             status = stored.get("status", "complete") if stored else None
-            if status != event.data["status"] or kept != text:
+            as_told = status == event.data["status"] or (status == "superseded" and event.data["status"] == "stopped")
+            if not as_told or kept != text:
                 line = f"{self._name}: done of {message_id}: told {text!r}, stored {kept!r} as {status}"
                 self._verdict.blame("done not kept", line)
         elif stored is None or stored.get("error", {}).get("code") != event.data["code"]:
             self._verdict.blame("done not kept", f"{self._name}: error of {message_id} is not stored so")
-        elif not any(fault.hits == "server" and fault.begin <= event.time for fault in self._ledger.faults):
+        elif not any(
+            fault.hits in ("server", "shutdown") and fault.begin <= event.time for fault in self._ledger.faults
+        ):
             self._verdict.blame("text lost", f"{self._name}: {message_id} has an error, but no server was hit")
         elif not text.startswith(kept):
             self._verdict.blame("text skipped", f"{self._name}: {message_id}: told {text!r}, stored {kept!r}")
         elif len(text) > len(kept):
-            self._check_loss(message_id, pieces, len(kept), event, stored["status"])
+            self._check_loss(message_id, pieces, len(kept), event)
 
-    def _check_loss(self, message_id: str, pieces: list[tuple[float, str]], kept: int, end: Seen, status: str) -> None:
+    def _check_loss(self, message_id: str, pieces: list[tuple[float, str]], kept: int, end: Seen) -> None:
         """Only what came after the last checkpoint that was taken may be gone, and only of interrupted replies."""
         first_lost = next(time for time, total in _running_totals(pieces) if total > kept)
         bound = last_checkpoint(self._ledger, first_lost, end.time)
-        if status != "interrupted" or bound is None or first_lost < bound:
-            late = "no server fault" if bound is None else f"{bound - first_lost:.2f} s before the last checkpoint"
-            self._verdict.blame("text lost", f"{self._name}: {message_id} ({status}), first lost token {late}")
+        code = end.data["code"]
+        if code != "interrupted" or bound is None or first_lost < bound:
+            late = "no server lost" if bound is None else f"{bound - first_lost:.2f} s before the last checkpoint"
+            self._verdict.blame("text lost", f"{self._name}: {message_id} ({code}), first lost token {late}")
 
 
 def _text(pieces: list[tuple[float, str]]) -> str:
@@ -184,9 +278,10 @@ def last_checkpoint(ledger: Ledger, after: float, before: float) -> float | None
     """Return the time by which what was seen must have been saved before the server was lost; None if it never was.
 
     A checkpoint is taken every interval while the database answers; one that it was asked for during an outage may have
-    come to nothing, until an interval after its end.
+    come to nothing, until the database was found again and an interval after. A client sees a token later than it was
+    said, never earlier, so that its way there needs no allowance.
     """
-    margin = ledger.interval_s + ledger.slack_s
+    margin = ledger.interval_s + SLACK_S
     lost = [
         fault.begin
         for fault in ledger.faults
@@ -197,7 +292,7 @@ def last_checkpoint(ledger: Ledger, after: float, before: float) -> float | None
     # The first one is it: its reply was not taken up again.
     bound = min(lost) - margin
     for outage in sorted((each for each in ledger.faults if each.hits == "database"), key=_begin, reverse=True):
-        if outage.begin <= bound + margin and outage.end + margin >= bound:
+        if outage.begin <= bound + margin and outage.end + RECOVERY_S + margin >= bound:
             bound = min(bound, outage.begin - margin)
     return bound
 

@@ -1,7 +1,8 @@
-"""The clients: those who talk post with keys and post again; those who watch reconnect with their positions."""
+"""The clients: those who talk post, stop, retry and delete; those who watch reconnect with their positions."""
 
 import asyncio
 import random
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,68 +11,136 @@ from typing import Any
 import httpx
 import httpx_sse
 
-from scripts.chaos_lib.ledger import Ledger, Post, Seen
+from scripts.chaos_lib.ledger import Deletion, Ledger, Post, Retry, Seen
 
 READ_S = 6.0
 """A stream that says nothing for so long, not even a comment, is opened anew."""
 
 
+def new_id() -> str:
+    return secrets.token_hex(12)
+
+
 @dataclass
 class Conversation:
-    """One conversation: who watches it, and the ends that were seen of its replies, by any client."""
+    """One conversation after the other, each until it is deleted: who watches, and what was told of its replies' ends.
 
-    id: str
-    ended: set[str] = field(default_factory=set)
+    `ended` is by reply: whether it was complete, as any client was told.
+    """
+
+    id: str = field(default_factory=new_id)
+    watchers: list["Watcher"] = field(default_factory=list)
+    ended: dict[str, bool] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def end(self, message_id: str) -> None:
-        self.ended.add(message_id)
+    def end(self, message_id: str, *, complete: bool) -> None:
+        self.ended[message_id] = complete
         self.changed.set()
 
-    async def wait_for_end(self, message_id: str) -> None:
+    async def wait_for_end(self, message_id: str) -> bool:
+        """Wait until a reply has ended; return whether it is complete."""
         while message_id not in self.ended:
             self.changed.clear()
             await self.changed.wait()
+        return self.ended[message_id]
+
+    async def wait_for_watchers(self) -> None:
+        """Wait until every watcher has its stream, so that each is told of all."""
+        while not all(each.id == self.id and each.position for each in self.watchers):
+            await asyncio.sleep(0.05)
+
+    @property
+    def has_been_read(self) -> bool:
+        """Whether every watcher has a position that is gone when the conversation is."""
+        return all(each.position[:24] not in ("", self.id) for each in self.watchers)
 
 
 class Talker:
-    """Says one thing after the other, each with a key, until told to stop; asks again whenever an answer is missing."""
+    """Says one thing after the other, each with a key, until told to stop; asks again whenever an answer is missing.
+
+    Some replies are stopped, some that were not completed are retried, some conversations deleted.
+    """
 
     def __init__(
         self, http: httpx.AsyncClient, conversation: Conversation, ledger: Ledger, dice: random.Random
     ) -> None:
         self._http, self._conversation, self._ledger, self._dice = http, conversation, ledger, dice
+        self._number = 0
         self.stopping = False
 
     async def run(self) -> None:
-        number = 0
         while not self.stopping:
-            number += 1
-            key, text = f"key-{number}", f"This is message {number} of {self._conversation.id}: {self._dice.random()}"
-            answer = await self._post(key, text)
-            if self._dice.random() < 0.3:
-                self._ledger.retried += 1
-                await self._post(key, text)
-            await self._conversation.wait_for_end(answer["replyId"])
-
-    async def _post(self, key: str, text: str) -> dict[str, Any]:
-        """Post until it is answered 202; return the answer."""
-        body = {"conversationId": self._conversation.id, "input": text}
-        while True:
-            try:
-                response = await self._http.post("/chat", json=body, headers={"Idempotency-Key": key}, timeout=8)
-            except httpx.TransportError:
-                self._ledger.retried += 1
-                await asyncio.sleep(0.1)
+            await self._conversation.wait_for_watchers()
+            if self._conversation.has_been_read and self._dice.random() < 0.06:
+                await self._delete()
                 continue
-            if response.status_code == 202:
-                answer: dict[str, Any] = response.json()
-                self._ledger.posts.append(Post(self._conversation.id, key, text, answer, time.monotonic()))
+            answer = await self._say()
+            if self._dice.random() < 0.1:
+                await asyncio.sleep(self._dice.random())
+                await self._stop()
+            reply_id: str | None = answer["replyId"]
+            while reply_id and not await self._conversation.wait_for_end(reply_id) and self._dice.random() < 0.5:
+                reply_id = await self._retry(reply_id)
+
+    async def _say(self) -> dict[str, Any]:
+        """Post the next message, sometimes twice; return the answer."""
+        self._number += 1
+        conversation_id, key = self._conversation.id, f"key-{self._number}"
+        text = f"This is message {self._number} of {conversation_id}: {self._dice.random()}"
+        body = {"conversationId": conversation_id, "input": text}
+        while True:
+            response = await self._ask("POST", "/chat", 202, json=body, headers={"Idempotency-Key": key})
+            answer: dict[str, Any] = response.json()
+            self._ledger.posts.append(Post(conversation_id, key, answer))
+            if self._dice.random() >= 0.3:
                 return answer
-            if response.status_code not in (409, 503):
-                raise RuntimeError(f"a post was answered {response.status_code}: {response.text}")
-            self._ledger.retried += 1
-            await asyncio.sleep(0.2)
+            self._ledger.resent += 1
+
+    async def _stop(self) -> None:
+        response = await self._ask("POST", f"/chat/{self._conversation.id}/stop", 202)
+        if reply_id := response.json().get("messageId"):
+            self._ledger.stops.append((self._conversation.id, reply_id))
+
+    async def _retry(self, reply_id: str) -> str | None:
+        """Retry a reply, once; return the id of the new one, if that is known."""
+        response = await self._try("POST", f"/chat/{self._conversation.id}/retry")
+        again: str | None = None
+        if response is not None and response.status_code == 202:
+            again = response.json()["replyId"]
+        self._ledger.retries.append(Retry(self._conversation.id, reply_id, again))
+        return again
+
+    async def _delete(self) -> None:
+        """Delete the conversation while a reply runs, or just when it is stopped; go on in a new one."""
+        conversation_id = self._conversation.id
+        history = await self._ask("GET", f"/chat/{conversation_id}", 200)
+        await self._say()
+        await asyncio.sleep(self._dice.random())
+        doomed = [asyncio.create_task(self._ask("DELETE", f"/chat/{conversation_id}", 204, 404))]
+        if self._dice.random() < 0.5:
+            doomed.append(asyncio.create_task(self._ask("POST", f"/chat/{conversation_id}/stop", 202, 404)))
+        await asyncio.gather(*doomed)
+        messages = [{**each, "_id": each["id"]} for each in history.json()["messages"] if each["status"] != "streaming"]
+        self._ledger.deletions[conversation_id] = Deletion(time.monotonic(), messages)
+        self._conversation.id = new_id()
+
+    async def _ask(self, method: str, path: str, *wanted: int, **body: Any) -> httpx.Response:
+        """Send a request until it is answered as wanted; return the answer."""
+        while True:
+            response = await self._try(method, path, **body)
+            if response is not None:
+                if response.status_code in wanted:
+                    return response
+                if response.status_code not in (409, 503):
+                    raise RuntimeError(f"{method} {path} was answered {response.status_code}: {response.text}")
+            self._ledger.resent += method == "POST" and path == "/chat"
+            await asyncio.sleep(0.1 if response is None else 0.2)
+
+    async def _try(self, method: str, path: str, **body: Any) -> httpx.Response | None:
+        """Send a request; return the answer, or None if there is none."""
+        with suppress(httpx.TransportError):
+            return await self._http.request(method, path, timeout=8, **body)
+        return None
 
 
 class Watcher:
@@ -81,8 +150,13 @@ class Watcher:
         self, http: httpx.AsyncClient, conversation: Conversation, number: int, ledger: Ledger, dice: random.Random
     ) -> None:
         self._http, self._conversation, self._ledger, self._dice = http, conversation, ledger, dice
-        self._seen = ledger.seen.setdefault((conversation.id, number), [])
-        self.position = ""
+        self.number = number
+        conversation.watchers.append(self)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.id, self.position = self._conversation.id, ""
+        self._seen = self._ledger.seen.setdefault((self.id, self.number), [])
 
     async def run(self) -> None:
         while True:
@@ -93,40 +167,50 @@ class Watcher:
 
     async def _watch(self) -> None:
         headers = {"Last-Event-ID": self.position} if self.position else {}
-        url = f"/chat/stream/{self._conversation.id}"
-        timeout = httpx.Timeout(READ_S)
+        url, timeout = f"/chat/stream/{self.id}", httpx.Timeout(READ_S)
         async with httpx_sse.aconnect_sse(self._http, "GET", url, headers=headers, timeout=timeout) as source:
             if source.response.status_code != 200:
                 return
+            if await self._read(source):
+                await self._start_over()
+
+    async def _read(self, source: httpx_sse.EventSource) -> bool:
+        """Take the events of a stream; return whether it ended with a reset."""
+        left = {"opened": time.monotonic(), "clean": False}
+        try:
             async for event in source.aiter_sse():
                 if event.event == "reset":
-                    await self._start_over()
-                    return
+                    return True
                 self.position = event.id or self.position
                 if event.data:
                     self._take(event.event, event.id, event.json())
+            left["clean"] = True
+            return False
+        finally:
+            self._take("left", self.position, left)
 
     def _take(self, kind: str, position: str, data: dict[str, Any]) -> None:
         self._seen.append(Seen(time.monotonic(), kind, position, data))
         if kind in ("done", "error"):
-            self._conversation.end(data["messageId"])
+            self._conversation.end(data["messageId"], complete=data.get("status") == "complete")
 
     async def _start_over(self) -> None:
-        """Fetch the history, as a reset demands, and go on from there; not there: begin at the beginning."""
+        """Fetch the history, as a reset demands, and go on from there; not there: go on in the next conversation."""
         while True:
-            try:
-                response = await self._http.get(f"/chat/{self._conversation.id}", timeout=8)
-            except httpx.TransportError:
-                await asyncio.sleep(0.1)
-                continue
-            if response.status_code in (200, 404):
-                break
+            with suppress(httpx.TransportError):
+                response = await self._http.get(f"/chat/{self.id}", timeout=8)
+                if response.status_code in (200, 404):
+                    break
             await asyncio.sleep(0.2)
-        history: dict[str, Any] = {"messages": [], "lastEventId": ""}
-        if response.status_code == 200:
-            history = response.json()
+        if response.status_code == 404:
+            self._take("gone", self.position, {})
+            while self._conversation.id == self.id:
+                await asyncio.sleep(0.05)
+            self._begin()
+            return
+        history = response.json()
         self.position = history["lastEventId"]
         self._take("history", self.position, history)
         for message in history["messages"]:
             if message["status"] != "streaming":
-                self._conversation.end(message["id"])
+                self._conversation.end(message["id"], complete=message["status"] == "complete")

@@ -44,9 +44,10 @@ class Faults:
         until = time.monotonic() + seconds
         while True:
             for kind in self._dice.sample(kinds, len(kinds)):
-                await asyncio.sleep(self._dice.uniform(0.4, 1.0) * pause_s)
-                if time.monotonic() >= until:
+                pause = self._dice.uniform(0.4, 1.0) * pause_s
+                if time.monotonic() + pause >= until:
                     return
+                await asyncio.sleep(pause)
                 await self.kinds[kind]()
 
     def _note(self, kind: str, hits: str, begin: float) -> None:
@@ -61,7 +62,7 @@ class Faults:
     async def _restart_server(self) -> None:
         begin = time.monotonic()
         await self._server.stop()
-        self._note("server restarted", "server", begin)
+        self._note("server restarted", "shutdown", begin)
         await self._server.start()
 
     async def _pause_server(self) -> None:
@@ -82,7 +83,7 @@ class Faults:
             self._proxy.aim(self._server.port)
         ending = time.monotonic()
         await spare.stop()
-        self._note("spare ended", "server", ending)
+        self._note("spare ended", "shutdown", ending)
 
     async def _kill_mongod(self) -> None:
         begin = time.monotonic()
@@ -106,4 +107,5 @@ class Faults:
             self._proxy.cut()
             await asyncio.sleep(self._dice.uniform(0.2, 0.6))
         self._proxy.cut_after(None)
+        self._proxy.cut()  # so that no line with a limit is left
         self._note("lines cut", "line", begin)

@@ -191,8 +191,9 @@ class Screen:
     def prompt(self) -> None:
         """Show that it is the user's turn."""
         if self._asks and not self._prompting:
-            self.speaker("you")
-            self._prompting = True
+            self.end_line()
+            self._prompting = True  # first, since Ctrl-C may come as soon as it stands there
+            self._write(self._paint("1;36", "you › "))
 
     def typed(self) -> None:
         """Take note that the user has ended a line, which a terminal shows."""

@@ -51,6 +51,7 @@ def assert_problem(response: Any, status: int, code: str) -> dict[str, Any]:
         (b"{}", "invalid_request", "/input"),
         (b'{"input": ""}', "invalid_request", "/input"),
         (b'{"input": " \\n\\t\\u2003"}', "invalid_request", "/input"),
+        (b'{"input": "\\u001f\\u0085\\ufeff"}', "invalid_request", "/input"),
         (b'{"input": 1}', "invalid_request", "/input"),
         (b'{"input": null}', "invalid_request", "/input"),
         (b'{"input": "a\\u0000b"}', "invalid_request", "/input"),

@@ -98,7 +98,9 @@ async def test_fifty_clients_cut_off_at_random_points_have_the_stored_text(make_
         assert transcript.said[answer["replyId"]] == texts[answer["replyId"]]
     for transcript in seen[:25]:
         assert transcript.said == texts and transcript.order == list(texts)
-    # After the reply: from positions of every kind, the rest and nothing but the rest.
+    # After the reply: cut off at random, too; and from positions of every kind, the rest and nothing but the rest.
+    for transcript in await asyncio.gather(*(join(0, answer["lastEventId"]) for _ in range(5))):
+        assert transcript.said == {answer["replyId"]: texts[answer["replyId"]]}
     reply = texts[answer["replyId"]]
     for chars in (0, 1, len(reply) // 2, len(reply) - 1, len(reply)):
         events = await app.client.events(conversation_id, f"{answer['replyId']}-{chars}")

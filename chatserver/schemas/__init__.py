@@ -65,12 +65,10 @@ def _fields(error: ValidationError) -> list[FieldError]:
             ]
         case "type":
             detail = f"must be of type {limit}"
-        case "minLength":
-            detail = "must not be empty"
         case "maxLength":
             detail = f"must have at most {limit} characters"
-        case "pattern" if limit == "\\S":
-            detail = "must not be only white space"
+        case "pattern" if limit.startswith("[^\\s"):
+            detail = "must not be empty or only white space"
         case "pattern" if limit == "^[0-9a-fA-F]{24}$":
             detail = "must be an id of 24 hex digits"
         case "pattern":

@@ -120,6 +120,13 @@ class App:
             while not condition():
                 await asyncio.sleep(0.005)
 
+    async def end_streams(self) -> None:
+        """End the streams that are open; their clients resume."""
+        connections = set(self.streams._open)
+        for connection in connections:
+            connection.end()
+        await self.until(lambda: connections.isdisjoint(self.streams._open))
+
     async def until_idle(self) -> None:
         """Wait until no reply runs and every live conversation is forgotten."""
         await self.until(lambda: not self.chat.running and not self.hub.lives)

@@ -73,7 +73,7 @@ INTERRUPTED: dict[str, Any] = {"status": "interrupted", "error": {"code": "inter
 def ledger(*seen: Seen, **fields: Any) -> Ledger:
     answer = {"conversationId": CONVERSATION, "messageId": USER, "replyId": REPLY}
     posts = fields.pop("posts", [Post(CONVERSATION, "k", answer)])
-    return Ledger(0.25, posts=posts, seen={(CONVERSATION, 0): list(seen)}, **fields)
+    return Ledger(0.25, 2.0, posts=posts, seen={(CONVERSATION, 0): list(seen)}, **fields)
 
 
 def said(text: str = "hi", time: float = 1.0) -> Seen:
@@ -225,16 +225,22 @@ def test_conversation_that_was_deleted_was_right_before_that() -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "missing"),
+    ("end", "killed_s", "missing"),
     [
-        (left(f"{REPLY}-3", 5.6), True),
-        (left(f"{REPLY}-done", 5.6), False),
-        (left(f"{REPLY}-3", 4.9), False),
-        (left(f"{REPLY}-3", 5.6, opened=5.1), False),
-        (left(f"{REPLY}-3", 5.6, clean=False), False),
+        (left(f"{REPLY}-3", 5.6), 0.0, True),
+        (left(f"{REPLY}-3", 5.6), 3.5, False),
+        (left(f"{REPLY}-done", 5.6), 0.0, False),
+        (left(f"{REPLY}-3", 4.9), 0.0, False),
+        (left(f"{REPLY}-3", 5.6, opened=5.1), 0.0, False),
+        (left(f"{REPLY}-3", 5.6, clean=False), 0.0, False),
     ],
 )
-def test_stream_that_ends_at_a_shutdown_ends_after_the_end_of_its_reply(end: Seen, missing: bool) -> None:
-    faults = [Fault("server restarted", "shutdown", 5.0, 5.5)]
+def test_stream_that_ends_at_a_shutdown_ends_after_the_end_of_its_reply(
+    end: Seen, killed_s: float, missing: bool
+) -> None:
+    faults = [
+        Fault("server killed", "server", killed_s, killed_s + 0.1),
+        Fault("server restarted", "shutdown", 5.0, 5.5),
+    ]
     run = ledger(said(), token("Hel", 3), end, token("lo", 5, 7.0), failed(), faults=faults)
     assert kinds(run, stored(**INTERRUPTED)) == ({"end not told"} if missing else set())

@@ -220,7 +220,7 @@ def test_replies_that_share_a_timer_do_not_depend_on_each_other() -> None:
 
 def test_200_replies_at_delay_0_leave_room_for_all_streams_and_healthz(make_server: Callable[..., Server]) -> None:
     """That no reply, and no request, waits for another one's end."""
-    server = make_server(SIMULATED_TOKEN_DELAY_MS=0, SIMULATED_TOKENS=1500, DATABASE_TIMEOUT_S=60).start()
+    server = make_server(SIMULATED_TOKEN_DELAY_MS=0, SIMULATED_TOKENS=2000, DATABASE_TIMEOUT_S=60).start()
 
     async def run() -> None:
         client = Client(server.url)
@@ -244,10 +244,12 @@ def test_200_replies_at_delay_0_leave_room_for_all_streams_and_healthz(make_serv
             before = received.copy()
             response = await client.http.get("/healthz")
             assert response.status_code == 200
-            if max(received.values()) > 1400:
-                break  # soon one has said all it has to say, and waits for the database
+            # Those that began while the others were yet to be posted may have said nearly all they have to say.
+            going = [each for each in conversations if received[each] < 1900]
+            if len(going) < 100:
+                break
             answers += 1
-            assert answers == 1 or all(received[each] > before[each] for each in conversations)
+            assert answers == 1 or all(received[each] > before[each] for each in going)
         assert answers >= 3
         await asyncio.gather(*watching)
         for each in conversations:

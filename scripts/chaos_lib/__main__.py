@@ -57,7 +57,7 @@ Stored = dict[str, dict[str, Any]]
 async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stored]:
     """Run it all; return what happened and what is stored."""
     dice = random.Random(arguments.seed)
-    ledger = Ledger(CHECKPOINT_MS / 1000)
+    ledger = Ledger(CHECKPOINT_MS / 1000, LEASE_MS / 1000)
     mongod = Mongod(folder / "db")
     variables: dict[str, object] = {
         "MONGODB_URI": mongod.uri,

@@ -216,10 +216,16 @@ class _Reader:
             self._verdict.blame("message lost", f"{self._name}: input {message_id} is not stored so")
 
     def _take_leave(self, event: Seen) -> None:
-        """A stream that a server ends as it shuts down, whose replies are all stored by then, has told their ends."""
+        """A stream that a server ends as it shuts down, whose replies are all stored by then, has told their ends.
+
+        But for the replies of a server that was lost right before: they end when their leases have run out.
+        """
+        faults, heir_s = self._ledger.faults, 1.5 * self._ledger.lease_s
         ended = event.data["clean"] and any(
-            fault.kind == "server restarted" and event.data["opened"] < fault.begin < event.time < fault.end + 1
-            for fault in self._ledger.faults
+            fault.kind == "server restarted"
+            and event.data["opened"] < fault.begin < event.time < fault.end + 1
+            and not any(lost.hits == "server" and lost.begin < fault.begin < lost.end + heir_s for lost in faults)
+            for fault in faults
         )
         message_id, _, chars = event.id.rpartition("-")
         if ended and chars != "done" and message_id in self._stored:

@@ -64,6 +64,7 @@ class Ledger:
     """All of a run."""
 
     interval_s: float
+    lease_s: float
     posts: list[Post] = field(default_factory=list)
     stops: list[tuple[str, str]] = field(default_factory=list)
     """Conversation and reply, of the stops that took effect by their answers."""

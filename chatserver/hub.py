@@ -98,7 +98,6 @@ class LiveReply:
         self.chars = 0
         self.size = 0
         self._parts: list[str] = []
-        self._end = offset
         self._char_ends = array("Q", [0])
         self._byte_ends = array("Q", [offset])
 
@@ -115,9 +114,8 @@ class LiveReply:
         self.chars += len(text)
         self.size += size
         frame = sse.token_frame(self.message_id, self.chars, text)
-        self._end += len(frame)
         self._char_ends.append(self.chars)
-        self._byte_ends.append(self._end)
+        self._byte_ends.append(self._byte_ends[-1] + len(frame))
         return frame
 
     def locate(self, chars: int) -> Place:
@@ -159,6 +157,7 @@ class Live:
         self._tail: Position | None = None
         self._base = 0
         self._end = 0
+        """Always `_base + len(_log)`, which each delivery asks for several times."""
         self._log = bytearray()
         self._entries: list[_Entry] = []
         self._ahead: dict[Subscriber, Position] = {}

@@ -38,6 +38,8 @@ _OTHER_FILES = 100
 """Open files that are no streams: requests, connections to MongoDB, a source's."""
 _READ_HEADS = 4
 """A head beyond so many times what is allowed is not read to its end, and its connection closed without a word."""
+_CHUNK = 16 * 1024
+"""Bytes of a request that are read at once; for each that comes Tornado clears a buffer of this size."""
 _SWITCH_S = 0.0005
 """How long a driver's thread waits for the interpreter while the event loop is busy, several times a call: with the
 interpreter's own 5 ms, a stop among 200 replies without delay takes up to a second."""
@@ -108,6 +110,7 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
         server = HTTPServer(
             make_app(chat, streams, metrics, settings),
             max_header_size=_READ_HEADS * settings.max_header_bytes,
+            chunk_size=_CHUNK,
             body_timeout=settings.request_timeout_s,
             idle_connection_timeout=settings.request_timeout_s,
         )

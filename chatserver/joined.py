@@ -18,31 +18,38 @@ class Joined(Generic[Item, Result]):
 
     def __init__(self, call: Callable[[Sequence[Item]], Coroutine[Any, Any, Sequence[Result]]]) -> None:
         self._call = call
-        self._calling = asyncio.Lock()
-        self._next: tuple[list[Item], asyncio.Task[Sequence[Result]]] | None = None
+        self._asked: list[tuple[Item, asyncio.Future[Result]]] = []
+        self._calling: asyncio.Task[None] | None = None
 
     async def ask(self, item: Item) -> Result:
         """Return the answer to one."""
-        if self._next is None:
-            items: list[Item] = []
-            answers = asyncio.get_running_loop().create_task(self._run(items))
-            # It may fail when nobody asks any more.
-            answers.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._next = (items, answers)
-        items, answers = self._next
-        items.append(item)
-        place = len(items) - 1
-        try:
-            return (await asyncio.shield(answers))[place]
-        except DatabaseUnavailable:
-            raise
-        except Exception:
-            if len(items) == 1:
-                raise
-            # What is wrong may be wrong with another one only.
-            return (await self._call([item]))[0]
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Result] = loop.create_future()
+        self._asked.append((item, answer))
+        if self._calling is None:
+            self._calling = loop.create_task(self._answer_all())
+        return await answer
 
-    async def _run(self, items: Sequence[Item]) -> Sequence[Result]:
-        async with self._calling:
-            self._next = None
-            return await self._call(items)
+    async def _answer_all(self) -> None:
+        try:
+            while self._asked:
+                asked, self._asked = self._asked, []
+                await self._answer(asked)
+        finally:
+            self._calling = None
+
+    async def _answer(self, asked: Sequence[tuple[Item, asyncio.Future[Result]]]) -> None:
+        try:
+            results = await self._call([item for item, _ in asked])
+        except Exception as error:
+            if len(asked) > 1 and not isinstance(error, DatabaseUnavailable):
+                # What is wrong may be wrong with one of them only.
+                await asyncio.gather(*(self._answer([each]) for each in asked))
+                return
+            for _, answer in asked:
+                if not answer.done():  # whoever asked was cancelled
+                    answer.set_exception(error)
+        else:
+            for (_, answer), result in zip(asked, results, strict=True):
+                if not answer.done():
+                    answer.set_result(result)

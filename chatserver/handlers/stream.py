@@ -12,7 +12,7 @@ alone, then events, each with the position right after it as its `id:`, its name
 A comment (`:`) comes whenever nothing else has for `KEEPALIVE_S`. The response stays open across turns. It ends after a
 `reset`, after the first `done` or `error` with `?until=done`, at about `STREAM_MAX_AGE_S`, and at shutdown.
 
-The request is an ordinary one up to the headers; then its socket goes to an asyncio transport, whose protocol is the
+The request is an ordinary one up to its headers; then its socket goes to an asyncio transport, whose protocol is the
 subscriber: `pause_writing` and `resume_writing` are the back-pressure, `connection_lost` the end. The body ends with
 the connection, which is valid in HTTP/1.0 and 1.1.
 """
@@ -257,6 +257,12 @@ class StreamHandler(BaseHandler):
         super().initialize(chat, settings)
         self.streams = streams
 
+    async def prepare(self) -> None:
+        """Open the stream once the headers are there: only then does Tornado let go of a socket."""
+        super().prepare()
+        if self.request.method == "GET":
+            await self.get(*self.path_args)
+
     async def get(self, conversation_id: str) -> None:
         """Stream the conversation from the client's position on."""
         conversation_id = self.conversation_id(conversation_id)
@@ -288,17 +294,13 @@ class StreamHandler(BaseHandler):
         return f"HTTP/1.1 200 OK\r\n{''.join(lines)}\r\n".encode("latin-1")
 
     async def _hand_over(self, connection: Connection) -> None:
-        """Give the socket to a transport of the loop; this handler is done with it."""
+        """Give the socket to a transport of the loop; Tornado, and this handler, are done with it."""
         stream = self.detach()
         self.application.log_request(self)
         self.ui.clear()  # the one cycle by which a handler that never finishes would outlive its socket
         if stream.closed():
             connection.leave()
             return
-        try:
-            accepted = stream.socket.dup()
-        finally:
-            stream.close()
-        accepted.setblocking(False)
-        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, accepted)
+        stream.io_loop.remove_handler(stream.socket)
+        stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, stream.socket)

@@ -39,16 +39,16 @@ class Joined(Generic[Item, Result]):
             self._calling = None
 
     async def _answer(self, asked: Sequence[tuple[Item, asyncio.Future[Result]]]) -> None:
-        try:
-            results = await self._call([item for item, _ in asked])
-        except Exception as error:
-            if len(asked) > 1 and not isinstance(error, DatabaseUnavailable):
+        results: Sequence[Result] | BaseException
+        (results,) = await asyncio.gather(self._call([item for item, _ in asked]), return_exceptions=True)
+        if isinstance(results, BaseException):
+            if len(asked) > 1 and not isinstance(results, DatabaseUnavailable):
                 # What is wrong may be wrong with one of them only.
                 await asyncio.gather(*(self._answer([each]) for each in asked))
                 return
             for _, answer in asked:
                 if not answer.done():  # whoever asked was cancelled
-                    answer.set_exception(error)
+                    answer.set_exception(results)
         else:
             for (_, answer), result in zip(asked, results, strict=True):
                 if not answer.done():

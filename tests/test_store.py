@@ -257,7 +257,7 @@ async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_qu
         assert second is not None and second.reply is not None and second.reply.id == turns[1].reply_id
         # Whoever asks while a query is on its way is answered by one that was sent after that.
         early = asyncio.create_task(store.peek(turns[1].conversation_id))
-        while not store._peeks._calling.locked():
+        while store._peeks._asked or store._peeks._calling is None:
             await asyncio.sleep(0)
         await store.finish(turns[1].conversation_id, reply_of(turns[1], "hi"))
         late = await store.peek(turns[1].conversation_id)

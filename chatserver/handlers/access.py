@@ -1,7 +1,7 @@
 """Who may talk to this server, from where: host names, origins, proxies. Pure functions of a request's headers."""
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from chatserver.settings import Settings
 
@@ -23,10 +23,11 @@ def host_is_allowed(name: str, settings: Settings) -> bool:
     return name == settings.host.lower() or (settings.host in _ANY_ADDRESS and _is_address(name))
 
 
-def cors_headers(origin: str | None, settings: Settings) -> dict[str, str]:
-    """Return the headers that let pages of an origin read an answer (Fetch standard, "CORS protocol")."""
+def cors_headers(request: Mapping[str, str], settings: Settings) -> dict[str, str]:
+    """Return the headers that let pages of a request's origin read the answer (Fetch standard, "CORS protocol")."""
     if not settings.cors_origins:
         return {}
+    origin = request.get("Origin")
     headers = {"Vary": "Origin"}
     if origin is not None and (origin in settings.cors_origins or "*" in settings.cors_origins):
         headers["Access-Control-Allow-Origin"] = origin
@@ -36,12 +37,16 @@ def cors_headers(origin: str | None, settings: Settings) -> dict[str, str]:
     return headers
 
 
-def client_address(peer: str, forwarded: str, proxies: Sequence[str]) -> str:
+def client_address(peer: str, request: Mapping[str, str], proxies: Sequence[str]) -> str:
     """Return a client's address: the peer's, or the last one in `X-Forwarded-For` that is none of our proxies.
 
+    :param request: its headers
     :param proxies: addresses or networks whose word is taken
     """
+    if not proxies:
+        return peer
     address = peer
+    forwarded = request.get("X-Forwarded-For", "")
     for said in reversed([each.strip() for each in forwarded.split(",") if each.strip()]):
         if not _is_one_of(address, proxies) or not _is_address(said):
             break

@@ -5,8 +5,9 @@ import logging
 import re
 import secrets
 import string
+from asyncio import Future
+from collections.abc import Awaitable
 from email.message import Message
-from functools import cached_property
 from typing import Any
 from urllib.parse import quote
 
@@ -51,35 +52,26 @@ class BaseHandler(RequestHandler):
         self.logged: dict[str, str] = {}
         self._body = bytearray()
         self._body_bytes = 0
-        # Tornado asks for the default headers before it calls this, when the settings are not known yet.
-        self.set_default_headers()
-
-    @cached_property
-    def request_id(self) -> str:
-        """The request's X-Request-Id, or one made for it."""
+        # The request's X-Request-Id, or one made for it.
         given = self.request.headers.get("X-Request-Id", "")
-        return given if _REQUEST_ID.match(given) else secrets.token_hex(16)
-
-    @cached_property
-    def address(self) -> str:
-        """The client's address: behind a proxy that the settings name, the one that it says."""
-        return client_address(
-            self.request.remote_ip or "", self.request.headers.get("X-Forwarded-For", ""), self.config.trusted_proxies
-        )
-
-    def set_default_headers(self) -> None:
-        if hasattr(self, "config"):
-            self.clear_header("Server")
-            for name, value in self.common_headers().items():
-                self.set_header(name, value)
+        self.request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(16)
+        # The client's: behind a proxy that the settings name, the one that it says.
+        self.address = client_address(self.request.remote_ip or "", self.request.headers, settings.trusted_proxies)
 
     def common_headers(self) -> dict[str, str]:
         """Return the headers of every answer, streams and errors among them."""
         return {
             "X-Content-Type-Options": "nosniff",
             "X-Request-Id": self.request_id,
-            **cors_headers(self.request.headers.get("Origin"), self.config),
+            **cors_headers(self.request.headers, self.config),
         }
+
+    def flush(self, include_footers: bool = False) -> "Future[None]":
+        """Send the headers, the common ones among them, with what has been written so far."""
+        self.clear_header("Server")
+        for name, value in self.common_headers().items():
+            self.set_header(name, value)
+        return super().flush(include_footers)
 
     def options(self, *_: str) -> None:
         """Answer a preflight (Fetch standard, "CORS protocol"), or say what is supported."""
@@ -93,7 +85,8 @@ class BaseHandler(RequestHandler):
         self.set_status(204)
         self.finish()
 
-    def prepare(self) -> None:
+    def prepare(self) -> Awaitable[None] | None:
+        """Refuse what is refused by its headers; what this returns is awaited before the body is read."""
         if _head_bytes(self.request) > self.config.max_header_bytes:
             raise HeadersTooLarge
         if not host_is_allowed(self.request.host_name, self.config):
@@ -102,6 +95,7 @@ class BaseHandler(RequestHandler):
         # What is no number is refused where the body would be read.
         if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > self._most_body_bytes):
             raise PayloadTooLarge
+        return None
 
     def data_received(self, chunk: bytes) -> None:
         self._body_bytes += len(chunk)

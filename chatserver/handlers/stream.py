@@ -38,6 +38,13 @@ from chatserver.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+_HEAD = (
+    "HTTP/1.1 200 OK\r\n"
+    "Content-Type: text/event-stream\r\n"
+    "Cache-Control: no-cache\r\n"
+    "Connection: keep-alive\r\n"
+    "X-Accel-Buffering: no\r\n"
+)
 _TICK_S = 1.0
 _SEND_BUFFER = 128 * 1024
 """The kernel's part of what a client that stops reading may cost us; bytes."""
@@ -283,15 +290,8 @@ class StreamHandler(BaseHandler):
             raise
 
     def _head(self) -> bytes:
-        headers = {
-            **self.common_headers(),
-            "Content-Type": "text/event-stream",
-            "Cache-Control": "no-cache",
-            "Connection": "keep-alive",
-            "X-Accel-Buffering": "no",
-        }
-        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
-        return f"HTTP/1.1 200 OK\r\n{''.join(lines)}\r\n".encode("latin-1")
+        lines = [f"{name}: {value}\r\n" for name, value in self.common_headers().items()]
+        return f"{_HEAD}{''.join(lines)}\r\n".encode("latin-1")
 
     async def _hand_over(self, connection: Connection) -> None:
         """Give the socket to a transport of the loop; Tornado, and this handler, are done with it."""

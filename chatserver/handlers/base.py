@@ -237,7 +237,9 @@ def log_request(handler: RequestHandler) -> None:
         **handler.logged,
     }
     # A terminal obeys control characters, and what is read as Latin-1 has some of them beyond ASCII.
-    path = quote(request.path, safe=string.punctuation, encoding="latin-1")
+    path = request.path
+    if not (path.isascii() and path.isprintable()):
+        path = quote(path, safe=string.punctuation, encoding="latin-1")
     # What is unexpected is logged where it happens; here it is one of many answers.
     logger.info("%s %s", request.method, path, extra=context)
 

@@ -2,25 +2,30 @@
 
 import ipaddress
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from chatserver.settings import Settings
 
 _ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 
-def host_is_allowed(name: str, settings: Settings) -> bool:
+@lru_cache(maxsize=1000)
+def host_is_allowed(name: str, allowed: tuple[str, ...], bound: str) -> bool:
     """Return whether the server answers under a host name (without port).
 
     A web page that has its own name resolve to this server (DNS rebinding) comes with that name and is refused.
     `localhost` and loopback addresses are always right, as no page can come with them from elsewhere; by default the
     bound host is, too, and one that is bound to every address answers to any address.
+
+    :param allowed: the names of the settings, if there are any; `*` for all
+    :param bound: the host that the server is bound to
     """
     name = name.lower().strip("[]")
     if name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback):
         return True
-    if settings.allowed_hosts:
-        return "*" in settings.allowed_hosts or name in (each.strip("[]") for each in settings.allowed_hosts)
-    return name == settings.host.lower() or (settings.host in _ANY_ADDRESS and _is_address(name))
+    if allowed:
+        return "*" in allowed or name in (each.strip("[]") for each in allowed)
+    return name == bound.lower() or (bound in _ANY_ADDRESS and _is_address(name))
 
 
 def cors_headers(request: Mapping[str, str], settings: Settings) -> dict[str, str]:

@@ -89,7 +89,7 @@ class BaseHandler(RequestHandler):
         """Refuse what is refused by its headers; what this returns is awaited before the body is read."""
         if _head_bytes(self.request) > self.config.max_header_bytes:
             raise HeadersTooLarge
-        if not host_is_allowed(self.request.host_name, self.config):
+        if not host_is_allowed(self.request.host_name, self.config.allowed_hosts, self.config.host):
             raise HostNotAllowed
         length = self.request.headers.get("Content-Length", "0")
         # What is no number is refused where the body would be read.

@@ -77,7 +77,8 @@ class Place(NamedTuple):
     before: bytes = b""
 
 
-class _Piece(NamedTuple):
+@dataclass(slots=True)
+class _Piece:
     """A run of whole frames of a log, cut out once for all subscribers whose cursor is at its begin."""
 
     begin: int
@@ -111,10 +112,10 @@ class LiveReply:
     def append(self, text: str, size: int) -> bytes:
         """Add text of `size` bytes (UTF-8) and return its frame."""
         self._parts.append(text)
-        self.chars += len(text)
         self.size += size
-        frame = sse.token_frame(self.message_id, self.chars, text)
-        self._char_ends.append(self.chars)
+        self.chars = chars = self.chars + len(text)
+        frame = sse.token_frame(self.message_id, chars, text)
+        self._char_ends.append(chars)
         self._byte_ends.append(self._byte_ends[-1] + len(frame))
         return frame
 
@@ -143,16 +144,19 @@ class Live:
     """One live conversation: the log of the turn that runs, and who watches it.
 
     Every method is synchronous, so that whoever calls several of them without an `await` between sees one state.
+
+    :param on_news: called when there is something to deliver, once until it has been
     """
 
-    def __init__(self, conversation_id: str, counts: Counts) -> None:
+    def __init__(self, conversation_id: str, counts: Counts, on_news: Callable[["Live"], None]) -> None:
         self.conversation_id = conversation_id
         self.subscribers: set[Subscriber] = set()
         self.reply: LiveReply | None = None
         self.version = 0
         """Raised whenever a turn begins or ends: tells a reader of the database that what it read may be old."""
         self.holders = 0
-        self.dirty = False
+        self.has_news = False
+        self._on_news = on_news
         self._counts = counts
         self._tail: Position | None = None
         self._base = 0
@@ -203,12 +207,13 @@ class Live:
             self._say(frame)
         self.reply = LiveReply(reply_id, created_at, self._end)
         self._entries.append(_Entry(reply_id, self._end, None, self.reply))
-        self.dirty = True
+        self._tell()
 
     def append(self, text: str, size: int) -> None:
         """Add the next characters of the running reply: `size` bytes in UTF-8."""
-        assert self.reply is not None
-        self._say(self.reply.append(text, size))
+        reply = self.reply
+        assert reply is not None
+        self._say(reply.append(text, size))
         self._counts.tokens += 1
 
     def finish(self, frame: bytes, *, failed: bool = False) -> None:
@@ -294,7 +299,7 @@ class Live:
 
     def deliver(self) -> None:
         """Write to every ready subscriber what lies after its cursor."""
-        self.dirty = False
+        self.has_news = False
         if self._ahead:
             self._place_the_ahead()
         for subscriber in self.subscribers:
@@ -307,27 +312,37 @@ class Live:
         """Write to one subscriber what lies after its cursor, for as long as its connection takes it."""
         counts = self._counts
         while subscriber.ready and subscriber.cursor < self._end:
-            begin, end, data, events = self._piece
-            if begin != subscriber.cursor:
-                begin, end, data, events = self._cut(subscriber.cursor)
+            piece = self._piece
+            if piece.begin != subscriber.cursor:
+                piece = self._cut(subscriber.cursor)
             counts.writes += 1
-            if subscriber.until_done and (last := self._end_of_reply_after(begin)) and last <= end:
-                data = data[: last - begin]
+            if subscriber.until_done and (last := self._end_of_reply_after(piece.begin)) and last <= piece.end:
+                data = piece.data[: last - piece.begin]
                 counts.events += data.count(_FRAME_END)
                 subscriber.cursor = last
                 subscriber.end(data)
                 return
-            counts.events += events
-            subscriber.cursor = end
-            subscriber.write(data)
+            counts.events += piece.events
+            subscriber.cursor = piece.end
+            subscriber.write(piece.data)
 
     # -- the log -------------------------------------------------------------------------------------------------
 
     def _say(self, frame: bytes) -> None:
+        begin = self._end
         self._log += frame
-        self._end += len(frame)
-        self._piece = _NO_PIECE
-        self.dirty = True
+        self._end = end = begin + len(frame)
+        if self.has_news:
+            self._piece = _NO_PIECE
+        else:
+            # Whoever is up to date is at its begin.
+            self._piece = _Piece(begin, end, frame, 1)
+            self._tell()
+
+    def _tell(self) -> None:
+        if not self.has_news:
+            self.has_news = True
+            self._on_news(self)
 
     def _end_of_reply_after(self, offset: int) -> int | None:
         return next((each.end for each in self._entries if each.reply and each.end and each.end > offset), None)
@@ -380,8 +395,8 @@ class Hub:
 
     def __init__(self) -> None:
         self._lives: dict[str, Live] = {}
-        self._marked: OrderedDict[Live, None] = OrderedDict()
-        """To be delivered in this order: the first one marked comes first, and then waits for all others."""
+        self._news: OrderedDict[Live, None] = OrderedDict()
+        """To be delivered in this order: the first one that had news comes first, and then waits for all others."""
         self._wake = Condition()
         self.counts = Counts()
 
@@ -399,37 +414,38 @@ class Hub:
         """Give the live conversation, made if need be, which is not forgotten inside the block."""
         live = self._lives.get(conversation_id)
         if live is None:
-            live = self._lives[conversation_id] = Live(conversation_id, self.counts)
+            live = self._lives[conversation_id] = Live(conversation_id, self.counts, self._on_news)
         live.holders += 1
         try:
             yield live
         finally:
             live.holders -= 1
-            self.mark(live)
+            self.release(live)
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Let a subscriber go, if it watches anything."""
         if (live := subscriber.live) is not None:
             live.unsubscribe(subscriber)
-            self.mark(live)
+            self.release(live)
 
-    def mark(self, live: Live) -> None:
-        """Have a conversation delivered if it has news; forget it if it is unused."""
-        if live.dirty and live not in self._marked:
-            if not self._marked:  # else it is awake already
-                self._wake.notify()
-            self._marked[live] = None
+    def release(self, live: Live) -> None:
+        """Forget a conversation if it is unused."""
         if live.is_unused and self._lives.get(live.conversation_id) is live:
             del self._lives[live.conversation_id]
 
+    def _on_news(self, live: Live) -> None:
+        if not self._news:  # else it is awake already
+            self._wake.notify()
+        self._news[live] = None
+
     async def deliver(self) -> None:
-        """Deliver for ever; no await between the check and the wait, so that no mark is missed."""
+        """Deliver for ever; no await between the check and the wait, so that no news is missed."""
         while True:
-            while not self._marked:
+            while not self._news:
                 await self._wake.wait()
             pause_at = monotonic() + _DELIVERY_S
-            while self._marked and monotonic() < pause_at:
-                live, _ = self._marked.popitem(last=False)
+            while self._news and monotonic() < pause_at:
+                live, _ = self._news.popitem(last=False)
                 live.deliver()
-            if self._marked:
+            if self._news:
                 await asyncio.sleep(0)

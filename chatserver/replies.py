@@ -151,7 +151,6 @@ class Replies:
             live.begin(end, None, stored.id, stored.created_at)
             assert live.reply is not None
             _append(live, live.reply, stored.content)
-            self._hub.mark(live)
             self.spawn(self._follow(live, live.reply))
 
     async def _follow(self, live: Live, reply: LiveReply) -> None:
@@ -171,7 +170,6 @@ class Replies:
                 return
             if stored is not None and stored.id == reply.message_id:
                 _append(live, reply, stored.content[reply.chars :])
-                self._hub.mark(live)
                 continue
             message = record.messages[0] if record and record.found else None
             if message is not None:
@@ -246,7 +244,6 @@ class Replies:
         previous = sse.after(begun.previous_id, live.conversation_id)
         said = (begun.said.id, input_frame(begun.said)) if begun.said else None
         live.begin(previous, said, begun.turn.reply_id, begun.created_at)
-        self._hub.mark(live)
         assert live.reply is not None
         running = self._running[begun.turn.reply_id] = Running(begun, live, live.reply)
         running.task = self.spawn(self._answer(running))
@@ -297,7 +294,6 @@ class Replies:
                         return _INTERRUPTED
                     if not _append(live, reply, piece, begun.reply_room):
                         return _FULL
-                    self._hub.mark(live)
                     if not has_spoken:
                         has_spoken = True
                         self._metrics.first_token.observe(monotonic() - running.started_at)
@@ -340,7 +336,7 @@ class Replies:
             live.reset()
         else:
             live.finish(end_frame(message), failed=message.error is not None)
-        self._hub.mark(live)
+        self._hub.release(live)
 
     # -- what runs in the background -----------------------------------------------------------------------------
 
@@ -426,13 +422,13 @@ def _append(live: Live, reply: LiveReply, text: str, room: int | None = None) ->
     except UnicodeEncodeError:
         text = _whole(text)
         size = len(text.encode())
-    fits = room is None or reply.size + size <= room
-    if not fits and room is not None:
-        text = text.encode()[: room - reply.size].decode(errors="ignore")
-        size = len(text.encode())
+    if room is not None and reply.size + size > room:
+        if text := text.encode()[: room - reply.size].decode(errors="ignore"):
+            live.append(text, len(text.encode()))
+        return False
     if text:
         live.append(text, size)
-    return fits
+    return True
 
 
 def _whole(text: str) -> str:

@@ -6,6 +6,7 @@ after it; the text of its data is JSON, so that no line break of a message ever 
 
 import json
 import re
+from json.encoder import encode_basestring
 from typing import Any, NamedTuple
 
 _POSITION = re.compile(r"([0-9a-f]{24})-(done|0|[1-9][0-9]{0,8})\Z", re.ASCII)
@@ -63,4 +64,4 @@ def frame(event: str, position: Position, data: dict[str, Any]) -> bytes:
 
 def token_frame(message_id: str, chars: int, text: str) -> bytes:
     """Return the `token` event that brings a reply to `chars` code points: the hot path of `frame`."""
-    return f'id: {message_id}-{chars}\nevent: token\ndata: {{"text":{_encode(text)}}}\n\n'.encode()
+    return f'id: {message_id}-{chars}\nevent: token\ndata: {{"text":{encode_basestring(text)}}}\n\n'.encode()

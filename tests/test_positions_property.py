@@ -82,7 +82,7 @@ def test_what_follows_any_position_of_a_reply_is_the_rest_of_it(pieces: list[str
 
 def test_reply_that_is_replaced_before_its_first_word_leaves_nothing_in_the_log() -> None:
     """Its entry stayed, and the second turn after it could not begin."""
-    live, time = Live("c" * 24, Counts()), datetime.now(UTC)
+    live, time = Live("c" * 24, Counts(), lambda _live: None), datetime.now(UTC)
     live.begin(sse.start("c" * 24), None, "1" * 24, time)
     for turn in range(2, 5):
         live.begin(Position(f"{turn - 1}" * 24, None), None, f"{turn}" * 24, time)
@@ -318,7 +318,7 @@ class Conversation(RuleBasedStateMachine):
     async def settle(self) -> None:
         calm = 0
         while calm < 3:
-            busy = any(live.dirty for server in self.servers for live in server.hub.lives)
+            busy = any(live.has_news for server in self.servers for live in server.hub.lives)
             calm = 0 if busy else calm + 1
             for client in self.clients:
                 if client.line is not None and not client.line.stalled and not client.line.read(client):

@@ -32,16 +32,18 @@ class Simulated:
         if self._tokens is not None:
             tokens = islice(cycle(chain(tokens, ["\n\n"])), self._tokens)
         loop = asyncio.get_running_loop()
-        due = loop.time()
+        due = now = loop.time()
         for token in tokens:
             # By the clock: what falls due while the loop is busy is said at once when it has time, as a model's tokens
             # would be there by then. Who is later than `LATE_S` begins a new schedule.
-            now = loop.time()
-            due = max(due + self._delay_s, now - LATE_S)
+            due += self._delay_s
             if not self._delay_s:
                 await asyncio.sleep(0)
             elif due > now:
-                await self._sleep_until(due, loop)
+                now = loop.time()
+                due = max(due, now - LATE_S)
+                if due > now:
+                    await self._sleep_until(due, loop)
             yield token
 
     def _sleep_until(self, due: float, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":

@@ -12,7 +12,7 @@ from chatserver.sources import Prompt
 
 QUOTED_CHARS = 90
 QUOTED_WORDS = 12
-TICK_S = 0.001  # the shortest; else a quarter of the delay
+TICK_S = 0.001  # the shortest; else half the delay
 LATE_S = 0.5
 
 
@@ -22,7 +22,7 @@ class Simulated:
     def __init__(self, delay_s: float, tokens: int | None) -> None:
         """Take the seconds before each token (0: as fast as the loop allows) and the exact number of tokens, if any."""
         self._delay_s = delay_s
-        self._tick_s = max(TICK_S, delay_s / 4)
+        self._tick_s = max(TICK_S, delay_s / 2)
         self._tokens = tokens
         self._sleepers: dict[int, list[asyncio.Future[None]]] = {}
 

@@ -10,7 +10,7 @@ import asyncio
 import sys
 from array import array
 from bisect import bisect_left
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -395,7 +395,7 @@ class Hub:
 
     def __init__(self) -> None:
         self._lives: dict[str, Live] = {}
-        self._news: OrderedDict[Live, None] = OrderedDict()
+        self._news: deque[Live] = deque()
         """To be delivered in this order: the first one that had news comes first, and then waits for all others."""
         self._wake = Condition()
         self.counts = Counts()
@@ -436,7 +436,7 @@ class Hub:
     def _on_news(self, live: Live) -> None:
         if not self._news:  # else it is awake already
             self._wake.notify()
-        self._news[live] = None
+        self._news.append(live)
 
     async def deliver(self) -> None:
         """Deliver for ever; no await between the check and the wait, so that no news is missed."""
@@ -445,7 +445,6 @@ class Hub:
                 await self._wake.wait()
             pause_at = monotonic() + _DELIVERY_S
             while self._news and monotonic() < pause_at:
-                live, _ = self._news.popitem(last=False)
-                live.deliver()
+                self._news.popleft().deliver()
             if self._news:
                 await asyncio.sleep(0)

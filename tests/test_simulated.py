@@ -162,6 +162,30 @@ def test_the_pace_is_the_delay_without_drift() -> None:
     assert any(0.49 <= asyncio.run(run()) < 0.54 for _ in range(10))
 
 
+def test_many_that_fall_due_at_once_are_woken_in_parts() -> None:
+    async def run() -> list[int]:
+        source = Simulated(0.02, 1)
+        said = 0
+
+        async def consume() -> None:
+            nonlocal said
+            async for _ in source.reply(prompt("hello")):
+                said += 1
+
+        replies = [asyncio.create_task(consume()) for _ in range(700)]
+        replies[5].cancel()
+        in_a_turn = []
+        while not all(each.done() for each in replies):
+            before = said
+            await asyncio.sleep(0)
+            in_a_turn.append(said - before)
+        return in_a_turn
+
+    in_a_turn = asyncio.run(run())
+    assert sum(in_a_turn) == 699
+    assert max(in_a_turn) == 200, "the others wait for the next turn of the loop"
+
+
 def test_what_falls_due_in_a_stall_is_said_right_after_it() -> None:
     async def run(stall_s: float) -> list[float]:
         times = []

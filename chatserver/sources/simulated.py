@@ -5,6 +5,7 @@ import hashlib
 import math
 import re
 import unicodedata
+from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from itertools import chain, cycle, islice
 
@@ -12,8 +13,9 @@ from chatserver.sources import Prompt
 
 QUOTED_CHARS = 90
 QUOTED_WORDS = 12
-TICK_S = 0.001  # the shortest; else half the delay
 LATE_S = 0.5
+_SHORTEST_TICK_S = 0.001
+_WOKEN_AT_ONCE = 200
 
 
 class Simulated:
@@ -22,9 +24,8 @@ class Simulated:
     def __init__(self, delay_s: float, tokens: int | None) -> None:
         """Take the seconds before each token (0: as fast as the loop allows) and the exact number of tokens, if any."""
         self._delay_s = delay_s
-        self._tick_s = max(TICK_S, delay_s / 2)
         self._tokens = tokens
-        self._sleepers: dict[int, list[asyncio.Future[None]]] = {}
+        self._alarm = _Alarm(max(_SHORTEST_TICK_S, delay_s / 2))
 
     async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
         """Return the reply's tokens, yielding to the event loop before each."""
@@ -43,29 +44,48 @@ class Simulated:
                 now = loop.time()
                 due = max(due, now - LATE_S)
                 if due > now:
-                    await self._sleep_until(due, loop)
+                    await self._alarm.at(due, loop)
             yield token
-
-    def _sleep_until(self, due: float, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
-        """Return what is done at `due`, by the event loop's clock, or up to a tick later.
-
-        All that fall due within a tick share one timer: with many replies this halves the cost of a token.
-        """
-        sleeper: asyncio.Future[None] = loop.create_future()
-        tick = math.ceil(due / self._tick_s)
-        if (sleepers := self._sleepers.get(tick)) is None:
-            sleepers = self._sleepers[tick] = []
-            loop.call_at(tick * self._tick_s, self._wake, tick)
-        sleepers.append(sleeper)
-        return sleeper
-
-    def _wake(self, tick: int) -> None:
-        for sleeper in self._sleepers.pop(tick):
-            if not sleeper.done():  # its reply was cancelled
-                sleeper.set_result(None)
 
     async def close(self) -> None:
         """Do nothing: there is nothing to let go of."""
+
+
+class _Alarm:
+    """Wakes the replies that sleep: all that fall due within a tick by one timer, which halves the cost of a token.
+
+    No more than `_WOKEN_AT_ONCE` are woken in one turn of the event loop. So a loop with too much to do finds time for
+    the rest of it, and each reply, woken less often, says more at a time.
+    """
+
+    def __init__(self, tick_s: float) -> None:
+        self._tick_s = tick_s
+        self._asleep: dict[int, list[asyncio.Future[None]]] = {}
+        self._due: deque[asyncio.Future[None]] = deque()
+
+    def at(self, time: float, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
+        """Return what is done at a time of the event loop's clock, or up to a tick later."""
+        sleeper: asyncio.Future[None] = loop.create_future()
+        tick = math.ceil(time / self._tick_s)
+        if (asleep := self._asleep.get(tick)) is None:
+            asleep = self._asleep[tick] = []
+            loop.call_at(tick * self._tick_s, self._ring, tick)
+        asleep.append(sleeper)
+        return sleeper
+
+    def _ring(self, tick: int) -> None:
+        is_waking = bool(self._due)
+        self._due.extend(self._asleep.pop(tick))
+        if not is_waking:
+            self._wake()
+
+    def _wake(self) -> None:
+        for _ in range(min(_WOKEN_AT_ONCE, len(self._due))):
+            sleeper = self._due.popleft()
+            if not sleeper.done():  # its reply was cancelled
+                sleeper.set_result(None)
+        if self._due:
+            asyncio.get_running_loop().call_soon(self._wake)
 
 
 def compose(question: str, turn: int) -> str:

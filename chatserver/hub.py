@@ -2,8 +2,8 @@
 
 A `Live` conversation is watched by somebody or is being answered. It keeps the frames of the turn that runs, each
 encoded once, as one run of bytes (the log), and what it needs to find a client's position in it. A subscriber is a
-connection and a cursor into that log, never a queue: publishing marks the conversation and wakes `Hub.deliver`, which
-writes to each subscriber, in one write, all that lies after its cursor.
+connection and a cursor into that log, never a queue: what is published is news to the hub and wakes `Hub.deliver`,
+which writes to each subscriber, in one write, all that lies after its cursor.
 """
 
 import asyncio
@@ -156,6 +156,7 @@ class Live:
         """Raised whenever a turn begins or ends: tells a reader of the database that what it read may be old."""
         self.holders = 0
         self.has_news = False
+        """Whether it waits to be delivered."""
         self._on_news = on_news
         self._counts = counts
         self._tail: Position | None = None

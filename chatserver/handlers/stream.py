@@ -67,7 +67,7 @@ class Connection(asyncio.Protocol):
         self.live: Live | None = None
         self.expires_at: float | None = None
         self.gone = False
-        self.write: Callable[[bytes], None]
+        self.write: Callable[[bytes], None]  # the transport's own, once it is there: a step less for each write
         self._on_end = on_end
         self._backlog = bytearray(head)
         self._then: Callable[[], None] | None = None
@@ -98,7 +98,6 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         # Any byte that the kernel does not take at once pauses us: what is pending waits in the log, not in a buffer.
         self._transport.set_write_buffer_limits(high=0)
-        # Straight to the transport: a step less for each write.
         self.write = self._transport.write
         self._pump()
 

@@ -240,6 +240,24 @@ async def test_http_1_0_client_reads_the_stream(app: App) -> None:
     raw.close()
 
 
+@pytest.mark.parametrize("before", ["GET /healthz", "GET /chat/stream/none", "POST /chat/stream/none"])
+@pytest.mark.parametrize("rest", ["", "Content-Length: 4\r\n"])
+async def test_stream_opens_on_a_connection_that_was_used_before(app: App, before: str, rest: str) -> None:
+    answer, _ = await app.client.turn("hi", new_id())
+    cid = answer["conversationId"]
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+    stream = f"GET /chat/stream/{cid}?lastEventId={cid}-0&until=done"
+    # At once, and the bodies in what follows: what belongs to which request is told by the lengths alone.
+    for request in (before, stream):
+        writer.write(f"{request} HTTP/1.1\r\nHost: localhost\r\n{rest}\r\n{'body' if rest else ''}".encode())
+    async with asyncio.timeout(5):
+        told = (await reader.read()).decode()
+    assert told.count("HTTP/1.1 ") == 2 and told.count("HTTP/1.1 200 OK") == 1 + ("/healthz" in before)
+    assert told.endswith(f'data: {{"messageId":"{answer["replyId"]}","status":"complete"}}\n\n')
+    writer.close()
+    await writer.wait_closed()
+
+
 async def test_stream_without_a_position_begins_with_the_reply_in_flight(
     make_app: MakeApp,
 ) -> None:

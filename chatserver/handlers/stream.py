@@ -30,7 +30,7 @@ from typing import cast
 
 from chatserver import sse
 from chatserver.chat import Chat
-from chatserver.errors import Draining, TooManyStreams
+from chatserver.errors import ChatError, Draining, TooManyStreams
 from chatserver.handlers.base import BaseHandler
 from chatserver.hub import MAX_WRITE, Live
 from chatserver.metrics import Metrics
@@ -261,14 +261,23 @@ class StreamHandler(BaseHandler):
     def initialize(self, chat: Chat, settings: Settings, streams: Streams) -> None:  # type: ignore[override]
         super().initialize(chat, settings)
         self.streams = streams
+        self._refusal: ChatError | None = None
 
     async def prepare(self) -> None:
-        """Open the stream once the headers are there: only then does Tornado let go of a socket."""
+        """Stream the conversation once the headers are there: only then does Tornado let go of a socket."""
         super().prepare()
         if self.request.method == "GET":
-            await self.get(*self.path_args)
+            try:
+                await self._stream(*self.path_args)
+            except ChatError as refusal:
+                self._refusal = refusal
 
-    async def get(self, conversation_id: str) -> None:
+    def get(self, _conversation_id: str) -> None:
+        """Say why there is no stream: not before the body is read, or Tornado closes the connection with it."""
+        assert self._refusal is not None
+        raise self._refusal
+
+    async def _stream(self, conversation_id: str) -> None:
         """Stream the conversation from the client's position on."""
         conversation_id = self.conversation_id(conversation_id)
         query = self.query("stream")

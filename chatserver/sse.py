@@ -1,7 +1,10 @@
 """Positions in a conversation, and the bytes of a Server-Sent Events stream. Pure: no I/O, no clock.
 
-The stream's format is the WHATWG HTML standard's, section "Server-sent events". An event's `id` is the position right
-after it; the text of its data is JSON, so that no line break of a message ever becomes one of the stream.
+The format is the WHATWG HTML standard's, section "Server-sent events". An event's `id` is the position right after it.
+It is the last line of its frame: clients that store an `id` as soon as its line arrives (npm eventsource 2,
+fetch-event-source) would otherwise skip the event's text when the connection breaks inside the frame. The data is JSON,
+so that no line break of a message ends a line of the stream; U+0085, U+2028 and U+2029 are escaped, too, since some
+clients split lines there.
 """
 
 import json
@@ -12,8 +15,7 @@ from typing import Any, NamedTuple
 _POSITION = re.compile(r"([0-9a-f]{24})-(done|0|[1-9][0-9]{0,8})\Z", re.ASCII)
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
-KEEPALIVE = b":\n\n"
-RESET = b"event: reset\nid:\ndata: {}\n\n"
+RESET = b"event: reset\ndata: {}\nid:\n\n"
 
 
 class Position(NamedTuple):
@@ -50,18 +52,27 @@ def parse_position(text: str) -> Position | None:
 
 
 def preamble(retry_ms: int, position: Position) -> bytes:
-    """Return a stream's first bytes, which say how soon to reconnect, and from where if nothing else arrives.
+    """Return a stream's first bytes: how soon to reconnect, and the position to resume from if nothing else arrives.
 
-    A block with an `id` but no data sets the client's last event id and dispatches nothing (HTML standard, 9.2.6).
+    A block with an `id` but no data sets the client's last event id and dispatches nothing (HTML standard, 9.2.6). It
+    has an event name of its own for clients that dispatch it nevertheless.
     """
-    return f"retry: {retry_ms}\n: chatserver\nid: {position}\n\n".encode()
+    return f"retry: {retry_ms}\n: chatserver\nevent: stream\nid: {position}\n\n".encode()
 
 
 def frame(event: str, position: Position, data: dict[str, Any]) -> bytes:
     """Return one event as bytes."""
-    return f"id: {position}\nevent: {event}\ndata: {_encode(data)}\n\n".encode()
+    return f"event: {event}\ndata: {_escape(_encode(data))}\nid: {position}\n\n".encode()
 
 
 def token_frame(message_id: str, chars: int, text: str) -> bytes:
     """Return the `token` event that brings a reply to `chars` code points: the hot path of `frame`."""
-    return f'id: {message_id}-{chars}\nevent: token\ndata: {{"text":{encode_basestring(text)}}}\n\n'.encode()
+    data = _escape(encode_basestring(text))
+    return f'event: token\ndata: {{"text":{data}}}\nid: {message_id}-{chars}\n\n'.encode()
+
+
+def _escape(text: str) -> str:
+    """Return JSON without the characters beyond ASCII at which some clients end a line."""
+    if text.isascii():
+        return text
+    return text.replace("\x85", "\\u0085").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -143,7 +143,7 @@ async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: MakeApp) -> N
         gate.release()
     await app.until(lambda: live.reply is not None and live.reply.size > 3 * MAX_WRITE + 400 * 800)
     connection.resume_writing()  # type: ignore[attr-defined]
-    assert len(written) > 3 and all(each.endswith(b"\n\n") and each.startswith(b"id: ") for each in written)
+    assert len(written) > 3 and all(each.endswith(b"\n\n") and each.startswith(b"event: ") for each in written)
     assert all(len(each) <= MAX_WRITE or each.count(b"\n\n") == 1 for each in written)
     raw.close()
     for _ in range(2):

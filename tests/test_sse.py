@@ -54,16 +54,23 @@ def test_text_never_breaks_a_frame(text: str) -> None:
     frame = sse.token_frame(ID, 3, text)
     assert frame == sse.frame("token", Position(ID, 3), {"text": text})
     lines = frame.split(b"\n")
-    assert lines[3:] == [b"", b""] and b"\r" not in frame
-    assert lines[:2] == [f"id: {ID}-3".encode(), b"event: token"]
-    assert json.loads(lines[2].removeprefix(b"data: ")) == {"text": text}
+    assert lines[0] == b"event: token"
+    assert json.loads(lines[1].removeprefix(b"data: ")) == {"text": text}
+    assert lines[2:] == [f"id: {ID}-3".encode(), b"", b""]
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\r\nb", "\x85", "\u2028", "\u2029", "é\u2028\u2029\x85\r\n"])
+def test_no_reader_finds_a_line_break_inside_the_data(text: str) -> None:
+    """Python's `splitlines` ends a line at more characters than the standard does, and some clients use it."""
+    for frame in (sse.token_frame(ID, 3, text), sse.frame("input", Position(ID, None), {"text": text})):
+        assert len(frame.decode().splitlines()) == 4
 
 
 def test_preamble_sets_a_position_and_is_no_event() -> None:
     lines = sse.preamble(1000, Position(ID, None)).decode().split("\n")
     assert lines[0] == "retry: 1000" and lines[1].startswith(":")
-    assert lines[2:] == [f"id: {ID}-done", "", ""]
+    assert lines[2:] == ["event: stream", f"id: {ID}-done", "", ""]
 
 
 def test_reset_takes_the_position_away() -> None:
-    assert sse.RESET.split(b"\n") == [b"event: reset", b"id:", b"data: {}", b"", b""]
+    assert sse.RESET.split(b"\n") == [b"event: reset", b"data: {}", b"id:", b"", b""]

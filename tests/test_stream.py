@@ -253,7 +253,8 @@ async def test_stream_opens_on_a_connection_that_was_used_before(app: App, befor
     async with asyncio.timeout(5):
         told = (await reader.read()).decode()
     assert told.count("HTTP/1.1 ") == 2 and told.count("HTTP/1.1 200 OK") == 1 + ("/healthz" in before)
-    assert told.endswith(f'data: {{"messageId":"{answer["replyId"]}","status":"complete"}}\n\n')
+    reply_id = answer["replyId"]
+    assert told.endswith(f'data: {{"messageId":"{reply_id}","status":"complete"}}\nid: {reply_id}-done\n\n')
     writer.close()
     await writer.wait_closed()
 

@@ -52,6 +52,7 @@ class Chat:
         self._hub = hub
         self._metrics = metrics
         self._alone = alone
+        self._ping = sse.ping(settings.keepalive_s)
         self._replies = Replies(settings, store, hub, source, metrics)
         counts = hub.counts
         store.observe = metrics.observe_store
@@ -241,7 +242,7 @@ class Chat:
                 page = found
             self._hub.counts.events += len(page.frames)
             go_on = partial(self._go_on, conversation_id, page.position, subscriber) if page.more else None
-            subscriber.replay(sse.preamble(RETRY_MS, at) + b"".join(page.frames), go_on)
+            subscriber.replay(sse.preamble(RETRY_MS, at) + self._ping + b"".join(page.frames), go_on)
             if page.ends:
                 subscriber.end()
             elif not page.more:
@@ -254,7 +255,7 @@ class Chat:
             try:
                 await self.subscribe(conversation_id, position, subscriber)
             except DatabaseUnavailable:
-                subscriber.end()
+                subscriber.disconnect()
 
         self._replies.spawn(go_on())
 

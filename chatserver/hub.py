@@ -47,6 +47,8 @@ class Subscriber(Protocol):
     """Whether the connection ends after the first `done` or `error`."""
     gone: bool
     """Whether the connection is lost."""
+    chunked: bool
+    """Whether the response's body is chunked (HTTP/1.1), so that each write must be a chunk."""
 
     def replay(self, data: bytes, then: Callable[[], None] | None = None) -> None:
         """Take what comes before the live frames; it is written first, in pieces if it is long.
@@ -58,7 +60,10 @@ class Subscriber(Protocol):
         """Write to the connection; only while `ready`."""
 
     def end(self, data: bytes = b"") -> None:
-        """Write `data`, if any, then end the connection in order."""
+        """Write `data`, if any, then end the response in order: the client has everything."""
+
+    def disconnect(self) -> None:
+        """Close the connection, after what is being written, without an orderly end: the client has to resume."""
 
 
 @dataclass(slots=True)
@@ -79,15 +84,16 @@ class Place(NamedTuple):
 
 @dataclass(slots=True)
 class _Piece:
-    """A run of whole frames of a log, cut out once for all subscribers whose cursor is at its begin."""
+    """A run of whole frames of a log, cut out and wrapped as a chunk once for all subscribers at its begin."""
 
     begin: int
     end: int
     data: bytes
     events: int
+    chunk: bytes
 
 
-_NO_PIECE = _Piece(-1, -1, b"", 0)
+_NO_PIECE = _Piece(-1, -1, b"", 0, b"")
 
 
 class LiveReply:
@@ -237,7 +243,7 @@ class Live:
         """End every stream after what there is for it: the clients resume from where they are."""
         for subscriber in [*self.subscribers, *self._ahead]:
             self.catch_up(subscriber)
-            subscriber.end()
+            subscriber.disconnect()
 
     # -- who watches it ------------------------------------------------------------------------------------------
 
@@ -288,6 +294,10 @@ class Live:
         """Return whether a subscriber was given all that there is for it."""
         return subscriber.cursor >= self._end
 
+    def is_complete_for(self, subscriber: Subscriber) -> bool:
+        """Return whether no reply runs and a subscriber was given everything: its response may end in order."""
+        return self.reply is None and subscriber in self.subscribers and self.has_told(subscriber)
+
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Forget a subscriber, if it is one."""
         self.subscribers.discard(subscriber)
@@ -325,7 +335,7 @@ class Live:
                 return
             counts.events += piece.events
             subscriber.cursor = piece.end
-            subscriber.write(piece.data)
+            subscriber.write(piece.chunk if subscriber.chunked else piece.data)
 
     # -- the log -------------------------------------------------------------------------------------------------
 
@@ -336,8 +346,8 @@ class Live:
         if self.has_news:
             self._piece = _NO_PIECE
         else:
-            # Whoever is up to date is at its begin.
-            self._piece = _Piece(begin, end, frame, 1)
+            # Every up-to-date cursor is here, so this frame is the next piece.
+            self._piece = _Piece(begin, end, frame, 1, sse.chunk(frame))
             self._tell()
 
     def _tell(self) -> None:
@@ -357,7 +367,7 @@ class Live:
                 found = self._log.find(_FRAME_END, first)
             last = found + len(_FRAME_END)
         data = bytes(memoryview(self._log)[first:last])
-        self._piece = _Piece(begin, self._base + last, data, data.count(_FRAME_END))
+        self._piece = _Piece(begin, self._base + last, data, data.count(_FRAME_END), sse.chunk(data))
         return self._piece
 
     def _place_the_ahead(self) -> None:
@@ -366,7 +376,7 @@ class Live:
                 del self._ahead[subscriber]
                 self.subscribe(subscriber, position)
             elif self.reply is None:
-                subscriber.end()
+                subscriber.disconnect()
 
     def _forget_ended_turns(self) -> None:
         """Forget what has ended, but for a short last turn that some may still be reading: who lags costs no memory."""
@@ -387,7 +397,7 @@ class Live:
         self._piece = _NO_PIECE
         for subscriber in self.subscribers:
             if subscriber.cursor < offset:
-                subscriber.end()
+                subscriber.disconnect()
         self.version += 1
 
 

@@ -266,7 +266,10 @@ def _text(media_type: str, description: str) -> dict[str, Any]:
 
 def _event_stream() -> dict[str, Any]:
     events = "\n".join(f"- `{name}`: {schema['description']}" for name, schema in load("events")["properties"].items())
-    description = f"Events with JSON as data (see Events); each event's id is the position right after it.\n\n{events}"
+    description = (
+        "Events with JSON as data (see Events); each event's id is the position right after it. The body is chunked; "
+        f"without its last chunk it was cut off, and the client should open it again.\n\n{events}"
+    )
     event = {
         "type": "object",
         "description": "One event.",

@@ -150,7 +150,7 @@ class Settings:
     max_streams_per_conversation: int = _setting(2_000, _COUNT)
     max_streams_per_address: int = _setting(0, _whole(0, 10_000_000))
     max_replies: int = _setting(1_000, _COUNT)
-    keepalive_s: float = _setting(15.0, _SECONDS)
+    keepalive_s: float = _setting(15.0, _decimal(1, 86_400))
     slow_client_timeout_s: float = _setting(30.0, _SECONDS)
     stream_max_age_s: float = _setting(0.0, _decimal(0, 604_800))
     drain_s: float = _setting(10.0, _decimal(0, 3600))

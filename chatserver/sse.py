@@ -16,6 +16,8 @@ _POSITION = re.compile(r"([0-9a-f]{24})-(done|0|[1-9][0-9]{0,8})\Z", re.ASCII)
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 RESET = b"event: reset\ndata: {}\nid:\n\n"
+LAST_CHUNK = b"0\r\n\r\n"
+"""The end of a chunked body (RFC 9112, 7.1). A body that ends without it was cut off."""
 
 
 class Position(NamedTuple):
@@ -60,6 +62,11 @@ def preamble(retry_ms: int, position: Position) -> bytes:
     return f"retry: {retry_ms}\n: chatserver\nevent: stream\nid: {position}\n\n".encode()
 
 
+def ping(every_s: float) -> bytes:
+    """Return a keep-alive, which announces that a quiet stream has one every so many seconds."""
+    return f'event: ping\ndata: {{"everyS":{every_s:g}}}\n\n'.encode()
+
+
 def frame(event: str, position: Position, data: dict[str, Any]) -> bytes:
     """Return one event as bytes."""
     return f"event: {event}\ndata: {_escape(_encode(data))}\nid: {position}\n\n".encode()
@@ -69,6 +76,11 @@ def token_frame(message_id: str, chars: int, text: str) -> bytes:
     """Return the `token` event that brings a reply to `chars` code points: the hot path of `frame`."""
     data = _escape(encode_basestring(text))
     return f'event: token\ndata: {{"text":{data}}}\nid: {message_id}-{chars}\n\n'.encode()
+
+
+def chunk(data: bytes) -> bytes:
+    """Return bytes, at least one, as a chunk of a chunked body (RFC 9112, 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def _escape(text: str) -> str:

@@ -124,7 +124,7 @@ class App:
         """End the streams that are open; their clients resume."""
         connections = set(self.streams._open)
         for connection in connections:
-            connection.end()
+            connection.finish()
         await self.until(lambda: connections.isdisjoint(self.streams._open))
 
     async def until_idle(self) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +106,10 @@ class Client:
     async def stream(
         self, conversation_id: str, position: str = "", *, until_done: bool = False, in_query: bool = False
     ) -> AsyncIterator[Event]:
-        """Yield events until the server ends the stream; come again while it says that it cannot answer now."""
+        """Yield events, keep-alives left out, until the response ends, in order or not.
+
+        Opens it again while the server answers 503.
+        """
         query = {"until": "done"} if until_done else {}
         headers = {}
         if position and in_query:
@@ -119,8 +123,10 @@ class Client:
                     await asyncio.sleep(0.1)
                     continue
                 assert response.status_code == 200, await response.aread()
-                async for event in _events(response):
-                    yield event
+                with suppress(httpx.RemoteProtocolError):  # without the last chunk: the client is expected to resume
+                    async for event in _events(response):
+                        if event.name != "ping":
+                            yield event
                 return
 
     async def events(self, conversation_id: str, position: str = "", **options: Any) -> list[Event]:
@@ -133,23 +139,74 @@ class Client:
         return answer, await self.events(answer["conversationId"], answer["lastEventId"])
 
 
+class ChunkedBody:
+    """The body of a chunked response (RFC 9112, 7.1), with a `StreamReader`'s methods; reads no further than needed."""
+
+    def __init__(self, reader: asyncio.StreamReader) -> None:
+        self.ended = False
+        """Whether the last chunk was read."""
+        self._reader = reader
+        self._decoded = bytearray()
+
+    async def read(self, size: int) -> bytes:
+        """Return up to `size` bytes, at least one unless the body has ended."""
+        if not self._decoded:
+            await self._read_chunk()
+        return self._take(min(size, len(self._decoded)))
+
+    async def readline(self) -> bytes:
+        return await self._read_until(b"\n")
+
+    async def readuntil(self, separator: bytes) -> bytes:
+        found = await self._read_until(separator)
+        if not found.endswith(separator):
+            raise asyncio.IncompleteReadError(found, None)
+        return found
+
+    async def _read_until(self, separator: bytes) -> bytes:
+        while (at := self._decoded.find(separator)) < 0:
+            if not await self._read_chunk():
+                return self._take(len(self._decoded))
+        return self._take(at + len(separator))
+
+    async def _read_chunk(self) -> bool:
+        line = await self._reader.readline()
+        if not line:
+            return False
+        size = int(line, 16)
+        data = await self._reader.readexactly(size + 2)
+        assert data.endswith(b"\r\n")
+        self._decoded += data[:-2]
+        self.ended = size == 0
+        return not self.ended
+
+    def _take(self, size: int) -> bytes:
+        taken = bytes(self._decoded[:size])
+        del self._decoded[:size]
+        return taken
+
+
 class RawStream:
-    """A stream over a bare socket, for what happens below HTTP."""
+    """A stream over a bare socket, for what happens below HTTP; `reader` gives its body."""
 
     def __init__(self, port: int, path: str, *, version: str = "1.1", headers: str = "") -> None:
         self._request = f"GET {path} HTTP/{version}\r\nHost: localhost\r\n{headers}\r\n"
         self._port = port
 
     async def open(self) -> "RawStream":
-        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self._port)
+        reader, self.writer = await asyncio.open_connection("127.0.0.1", self._port)
         self.writer.write(self._request.encode())
-        self.head = (await self.reader.readuntil(b"\r\n\r\n")).decode()
+        self.head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        is_chunked = "Transfer-Encoding: chunked" in self.head
+        self.reader: Any = ChunkedBody(reader) if is_chunked else reader
         return self
 
     async def events(self) -> AsyncIterator[Event]:
+        """Yield the events, keep-alives left out."""
         decoder = EventDecoder()
         while line := await self.reader.readline():
-            if (event := decoder.feed(line.decode().removesuffix("\n"))) is not None:
+            event = decoder.feed(line.decode().removesuffix("\n"))
+            if event is not None and event.name != "ping":
                 yield event
 
     def close(self) -> None:

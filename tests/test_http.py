@@ -449,7 +449,7 @@ async def test_stream_ends_at_its_age_and_is_resumed(make_app: MakeApp) -> None:
 
 async def test_streams_that_open_together_do_not_end_together(make_app: MakeApp) -> None:
     app = await make_app(stream_max_age_s=1000)
-    connections = [app.streams.open(ID, "address", b"", False) for _ in range(30)]
+    connections = [app.streams.open(ID, "address", b"", chunked=True) for _ in range(30)]
     now = asyncio.get_running_loop().time()
     ages = [each.expires_at - now for each in connections if each.expires_at is not None]
     for each in connections:

@@ -1,5 +1,6 @@
 """The specification: valid, complete, and true."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from chatserver.openapi import make_openapi, problem_codes
 from chatserver.records import INTERRUPTED
 from chatserver.replies import _CRASHED, _FULL
 from tests.apps import App, MakeApp, Script
-from tests.clients import new_id
+from tests.clients import Event, RawStream, new_id
 
 pytestmark = pytest.mark.gen_test
 
@@ -127,6 +128,11 @@ async def test_answers_and_events_are_as_described(app: App, make_app: MakeApp) 
     events += [each async for each in app.client.stream(conversation_id, "gone")]
     failing = await make_app(source=Script(errors.SourceError("source_failed", "Out of paper.")))
     events += (await failing.client.turn("Hello"))[1]
+    raw = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
+    await raw.reader.readuntil(b"event: ping\n")
+    ping = (await raw.reader.readline()).removeprefix(b"data: ")
+    raw.close()
+    events.append(Event("ping", "", json.loads(ping)))
     assert {event.name for event in events} == set(document["components"]["schemas"]["Events"]["properties"])
     for event in events:
         check(document, f"Events/properties/{event.name}", event.data)

@@ -486,7 +486,7 @@ class Conversation(RuleBasedStateMachine):
                 await server.chat.drain()
                 for client in self.at(server):
                     assert client.line is not None
-                    client.line.connection.end()
+                    client.line.connection.finish()
                 await self.settle()
             await server.chat.close()
             for client in self.at(server):
@@ -521,7 +521,7 @@ class Conversation(RuleBasedStateMachine):
         self.look()
 
     async def connect(self, client: Client, server: Server, window: int) -> None:
-        connection = Connection(b"", False, server.chat.unsubscribe)
+        connection = Connection(b"", server.chat.unsubscribe, chunked=False)
         await server.chat.subscribe(self.id, sse.parse_position(client.position), connection)
         client.line, client.server = Line(connection, window), server
         connection.connection_made(client.line)

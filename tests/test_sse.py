@@ -72,5 +72,14 @@ def test_preamble_sets_a_position_and_is_no_event() -> None:
     assert lines[2:] == ["event: stream", f"id: {ID}-done", "", ""]
 
 
+@pytest.mark.parametrize(("every_s", "number"), [(15.0, "15"), (2.5, "2.5")])
+def test_ping_announces_its_interval_and_has_no_position(every_s: float, number: str) -> None:
+    assert sse.ping(every_s).decode() == f'event: ping\ndata: {{"everyS":{number}}}\n\n'
+
+
+def test_chunk_is_its_size_in_hexadecimal_and_its_bytes() -> None:
+    assert sse.chunk(b"x" * 26) == b"1a\r\n" + b"x" * 26 + b"\r\n"
+
+
 def test_reset_takes_the_position_away() -> None:
     assert sse.RESET.split(b"\n") == [b"event: reset", b"data: {}", b"id:", b"", b""]

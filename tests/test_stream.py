@@ -218,22 +218,61 @@ async def test_headers_and_first_bytes_leave_at_once(app: App) -> None:
     raw = await RawStream(app.port, f"/chat/stream/{new_id()}").open()
     assert (await raw.reader.readline()) == b"retry: 1000\n"
     assert (await raw.reader.readline()).startswith(b":")
+    assert (await raw.reader.readuntil(b"\n\n")).startswith(b"event: stream\nid: ")
+    assert (await raw.reader.readuntil(b"\n\n")) == b'event: ping\ndata: {"everyS":15}\n\n'
     head = raw.head.split("\r\n")
     assert head[0] == "HTTP/1.1 200 OK"
     for line in (
         "Content-Type: text/event-stream",
-        "Cache-Control: no-cache",
-        "Connection: keep-alive",
+        "Cache-Control: no-cache, no-transform",
+        "Connection: close",
+        "Transfer-Encoding: chunked",
         "X-Accel-Buffering: no",
     ):
         assert line in head
-    assert "encoding" not in raw.head.lower()
+    assert "Content-Encoding" not in raw.head and "Content-Length" not in raw.head
     raw.close()
+
+
+async def test_last_chunk_is_sent_only_if_the_client_has_everything(make_app: MakeApp) -> None:
+    """Guards: a reply that was cut off by the end of its connection looked complete to curl, fetch() and their like."""
+    gate = asyncio.Semaphore(0)
+    app = await make_app(source=Script("a", "b", "c", gate=gate), stream_max_age_s=0.0)
+
+    async def opened(query: str = "", conversation_id: str = "") -> RawStream:
+        return await RawStream(app.port, f"/chat/stream/{conversation_id or answer['conversationId']}{query}").open()
+
+    async def has_last_chunk(stream: RawStream) -> bool:
+        async with asyncio.timeout(5):
+            while await stream.reader.readline():
+                pass
+        stream.close()
+        return bool(stream.reader.ended)
+
+    answer = await app.client.say("hi")
+    aged, aborted, to_the_end = [await opened(), await opened(), await opened("?until=done")]
+    await app.until(lambda: app.subscribers == 3)
+    gate.release()
+    for stream in (aged, aborted):
+        await stream.reader.readuntil(b'{"text":"a"}')
+    first, second = (each for each in app.hub.lives[0].subscribers if not each.until_done)
+    first.expires_at = 0.0  # type: ignore[attr-defined]
+    second.abort()  # type: ignore[attr-defined]
+    assert not await has_last_chunk(aged) and not await has_last_chunk(aborted)
+    gate.release()
+    gate.release()
+    assert await has_last_chunk(to_the_end)
+    idle, unknown, reset = await opened(), await opened("", new_id()), await opened("?lastEventId=42")
+    await app.until(lambda: app.subscribers == 2)
+    assert await has_last_chunk(reset)
+    await app.end_streams()
+    assert await has_last_chunk(idle) and await has_last_chunk(unknown)
 
 
 async def test_http_1_0_client_reads_the_stream(app: App) -> None:
     conversation_id = new_id()
     raw = await RawStream(app.port, f"/chat/stream/{conversation_id}?until=done", version="1.0").open()
+    assert "Transfer-Encoding" not in raw.head and "keep-alive" not in raw.head
     answer = await app.client.say("hi", conversation_id)
     events = [event async for event in raw.events()]
     assert text_of(events) == stored(await app.client.history(conversation_id))[answer["replyId"]]
@@ -254,7 +293,8 @@ async def test_stream_opens_on_a_connection_that_was_used_before(app: App, befor
         told = (await reader.read()).decode()
     assert told.count("HTTP/1.1 ") == 2 and told.count("HTTP/1.1 200 OK") == 1 + ("/healthz" in before)
     reply_id = answer["replyId"]
-    assert told.endswith(f'data: {{"messageId":"{reply_id}","status":"complete"}}\nid: {reply_id}-done\n\n')
+    assert f'data: {{"messageId":"{reply_id}","status":"complete"}}\nid: {reply_id}-done\n\n' in told
+    assert told.endswith("\r\n0\r\n\r\n")
     writer.close()
     await writer.wait_closed()
 
@@ -271,6 +311,18 @@ async def test_stream_without_a_position_begins_with_the_reply_in_flight(
     gate.release()
     gate.release()
     assert [event.name for event in await events] == ["token", "token", "token", "done"]
+
+
+async def test_quiet_stream_has_a_ping_as_often_as_it_announces(make_app: MakeApp) -> None:
+    app = await make_app(keepalive_s=2.0)
+    raw = await RawStream(app.port, f"/chat/stream/{new_id()}").open()
+    loop = asyncio.get_running_loop()
+    times = []
+    for _ in range(3):
+        await raw.reader.readuntil(b'event: ping\ndata: {"everyS":2}\n\n')
+        times.append(loop.time())
+    assert 0.9 < times[1] - times[0] < 3 and 0.9 < times[2] - times[1] < 3
+    raw.close()
 
 
 async def test_stream_stays_open_across_turns_and_shows_what_others_say(app: App) -> None:
@@ -418,7 +470,7 @@ async def test_httpx_sse_reads_the_stream(app: App) -> None:
         httpx_sse.aconnect_sse(http, "GET", f"/chat/stream/{conversation_id}?until=done") as source,
     ):
         answer = await app.client.say("hi\u2028there", conversation_id)
-        events = [event async for event in source.aiter_sse() if event.data]
+        events = [event async for event in source.aiter_sse() if event.event not in ("stream", "ping")]
     assert events[0].event == "input" and events[0].json()["text"] == "hi\u2028there"
     text = "".join(event.json()["text"] for event in events if event.event == "token")
     assert text == stored(await app.client.history(conversation_id))[answer["replyId"]]

@@ -1,20 +1,27 @@
 """The stream: `GET /chat/stream/:conversationId`, Server-Sent Events.
 
-The position to go on from is `Last-Event-ID`, else `?lastEventId=`. First come `retry: 1000`, a comment and an `id:`
-alone, then events, each with the position right after it as its `id:`, its name as `event:` and JSON as its `data:`:
+The stream resumes from the position in `Last-Event-ID`, else in `?lastEventId=`. It opens with `retry: 1000`, a
+comment, and a block with `event: stream` and an `id:` but no data, which clients do not dispatch. Then come events:
+each has its name as `event:`, JSON as `data:`, and the position right after it as `id:`, in this order.
 
     token   {"text"}                            the next characters of the reply
     done    {"messageId", "status"}             the reply has ended and is stored; status: complete, stopped
     error   {"code", "message", "messageId"}    the reply failed or was interrupted; what was said is stored
     input   {"messageId", "text", "createdAt"}  what a user said
-    reset   {}                                  the position is gone: fetch the history again; the stream ends
+    reset   {}                                  the position is unknown: fetch the history again; the stream ends
+    ping    {"everyS"}                          keep-alive, without an `id`
 
-A comment (`:`) comes whenever nothing else has for `KEEPALIVE_S`. The response stays open across turns. It ends after a
-`reset`, after the first `done` or `error` with `?until=done`, at about `STREAM_MAX_AGE_S`, and at shutdown.
+A `ping` is sent at the beginning, and then whenever nothing else was sent for `everyS` seconds (`KEEPALIVE_S`): a
+client that has received nothing for two and a half times as long has lost its connection, and should open another.
+The response stays open across turns. It ends after a `reset`, after the first `done` or `error` with `?until=done`, at
+about `STREAM_MAX_AGE_S`, and at shutdown.
+
+The body is chunked in HTTP/1.1. Its last chunk is sent only if the client has received everything and no reply runs, so
+that a client can tell an end from a connection that was lost (RFC 9112, 8). In HTTP/1.0 the body ends with the
+connection. The connection is never used again, and says so.
 
 The request is an ordinary one up to its headers; then its socket goes to an asyncio transport, whose protocol is the
-subscriber: `pause_writing` and `resume_writing` are the back-pressure, `connection_lost` the end. The body ends with
-the connection, which is valid in HTTP/1.0 and 1.1.
+subscriber: `pause_writing` and `resume_writing` are the back-pressure, `connection_lost` the end.
 """
 
 import asyncio
@@ -41,8 +48,9 @@ logger = logging.getLogger(__name__)
 _HEAD = (
     "HTTP/1.1 200 OK\r\n"
     "Content-Type: text/event-stream\r\n"
-    "Cache-Control: no-cache\r\n"
-    "Connection: keep-alive\r\n"
+    # A proxy that compresses holds small events back until it has a block of them; no-transform forbids it.
+    "Cache-Control: no-cache, no-transform\r\n"
+    "Connection: close\r\n"
     "X-Accel-Buffering: no\r\n"
 )
 _TICK_S = 1.0
@@ -57,12 +65,16 @@ class Connection(asyncio.Protocol):
     """A stream's connection: the one writer to its socket, and a `hub.Subscriber`.
 
     :param head: the response's status line and headers
-    :param on_end: called once, when the connection is gone
+    :param chunked: whether they announce a chunked body
+    :param on_end: called once, when the connection is closed
     """
 
-    def __init__(self, head: bytes, until_done: bool, on_end: Callable[["Connection"], None]) -> None:
+    def __init__(
+        self, head: bytes, on_end: Callable[["Connection"], None], *, chunked: bool, until_done: bool = False
+    ) -> None:
         self.cursor = 0
         self.ready = False
+        self.chunked = chunked
         self.until_done = until_done
         self.live: Live | None = None
         self.expires_at: float | None = None
@@ -81,11 +93,27 @@ class Connection(asyncio.Protocol):
 
     def replay(self, data: bytes, then: Callable[[], None] | None = None) -> None:
         self.ready = False
-        self._backlog += data
+        self._backlog += sse.chunk(data) if self.chunked else data
         self._then = then
         self._pump()
 
     def end(self, data: bytes = b"") -> None:
+        if data and self.chunked:
+            data = sse.chunk(data)
+        self._close(data + sse.LAST_CHUNK if self.chunked else data)
+
+    def disconnect(self) -> None:
+        self._close(b"")
+
+    def finish(self) -> None:
+        """End the response: in order if the client has everything and no reply runs; else it has to resume."""
+        if self.live is not None and self.live.is_complete_for(self):
+            self.end()
+        else:
+            self.disconnect()
+
+    def _close(self, data: bytes) -> None:
+        """Write the backlog and `data`, then close the connection."""
         if not self._ending:
             self.ready = False
             self._backlog += data
@@ -99,6 +127,7 @@ class Connection(asyncio.Protocol):
         # Any byte that the kernel does not take at once pauses us: what is pending waits in the log, not in a buffer.
         self._transport.set_write_buffer_limits(high=0)
         self.write = self._transport.write
+        self._since = asyncio.get_running_loop().time()
         self._pump()
 
     def pause_writing(self) -> None:
@@ -130,7 +159,15 @@ class Connection(asyncio.Protocol):
     # -- time ----------------------------------------------------------------------------------------------------
 
     def tick(self, now: float, keepalive_s: float, slow_s: float) -> bool:
-        """Look after the connection, about once a second; return whether it was cut for taking nothing for `slow_s`."""
+        """Send a keep-alive if one is due, end the stream if it has expired, abort it if the client stopped reading.
+
+        Called about once a second.
+
+        :param now: the event loop's time, in seconds
+        :param keepalive_s: the longest that nothing may be sent, in seconds
+        :param slow_s: how long a client may receive nothing of what was written, in seconds
+        :return: whether the connection was aborted
+        """
         if self._transport is None:
             return False
         progress = (self.cursor, len(self._backlog), self._in_flight() if self._paused else 0)
@@ -140,11 +177,12 @@ class Connection(asyncio.Protocol):
             self.abort()
             return True
         elif self.ready and now - self._since >= keepalive_s - _TICK_S:
-            # Ready means that all before is written to its last byte, so that a comment never lands inside a frame.
+            # Ready means that everything before was written to its last byte, so that it never lands inside a frame.
             self._since = now
-            self._transport.write(sse.KEEPALIVE)
+            ping = sse.ping(keepalive_s)
+            self.write(sse.chunk(ping) if self.chunked else ping)
         if self.expires_at is not None and now >= self.expires_at:
-            self.end()
+            self.finish()
         return False
 
     def _in_flight(self) -> int:
@@ -194,8 +232,10 @@ class Streams:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, conversation_id: str, address: str, head: bytes, until_done: bool) -> Connection:
-        """Return a connection yet to be made, counted from now on.
+    def open(
+        self, conversation_id: str, address: str, head: bytes, *, chunked: bool, until_done: bool = False
+    ) -> Connection:
+        """Return a connection yet to be made, counted from now on; see `Connection`.
 
         :raises TooManyStreams: if there are as many as may be
         :raises Draining: if all are being ended
@@ -209,7 +249,7 @@ class Streams:
             raise TooManyStreams("This conversation has as many streams open as it may; close one.")
         if 0 < limits.max_streams_per_address <= self._addresses[address]:
             raise TooManyStreams("Your address has as many streams open as it may; close one.")
-        connection = Connection(head, until_done, self._closed)
+        connection = Connection(head, self._closed, chunked=chunked, until_done=until_done)
         if limits.stream_max_age_s:
             age = limits.stream_max_age_s * random.uniform(0.5, 1.5)
             connection.expires_at = asyncio.get_running_loop().time() + age
@@ -241,14 +281,14 @@ class Streams:
                     logger.info("slow client cut", extra={"conversation": conversation_id})
 
     async def close(self) -> None:
-        """End all streams, each once it was told all that there is; cut those that do not take it in time."""
+        """End all streams, each once everything was written to it; abort those whose clients take too long."""
         self._ending = True
         try:
             async with asyncio.timeout(_PARTING_S):
                 while self._open:
                     for connection in list(self._open):
                         if connection.live is None or connection.live.has_told(connection):
-                            connection.end()
+                            connection.finish()
                     await asyncio.sleep(_PARTING_LOOK_S)
         except TimeoutError:
             for connection in list(self._open):
@@ -285,7 +325,14 @@ class StreamHandler(BaseHandler):
         position = sse.parse_position(asked) if asked else None
         if position is not None:
             self.streams.metrics.resumes.inc()
-        connection = self.streams.open(conversation_id, self.address, self._head(), query.get("until") == "done")
+        chunked = self.request.version == "HTTP/1.1"
+        connection = self.streams.open(
+            conversation_id,
+            self.address,
+            self._head(chunked),
+            chunked=chunked,
+            until_done=query.get("until") == "done",
+        )
         try:
             if asked and position is None:
                 self.chat.refuse(connection)
@@ -296,8 +343,11 @@ class StreamHandler(BaseHandler):
             connection.leave()
             raise
 
-    def _head(self) -> bytes:
-        lines = [f"{name}: {value}\r\n" for name, value in self.common_headers().items()]
+    def _head(self, chunked: bool) -> bytes:
+        headers = self.common_headers()
+        if chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
         return f"{_HEAD}{''.join(lines)}\r\n".encode("latin-1")
 
     async def _hand_over(self, connection: Connection) -> None:

@@ -114,6 +114,7 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
             body_timeout=settings.request_timeout_s,
             idle_connection_timeout=settings.request_timeout_s,
         )
+        streams.give_back_to(server)
         server.add_sockets(sockets)
         ticking = asyncio.create_task(streams.tick_for_ever())
         host, port = sockets[0].getsockname()[:2]

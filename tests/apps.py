@@ -93,6 +93,7 @@ class App:
         self.streams = Streams(self.chat, settings, self.metrics)
         self._ticking = asyncio.create_task(self.streams.tick_for_ever())
         self.server = HTTPServer(make_app(self.chat, self.streams, self.metrics, settings))
+        self.streams.give_back_to(self.server)
         sock, self.port = bind_unused_port()
         give_up_idle_readers([sock], settings.slow_client_timeout_s)
         self.server.add_socket(sock)

@@ -225,13 +225,38 @@ async def test_headers_and_first_bytes_leave_at_once(app: App) -> None:
     for line in (
         "Content-Type: text/event-stream",
         "Cache-Control: no-cache, no-transform",
-        "Connection: close",
+        "Connection: keep-alive",
         "Transfer-Encoding: chunked",
         "X-Accel-Buffering: no",
     ):
         assert line in head
     assert "Content-Encoding" not in raw.head and "Content-Length" not in raw.head
     raw.close()
+
+
+async def test_connection_that_the_client_will_close_is_not_kept(app: App) -> None:
+    answer, _ = await app.client.turn("hi")
+    path = f"/chat/stream/{answer['conversationId']}?until=done&lastEventId={answer['lastEventId']}"
+    raw = await RawStream(app.port, path, headers="Connection: close\r\n").open()
+    assert "Connection: close" in raw.head.split("\r\n")
+    assert [event.name async for event in raw.events()] == ["token", "done"]
+    assert raw.reader.ended and await raw.reader.read(1) == b""
+    raw.close()
+
+
+async def test_connection_serves_another_request_after_a_stream_has_ended_in_order(app: App) -> None:
+    """Guards: a pooled client sent its next post into a connection that the server was closing."""
+    answer, _ = await app.client.turn("hi")
+    path = f"/chat/stream/{answer['conversationId']}?until=done&lastEventId={answer['lastEventId']}"
+    async with httpx.AsyncClient(base_url=app.url, trust_env=False, limits=httpx.Limits(max_connections=1)) as pooled:
+        ports = set()
+        for _ in range(200):
+            stream = await pooled.get(path)
+            post = await pooled.post("/chat", json={"input": "hi"})
+            assert stream.status_code == 200 and post.status_code == 202
+            ports |= {each.extensions["network_stream"].get_extra_info("client_addr") for each in (stream, post)}
+    assert len(ports) == 1
+    await app.until(lambda: len(app.streams) == 0)
 
 
 async def test_last_chunk_is_sent_only_if_the_client_has_everything(make_app: MakeApp) -> None:
@@ -290,7 +315,10 @@ async def test_stream_opens_on_a_connection_that_was_used_before(app: App, befor
     for request in (before, stream):
         writer.write(f"{request} HTTP/1.1\r\nHost: localhost\r\n{rest}\r\n{'body' if rest else ''}".encode())
     async with asyncio.timeout(5):
-        told = (await reader.read()).decode()
+        told = (await reader.readuntil(b"\r\n0\r\n\r\n")).decode()
+        # Its bytes after the head are not known to the HTTP server, so a connection with a body is closed.
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        assert (b" 200 OK" in await reader.read()) == (not rest)
     assert told.count("HTTP/1.1 ") == 2 and told.count("HTTP/1.1 200 OK") == 1 + ("/healthz" in before)
     reply_id = answer["replyId"]
     assert f'data: {{"messageId":"{reply_id}","status":"complete"}}\nid: {reply_id}-done\n\n' in told

@@ -18,15 +18,19 @@ about `STREAM_MAX_AGE_S`, and at shutdown.
 
 The body is chunked in HTTP/1.1. Its last chunk is sent only if the client has received everything and no reply runs, so
 that a client can tell an end from a connection that was lost (RFC 9112, 8). In HTTP/1.0 the body ends with the
-connection. The connection is never used again, and says so.
+connection.
 
 The request is an ordinary one up to its headers; then its socket goes to an asyncio transport, whose protocol is the
-subscriber: `pause_writing` and `resume_writing` are the back-pressure, `connection_lost` the end.
+subscriber: `pause_writing` and `resume_writing` are the back-pressure, `connection_lost` the end. After the last chunk
+the socket goes back to the HTTP server, which reads the connection's next request. It must not be closed then: a pooled
+client would send its next post into a closed connection. Nor may the response announce `Connection: close`: Node's
+`fetch()` would take a lost connection for the end of the body.
 """
 
 import asyncio
 import fcntl
 import logging
+import os
 import random
 import socket
 import sys
@@ -34,6 +38,9 @@ import termios
 from collections import Counter
 from collections.abc import Callable
 from typing import cast
+
+from tornado.httpserver import HTTPServer
+from tornado.iostream import IOStream
 
 from chatserver import sse
 from chatserver.chat import Chat
@@ -50,7 +57,6 @@ _HEAD = (
     "Content-Type: text/event-stream\r\n"
     # A proxy that compresses holds small events back until it has a block of them; no-transform forbids it.
     "Cache-Control: no-cache, no-transform\r\n"
-    "Connection: close\r\n"
     "X-Accel-Buffering: no\r\n"
 )
 _TICK_S = 1.0
@@ -65,12 +71,19 @@ class Connection(asyncio.Protocol):
     """A stream's connection: the one writer to its socket, and a `hub.Subscriber`.
 
     :param head: the response's status line and headers
-    :param chunked: whether they announce a chunked body
-    :param on_end: called once, when the connection is closed
+    :param on_end: called once, when the stream is over
+    :param chunked: whether the head announces a chunked body
+    :param reuse: takes the socket after an orderly end, for the next request; None: the connection is closed
     """
 
     def __init__(
-        self, head: bytes, on_end: Callable[["Connection"], None], *, chunked: bool, until_done: bool = False
+        self,
+        head: bytes,
+        on_end: Callable[["Connection"], None],
+        *,
+        chunked: bool,
+        until_done: bool = False,
+        reuse: Callable[[socket.socket], None] | None = None,
     ) -> None:
         self.cursor = 0
         self.ready = False
@@ -81,6 +94,7 @@ class Connection(asyncio.Protocol):
         self.gone = False
         self.write: Callable[[bytes], None]  # the transport's own, once it is there: a step less for each write
         self._on_end = on_end
+        self._reuse = reuse
         self._backlog = bytearray(head)
         self._then: Callable[[], None] | None = None
         self._transport: asyncio.Transport | None = None
@@ -92,18 +106,24 @@ class Connection(asyncio.Protocol):
     # -- what the hub sees ---------------------------------------------------------------------------------------
 
     def replay(self, data: bytes, then: Callable[[], None] | None = None) -> None:
-        self.ready = False
-        self._backlog += sse.chunk(data) if self.chunked else data
-        self._then = then
-        self._pump()
+        if not self._ending:
+            self.ready = False
+            self._backlog += sse.chunk(data) if self.chunked else data
+            self._then = then
+            self._pump()
 
     def end(self, data: bytes = b"") -> None:
-        if data and self.chunked:
-            data = sse.chunk(data)
-        self._close(data + sse.LAST_CHUNK if self.chunked else data)
+        if not self._ending:
+            if data:
+                self.replay(data)
+            if self.chunked:
+                self._backlog += sse.LAST_CHUNK
+            self._close()
 
     def disconnect(self) -> None:
-        self._close(b"")
+        if not self._ending:
+            self._reuse = None
+            self._close()
 
     def finish(self) -> None:
         """End the response: in order if the client has everything and no reply runs; else it has to resume."""
@@ -112,13 +132,11 @@ class Connection(asyncio.Protocol):
         else:
             self.disconnect()
 
-    def _close(self, data: bytes) -> None:
-        """Write the backlog and `data`, then close the connection."""
-        if not self._ending:
-            self.ready = False
-            self._backlog += data
-            self._ending = True
-            self._pump()
+    def _close(self) -> None:
+        """Write the backlog, then let go of the connection."""
+        self.ready = False
+        self._ending = True
+        self._pump()
 
     # -- what the transport says ---------------------------------------------------------------------------------
 
@@ -127,8 +145,17 @@ class Connection(asyncio.Protocol):
         # Any byte that the kernel does not take at once pauses us: what is pending waits in the log, not in a buffer.
         self._transport.set_write_buffer_limits(high=0)
         self.write = self._transport.write
-        self._since = asyncio.get_running_loop().time()
-        self._pump()
+        loop = asyncio.get_running_loop()
+        self._since = loop.time()
+        if self._ending:
+            # Later: uvloop begins to read after this call, and would undo the pause of reading.
+            loop.call_soon(self._pump)
+        else:
+            self._pump()
+
+    def data_received(self, data: bytes) -> None:
+        """Take note of a pipelined request: its bytes are lost to the HTTP server, so the connection must be closed."""
+        self._reuse = None
 
     def pause_writing(self) -> None:
         self.ready = False
@@ -198,6 +225,9 @@ class Connection(asyncio.Protocol):
         """Write what comes before the live frames, piece by piece; then end, or go on with the conversation's log."""
         if self._transport is None:
             return
+        if self._ending and self._reuse is not None:
+            # Before the last chunk is written: what the client sends after it is for the HTTP server to read.
+            self._transport.pause_reading()
         while self._backlog and not self._paused:
             piece = bytes(self._backlog[:MAX_WRITE])
             del self._backlog[:MAX_WRITE]
@@ -205,8 +235,8 @@ class Connection(asyncio.Protocol):
         if self._backlog or self._paused:
             return
         if self._ending:
-            # Not at once: a transport that is closed inside `resume_writing` tells `connection_lost` twice.
-            asyncio.get_running_loop().call_soon(self._transport.close)
+            # Not at once: a transport that is closed inside `resume_writing` calls `connection_lost` twice.
+            asyncio.get_running_loop().call_soon(self._release)
         elif self._then is not None:
             then, self._then = self._then, None
             then()
@@ -214,6 +244,14 @@ class Connection(asyncio.Protocol):
             self.ready = True
             if self.live is not None:
                 self.live.catch_up(self)
+
+    def _release(self) -> None:
+        """Close the transport; pass the socket on if it may be used again."""
+        if self._transport is None:
+            return
+        if self._reuse is not None:
+            self._reuse(socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())))
+        self._transport.close()
 
 
 class Streams:
@@ -227,13 +265,25 @@ class Streams:
         self._conversations: Counter[str] = Counter()
         self._addresses: Counter[str] = Counter()
         self._ending = False
+        self._server: HTTPServer | None = None
         metrics.watch("chatserver_open_streams", "Streams that are open.", lambda: len(self))
 
     def __len__(self) -> int:
         return len(self._open)
 
+    def give_back_to(self, server: HTTPServer) -> None:
+        """Have a server read the next requests of connections whose streams have ended in order."""
+        self._server = server
+
     def open(
-        self, conversation_id: str, address: str, head: bytes, *, chunked: bool, until_done: bool = False
+        self,
+        conversation_id: str,
+        address: str,
+        head: bytes,
+        *,
+        chunked: bool = False,
+        until_done: bool = False,
+        reusable: bool = False,
     ) -> Connection:
         """Return a connection yet to be made, counted from now on; see `Connection`.
 
@@ -249,7 +299,8 @@ class Streams:
             raise TooManyStreams("This conversation has as many streams open as it may; close one.")
         if 0 < limits.max_streams_per_address <= self._addresses[address]:
             raise TooManyStreams("Your address has as many streams open as it may; close one.")
-        connection = Connection(head, self._closed, chunked=chunked, until_done=until_done)
+        reuse = self._give_back if reusable else None
+        connection = Connection(head, self._closed, chunked=chunked, until_done=until_done, reuse=reuse)
         if limits.stream_max_age_s:
             age = limits.stream_max_age_s * random.uniform(0.5, 1.5)
             connection.expires_at = asyncio.get_running_loop().time() + age
@@ -257,6 +308,18 @@ class Streams:
         self._conversations[conversation_id] += 1
         self._addresses[address] += 1
         return connection
+
+    def _give_back(self, connection: socket.socket) -> None:
+        server = self._server
+        assert server is not None
+        try:
+            address = connection.getpeername()
+        except OSError:  # the client has closed it meanwhile
+            connection.close()
+            return
+        connection.setblocking(False)
+        stream = IOStream(connection, server.max_buffer_size, read_chunk_size=server.read_chunk_size)
+        server.handle_stream(stream, address)
 
     def _closed(self, connection: Connection) -> None:
         conversation_id, address = self._open.pop(connection)
@@ -326,12 +389,15 @@ class StreamHandler(BaseHandler):
         if position is not None:
             self.streams.metrics.resumes.inc()
         chunked = self.request.version == "HTTP/1.1"
+        options = self.request.headers.get("Connection", "").lower().split(",")
+        reusable = chunked and "close" not in (each.strip() for each in options)
         connection = self.streams.open(
             conversation_id,
             self.address,
-            self._head(chunked),
+            self._head(chunked=chunked, reusable=reusable),
             chunked=chunked,
             until_done=query.get("until") == "done",
+            reusable=reusable,
         )
         try:
             if asked and position is None:
@@ -343,8 +409,8 @@ class StreamHandler(BaseHandler):
             connection.leave()
             raise
 
-    def _head(self, chunked: bool) -> bytes:
-        headers = self.common_headers()
+    def _head(self, *, chunked: bool, reusable: bool) -> bytes:
+        headers = {"Connection": "keep-alive" if reusable else "close", **self.common_headers()}
         if chunked:
             headers["Transfer-Encoding"] = "chunked"
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
@@ -358,6 +424,8 @@ class StreamHandler(BaseHandler):
         if stream.closed():
             connection.leave()
             return
+        if stream._read_buffer_size:
+            connection.data_received(b"")
         stream.io_loop.remove_handler(stream.socket)
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, stream.socket)

@@ -37,6 +37,7 @@ import sys
 import termios
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import cast
 
 from tornado.httpserver import HTTPServer
@@ -154,7 +155,10 @@ class Connection(asyncio.Protocol):
             self._pump()
 
     def data_received(self, data: bytes) -> None:
-        """Take note of a pipelined request: its bytes are lost to the HTTP server, so the connection must be closed."""
+        self.close_at_end()
+
+    def close_at_end(self) -> None:
+        """Close the connection after the stream: the client has sent bytes that the HTTP server will not see."""
         self._reuse = None
 
     def pause_writing(self) -> None:
@@ -249,9 +253,14 @@ class Connection(asyncio.Protocol):
         """Close the transport; pass the socket on if it may be used again."""
         if self._transport is None:
             return
+        kept: socket.socket | None = None
         if self._reuse is not None:
-            self._reuse(socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno())))
+            with suppress(OSError):  # no file descriptor is left: the connection is closed
+                kept = socket.socket(fileno=os.dup(self._transport.get_extra_info("socket").fileno()))
+        # Closed first, so that this stream is no longer counted when the next request is read.
         self._transport.close()
+        if kept is not None and self._reuse is not None:
+            self._reuse(kept)
 
 
 class Streams:
@@ -425,7 +434,7 @@ class StreamHandler(BaseHandler):
             connection.leave()
             return
         if stream._read_buffer_size:
-            connection.data_received(b"")
+            connection.close_at_end()
         stream.io_loop.remove_handler(stream.socket)
         stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, stream.socket)

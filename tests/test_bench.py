@@ -1,37 +1,213 @@
-"""The bench runs, and checks what it measures; a moment of it, for counts that do not vary, never for times."""
+"""The bench: its load generator reads every form of a stream and notices what is wrong, its comparison is right, and it
+runs; a moment of it, for counts that do not vary, never for times.
+"""
 
+import asyncio
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from scripts.bench_lib import tools
+from scripts.bench_lib.paired import Interval, compare, interval
 from tests.servers import ROOT
+
+REPLY, USER = "b" * 24, "a" * 24
+TEXTS = ["Hel", "lo, ", "wörld \U0001f600", '\\"\n', "!"]
+SUBSCRIBERS = 2
+
+
+def block(event: str, data: object, position: str | None, *, id_first: bool) -> bytes:
+    identity = f"id: {position}\n" if position else ""
+    rest = f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n"
+    return f"{identity if id_first else ''}{rest}{'' if id_first else identity}\n".encode()
+
+
+def stream(*, id_first: bool, pings: bool) -> list[bytes]:
+    """Return a stream's blocks: what it begins with, and a whole turn."""
+    keepalive = block("ping", {"everyS": 15}, None, id_first=False) if pings else b":\n\n"
+    named = b"event: stream\n" if pings else b""
+    blocks = [b"retry: 1000\n: chatserver\n" + named + b"id: " + b"c" * 24 + b"-0\n\n", keepalive]
+    blocks.append(block("input", {"messageId": USER, "text": "hi"}, f"{USER}-done", id_first=id_first))
+    chars = 0
+    for text in TEXTS:
+        chars += len(text)
+        blocks += [block("token", {"text": text}, f"{REPLY}-{chars}", id_first=id_first), keepalive]
+    data = {"messageId": REPLY, "status": "complete"}
+    return [*blocks, block("done", data, f"{REPLY}-done", id_first=id_first)]
+
+
+def chunked(blocks: list[bytes], size: int) -> list[bytes]:
+    """Return the same bytes as chunks of at most `size` bytes, which begin and end anywhere."""
+    whole = b"".join(blocks)
+    parts = [whole[begin : begin + size] for begin in range(0, len(whole), size)]
+    return [b"%x\r\n%b\r\n" % (len(part), part) for part in parts]
+
+
+@asynccontextmanager
+async def scripted(pieces: list[bytes], *, is_chunked: bool) -> AsyncIterator[int]:
+    """Serve streams of these pieces of a body, each a write of its own, once something was posted; yield the port."""
+    posted = asyncio.Event()
+    served: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        served.add(task)
+        with suppress(OSError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(b"POST"):
+                posted.set()
+                writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 2\r\n\r\n{}")
+                await reader.read()
+            else:
+                coding = b"Transfer-Encoding: chunked\r\n" if is_chunked else b""
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" + coding + b"\r\n" + pieces[0])
+                await posted.wait()
+                for piece in pieces[1:]:
+                    writer.write(piece)
+                    await asyncio.sleep(0)
+                await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in served:
+            task.cancel()
+        await asyncio.gather(*served, return_exceptions=True)
+
+
+async def load(pieces: list[bytes], *, is_chunked: bool) -> dict[str, Any]:
+    """Return what the load generator says of a server that answers with these pieces of a body."""
+    command: list[object] = [await asyncio.to_thread(tools.load_generator), "deliver", "--finish"]
+    async with scripted(pieces, is_chunked=is_chunked) as port:
+        options = {"port": port, "subscribers": SUBSCRIBERS, "tokens": len(TEXTS), "settle-ms": 1, "window-ms": 1}
+        for name, value in {**options, "patience-ms": 3000}.items():
+            command += [f"--{name}", value]
+        process = await asyncio.create_subprocess_exec(*map(str, command), stdout=asyncio.subprocess.PIPE)
+        output, _ = await process.communicate()
+    result: dict[str, Any] = json.loads(output)
+    return result
+
+
+@pytest.mark.needs("cc")
+@pytest.mark.gen_test
+@pytest.mark.parametrize("is_chunked", [True, False])
+@pytest.mark.parametrize(("id_first", "pings"), [(True, False), (False, True)])
+async def test_load_generator_reads_every_form_of_a_stream(is_chunked: bool, id_first: bool, pings: bool) -> None:
+    blocks = stream(id_first=id_first, pings=pings)
+    for size in (7, 64, 100_000) if is_chunked else (7, 64):
+        pieces = chunked(blocks, size)
+        if not is_chunked:
+            whole = b"".join(blocks)
+            pieces = [whole[begin : begin + size] for begin in range(0, len(whole), size)]
+        result = await load(pieces, is_chunked=is_chunked)
+
+        assert (result["errors"], result["first_error"]) == (0, "")
+
+
+@pytest.mark.needs("cc")
+@pytest.mark.gen_test
+async def test_load_generator_notices_what_is_wrong_with_a_stream() -> None:
+    right = stream(id_first=False, pings=True)
+    ping = block("ping", {"everyS": 15}, f"{REPLY}-3", id_first=False)
+    wrong = {
+        "is called": [*right[:5], *right[6:]],
+        "a ping with an id": [*right[:5], ping, *right[5:]],
+        "a reply of 4 tokens": [*right[:-3], right[-1]],
+    }
+    for fault, blocks in wrong.items():
+        assert fault in (await load(chunked(blocks, 64), is_chunked=True))["first_error"]
+    assert "a stream has ended" in (await load([*chunked(right, 64), b"0\r\n\r\n"], is_chunked=True))["first_error"]
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([], None),
+        ([1.0] * 5, None),
+        ([6.0, 1.0, 2.0, 5.0, 4.0, 3.0], Interval(3.5, 1.0, 6.0)),
+        ([float(value) for value in range(1, 9)], Interval(4.5, 1.0, 8.0)),
+        ([float(value) for value in range(1, 10)], Interval(5.0, 2.0, 8.0)),
+        ([float(value) for value in range(15, 0, -1)], Interval(8.0, 4.0, 12.0)),
+        ([float(value) for value in range(1, 21)], Interval(10.5, 6.0, 15.0)),
+    ],
+)
+def test_interval_of_a_median_needs_no_distribution(values: list[float], found: Interval | None) -> None:
+    assert interval(values) == found
+
+
+@pytest.mark.parametrize(
+    ("ratios", "met"),
+    [
+        ([1.0] * 15, [True]),
+        ([1.1] * 15, [False]),
+        # The median lies above the limit, but the fourth smallest ratio does not.
+        ([1.0] * 4 + [1.1] * 11, [True]),
+        ([1.0] * 3 + [1.1] * 12, [False]),
+        ([1.1] * 5, []),
+    ],
+)
+def test_limit_is_missed_only_if_the_whole_interval_lies_above_it(ratios: list[float], met: list[bool]) -> None:
+    busy = {"load": 1.0, "waiting": 0.01, "latency_p99_ms": 5.0}
+    before = [{"us_per_delivery": 10.0, **busy} for _ in ratios]
+    ours = [{"us_per_delivery": 10.0 * ratio, **busy} for ratio in ratios]
+
+    lines, verdicts = compare("A", ours, before)
+
+    assert [verdict for verdict, _ in verdicts] == met
+    assert len(lines) == 2 + len(ratios) and all("waiting 1.0%" in line for line in lines[1:-1])
+
+
+def bench(results: Path, *options: object) -> tuple[dict[str, Any], str]:
+    """Run the bench for a moment; return its results and what it printed."""
+    command = [sys.executable, "-m", "scripts.bench_lib", "--rounds", "1", "--scale", "0.05", "--json", str(results)]
+    done = subprocess.run([*command, *map(str, options)], cwd=ROOT, capture_output=True, text=True, timeout=170)
+    # Exit code 1 tells that a target was missed, which a busy machine may do; no results are another thing.
+    assert done.returncode in (0, 1) and results.is_file(), done.stdout + done.stderr
+    return json.loads(results.read_text())["results"], done.stdout
 
 
 @pytest.mark.needs("cc", "node", "npm")
 @pytest.mark.timeout(180)
 def test_bench_delivers_every_token_in_order_to_everybody(tmp_path: Path) -> None:
-    results = tmp_path / "results.json"
-    options = [
-        "--workloads",
-        "A,D",
-        "--sides",
-        "ours,express",
-        "--rounds",
-        "1",
-        "--scale",
-        "0.05",
-        "--json",
-        str(results),
-    ]
-    command = [sys.executable, "-m", "scripts.bench_lib", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
-    # Exit code 1 tells that a target was missed, which a busy machine may do; no results are another thing.
-    assert done.returncode in (0, 1) and results.is_file(), done.stdout + done.stderr
+    results, printed = bench(tmp_path / "results.json", "--workloads", "A,D", "--sides", "ours,express")
     for workload in ("A", "D"):
         for side in ("ours", "express"):
-            (run,) = json.loads(results.read_text())["results"][workload][side]
+            (run,) = results[workload][side]
             assert run["errors"] == 0, run["first_error"]
-    assert "A us_per_delivery" in done.stdout and "D kib_per_stream" in done.stdout
+    assert "A us_per_delivery" in printed and "D kib_per_stream" in printed
+
+
+@pytest.mark.needs("cc")
+@pytest.mark.timeout(180)
+def test_bench_compares_with_the_code_of_another_checkout(tmp_path: Path) -> None:
+    package = shutil.copytree(
+        ROOT / "chatserver", tmp_path / "chatserver", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    with (package / "logs.py").open("a") as module:
+        module.write(f"\nfrom pathlib import Path\nPath({str(tmp_path / 'started')!r}).touch()\n")
+    options = ["--workloads", "A", "--sides", "ours", "--before", tmp_path]
+    results, printed = bench(tmp_path / "results.json", *options)
+
+    assert (tmp_path / "started").exists()
+    for side in ("ours", "before"):
+        (run,) = results["A"][side]
+        assert run["errors"] == 0, run["first_error"]
+    assert "A us_per_delivery, ours / before" in printed
+
+
+def test_bench_refuses_a_side_that_it_does_not_know(tmp_path: Path) -> None:
+    for options in (["--sides", "before"], ["--before", str(tmp_path)], ["--sides", "theirs"]):
+        command = [sys.executable, "-m", "scripts.bench_lib", *options]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and ("--before CHECKOUT" in done.stderr or "theirs" in done.stderr)

@@ -4,6 +4,8 @@
     scripts/bench --workloads A,C --rounds 5         some of them
     scripts/bench --workloads A --sides ours         ours only, while working on it
     scripts/bench --json out.json                    the results of every run, too
+    scripts/bench --before ../old --sides ours --workloads A --rounds 15
+                                                     the code of another checkout, too, as the side `before`
 
 What is measured is the whole product, `python -m chatserver` with the simulated source and a private `mongod`, against
 servers that do as little as they can: `express.js` (the same design in Node: a Map of Sets, `res.write` per client) and
@@ -16,10 +18,15 @@ token of every subscriber; see its head for what latency means. CPU is the serve
 `mongod`'s is told apart. The sides take turns, so that a noisy minute hits them all. A table of medians with the
 smallest and the largest, then the targets: the exit code is 1 if one is missed.
 
+With `--before`, the other checkout's code runs with the same settings as ours, in its own process and database. Rounds
+alternate the order of the sides, and the main figures are compared in pairs, round by round: the median of the ratios
+ours / before, with an interval that holds the true median with a probability of at least 95 % whatever the noise looks
+like (`paired.py`); it takes six rounds. Beside each ratio stands how busy the machine was.
+
 Needs two cores, `cc`, Node with npm, and what the server needs. What it makes is in `.bench/`.
 
-The files: `workloads.py`, `targets.py`, `processes.py` (servers, cores), `generator.py` and `load.c`, `tools.py` (what
-is compiled and installed), the twins.
+The files: `workloads.py`, `targets.py`, `paired.py`, `processes.py` (servers, cores), `generator.py` and `load.c`,
+`tools.py` (what is compiled and installed), the twins.
 """
 
 import argparse
@@ -31,17 +38,20 @@ import sys
 import time
 from pathlib import Path
 
-from scripts.bench_lib import tools
+from scripts.bench_lib import paired, tools
 from scripts.bench_lib.generator import Result
 from scripts.bench_lib.processes import Database, bind, cores
 from scripts.bench_lib.targets import table, verdicts
-from scripts.bench_lib.workloads import SIDES, WORKLOADS, Bench
+from scripts.bench_lib.workloads import BEFORE, SIDES, WORKLOADS, Bench
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of A to H; default: all")
     parser.add_argument("--sides", default=",".join(SIDES), help=f"of {', '.join(SIDES)}; default: all")
+    parser.add_argument(
+        "--before", type=Path, metavar="CHECKOUT", help=f"another checkout, whose code is the side {BEFORE}"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="of loads and times; to try the bench itself")
     parser.add_argument("--json", type=Path, help="where to write every run's results")
@@ -71,8 +81,14 @@ def main() -> int:
     arguments = _arguments()
     names = [name.strip().upper() for name in arguments.workloads.split(",") if name.strip()]
     sides = arguments.sides.split(",")
-    if unknown := [*({*names} - {*WORKLOADS}), *({*sides} - {*SIDES})]:
+    before = arguments.before.resolve() if arguments.before else None
+    if before and BEFORE not in sides:
+        sides.append(BEFORE)
+    if unknown := [*({*names} - {*WORKLOADS}), *({*sides} - {*SIDES, BEFORE})]:
         print(f"bench: unknown: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    if BEFORE in sides and not (before and (before / "chatserver" / "__main__.py").is_file()):
+        print(f"bench: the side {BEFORE} needs --before CHECKOUT, a folder with chatserver/ in it", file=sys.stderr)
         return 2
     machine = _machine()
     tools.load_generator()
@@ -84,21 +100,27 @@ def main() -> int:
     bind(other_core)
     results: dict[str, dict[str, list[Result]]] = {}
     with Database() as database:
-        bench = Bench(database, server_core, arguments.scale)
+        bench = Bench(database, server_core, arguments.scale, before)
         for number in range(arguments.rounds):
             for name in names:
-                taking_part = [side for side in WORKLOADS[name].sides if side in sides or side not in SIDES]
+                taking_part = WORKLOADS[name].taking_part(sides)
                 if WORKLOADS[name].once and number:
                     continue
-                turn = number % max(1, len(taking_part))
-                for side in taking_part[turn:] + taking_part[:turn]:
+                # There and back: of any two sides each comes first every other round.
+                for side in taking_part[:: -1 if number % 2 else 1]:
                     print(f"round {number + 1}: {name} {side}", file=sys.stderr, flush=True)
-                    run = WORKLOADS[name].run(bench, side)
+                    load = os.getloadavg()[0]
+                    run = {**WORKLOADS[name].run(bench, side), "load": load}
                     runs = results.setdefault(name, {each: [] for each in taking_part})
                     runs[side].append(run)
     print(" · ".join(f"{key} {value}" for key, value in machine.items()))
     print(table(results, lambda name: WORKLOADS[name].title))
     judged = verdicts(results)
+    for name, runs in results.items():
+        if BEFORE in runs and "ours" in runs:
+            lines, verdict = paired.compare(name, runs["ours"], runs[BEFORE])
+            print("\n".join(["", *lines]))
+            judged += verdict
     print()
     for met, text in judged:
         print(f"{'pass' if met else 'FAIL'}  {text}")

@@ -10,6 +10,11 @@
  * text, and at the end all subscribers of a conversation have the same number of characters, the same bytes of text
  * and a `done`. A result is one line of JSON on standard output; what went wrong is counted in it.
  *
+ * Bodies may be chunked or end with the connection, and the lines of a frame may come in any order, so that servers of
+ * different ages are measured by the same program. Comments and `ping` events are keep-alives, never deliveries.
+ * `waited` is how long the main thread of a watched process was runnable without a core (schedstat): a share above a
+ * few per cent tells that the machine was too busy to measure on.
+ *
  * Latency: nothing in the wire format tells when a token was due, but its source keeps a pace, token k of a reply being
  * due at start + k * interval. A token's latency is how much later than that it was read; `start` is the one, of each
  * conversation, by which its most punctual token in the window was on time. So it holds all that a user sees: the
@@ -81,9 +86,10 @@ static void fault(const char *format, ...) {
     }
 }
 
-/* CPU time used so far, in ns: by this process, and by each of those that are watched (all their threads). */
+/* So far, in ns: CPU time used by this process and by each of those that are watched (all their threads), and how long
+ * their main threads have waited for a core. */
 struct usage {
-    int64_t at, own, of[MAX_PIDS];
+    int64_t at, own, of[MAX_PIDS], waited[MAX_PIDS];
 };
 
 static int64_t cpu_clock(clockid_t clock) {
@@ -92,12 +98,24 @@ static int64_t cpu_clock(clockid_t clock) {
     return t.tv_sec * SECOND + t.tv_nsec;
 }
 
+static int64_t waited(int pid) {
+    char path[64];
+    long long ns = 0;
+    snprintf(path, sizeof path, "/proc/%d/schedstat", pid);
+    FILE *file = fopen(path, "r");
+    if (!file) return 0; /* a kernel without it */
+    if (fscanf(file, "%*s %lld", &ns) != 1) ns = 0;
+    fclose(file);
+    return ns;
+}
+
 static struct usage usage(void) {
     struct usage u = {.at = now(), .own = cpu_clock(CLOCK_PROCESS_CPUTIME_ID)};
     for (int i = 0; i < options.pid_count; i++) {
         clockid_t clock;
         if (clock_getcpuclockid(options.pids[i], &clock)) die("no process %d", options.pids[i]);
         u.of[i] = cpu_clock(clock);
+        u.waited[i] = waited(options.pids[i]);
     }
     return u;
 }
@@ -106,6 +124,9 @@ static void print_usage(struct usage from, struct usage to) {
     printf("\"seconds\": %.4f, \"own_cpu\": %.4f, \"cpu\": [", seconds(to.at - from.at), seconds(to.own - from.own));
     for (int i = 0; i < options.pid_count; i++)
         printf("%s%.4f", i ? ", " : "", seconds(to.of[i] - from.of[i]));
+    printf("], \"waited\": [");
+    for (int i = 0; i < options.pid_count; i++)
+        printf("%s%.4f", i ? ", " : "", seconds(to.waited[i] - from.waited[i]));
     printf("]");
 }
 
@@ -254,6 +275,19 @@ static bool append_body(struct connection *c, const char *bytes, size_t length) 
     return true;
 }
 
+/* Go over from the head to the body, of which a part may have come with it; return false if its last chunk has, too. */
+static bool begin_body(struct connection *c) {
+    size_t rest = c->length;
+    if (!c->chunked || !rest) return true;
+    char *copy = malloc(rest);
+    if (!copy) die("out of memory");
+    memcpy(copy, c->in, rest);
+    c->length = 0;
+    bool more = append_body(c, copy, rest);
+    free(copy);
+    return more;
+}
+
 /* ---- conversations and their streams ----------------------------------------------------------------------------- */
 
 struct stream {
@@ -264,14 +298,14 @@ struct stream {
     enum { NOTHING, SAYING, ENDED } phase;
     char reply[ID], last_id[ID];
     int64_t chars, said_at, cut_at;
-    int tokens, comments, client;
+    int tokens, keepalives, client;
     uint64_t hash;
 };
 
 static char (*conversation_ids)[25];
 static struct stream *streams;
 static int stream_count, opened, awake, started, ended, caught_up;
-static long delivered, comments;
+static long delivered, keepalives;
 static bool recording;
 static int64_t origin;
 static struct samples latencies, catching_up;
@@ -352,16 +386,20 @@ static void take_token(struct stream *s, const char *id, const char *data, const
     if (on_token) on_token(s, at);
 }
 
-/* Take one block of a stream: its lines up to the blank one. */
+static bool is(const char *name, const char *event, size_t length) {
+    return strlen(name) == length && !memcmp(name, event, length);
+}
+
+/* Take one block of a stream: its lines up to the blank one, in whatever order. */
 static void take_event(struct stream *s, const char *block, const char *end, int64_t at) {
     const char *event = NULL, *id = NULL, *data = NULL, *data_end = NULL;
     size_t event_length = 0, id_length = 0;
+    bool comment = false;
     while (block < end) {
         const char *eol = memchr(block, '\n', (size_t)(end - block));
         if (!eol) eol = end;
         if (*block == ':') {
-            s->comments++;
-            comments++;
+            comment = true;
         } else if (!strncmp(block, "id: ", 4)) {
             id = block + 4;
             id_length = (size_t)(eol - id);
@@ -378,19 +416,25 @@ static void take_event(struct stream *s, const char *block, const char *end, int
         memcpy(s->last_id, id, id_length);
         s->last_id[id_length] = 0;
     }
+    if (is("ping", event, event_length) || (comment && !event && !id && !data)) {
+        if (id) fault("a ping with an id: %s", s->last_id);
+        s->keepalives++;
+        keepalives++;
+        return;
+    }
     if (!data) return;
     if (!event || !id || id_length >= ID) {
         fault("an event without a name or an id");
-    } else if (event_length == 5 && !memcmp(event, "token", 5)) {
+    } else if (is("token", event, event_length)) {
         take_token(s, s->last_id, data, data_end, at);
-    } else if (event_length == 4 && !memcmp(event, "done", 4)) {
+    } else if (is("done", event, event_length)) {
         if (s->phase != SAYING || memcmp(s->reply, s->last_id, 24)) fault("a done of another reply: %s", s->last_id);
         if (options.tokens && s->timed && s->tokens != options.tokens)
             fault("a reply of %d tokens instead of %d", s->tokens, options.tokens);
         s->phase = ENDED;
         ended++;
         if (on_done) on_done(s, at);
-    } else if (!(event_length == 5 && !memcmp(event, "input", 5))) {
+    } else if (!is("input", event, event_length)) {
         fault("an event %.*s: %.*s", (int)event_length, event, (int)(data_end - data), data);
     }
 }
@@ -405,13 +449,7 @@ static void read_stream(struct stream *s, const char *bytes, size_t length) {
         s->awake = true;
         awake++;
         if (on_awake) on_awake(s);
-        size_t rest = c->length;
-        if (rest && c->chunked) {
-            char *copy = memcpy(malloc(rest), c->in, rest);
-            c->length = 0;
-            append_body(c, copy, rest);
-            free(copy);
-        }
+        if (!begin_body(c)) fault("a stream has ended");
     } else if (!append_body(c, bytes, length)) {
         fault("a stream has ended");
     }
@@ -476,13 +514,7 @@ static void read_request(struct request *r, const char *bytes, size_t length) {
         append(c, bytes, length);
         if (!read_head(c)) return;
         if (c->status != 200 && c->status != 202) fault("a request is answered by %d: %.*s", c->status, (int)c->length, c->in);
-        if (c->chunked) {
-            size_t rest = c->length;
-            char *copy = memcpy(malloc(rest + 1), c->in, rest);
-            c->length = 0;
-            more = append_body(c, copy, rest);
-            free(copy);
-        }
+        more = begin_body(c);
     } else {
         more = append_body(c, bytes, length);
     }
@@ -676,18 +708,19 @@ static void idle(void) {
     printf("}\n");
     fflush(stdout);
     struct epoll_event event = {.events = EPOLLIN};
-    struct connection input = {.kind = REQUEST, .fd = STDIN_FILENO};
+    struct request input = {.connection = {.kind = REQUEST, .fd = STDIN_FILENO}};
     event.data.ptr = &input;
     if (epoll_ctl(poll_fd, EPOLL_CTL_ADD, STDIN_FILENO, &event)) die("standard input is no pipe");
-    comments = 0;
-    for (int i = 0; i < stream_count; i++) streams[i].comments = 0;
+    run_for(200); /* what a stream begins with is no keep-alive of a quiet one */
+    keepalives = 0;
+    for (int i = 0; i < stream_count; i++) streams[i].keepalives = 0;
     from = usage();
-    while (input.fd >= 0) turn_loop(now() + 20 * MS);
+    while (input.connection.fd >= 0) turn_loop(now() + 20 * MS);
     to = usage();
-    int least = stream_count ? streams[0].comments : 0;
+    int least = stream_count ? streams[0].keepalives : 0;
     for (int i = 0; i < stream_count; i++)
-        if (streams[i].comments < least) least = streams[i].comments;
-    printf("{\"keepalives\": %ld, \"least\": %d, ", comments, least);
+        if (streams[i].keepalives < least) least = streams[i].keepalives;
+    printf("{\"keepalives\": %ld, \"least\": %d, ", keepalives, least);
     print_usage(from, to);
 }
 

@@ -155,12 +155,17 @@ class Server:
         return {name: float(value) for name, _, value in (each.rpartition(" ") for each in lines if each[:1] != "#")}
 
 
-def ours(core: int, uri: str, tokens: int, delay_ms: int, **settings: object) -> Server:
-    """Return the whole product, with limits that are higher than any load here, but in force."""
+def ours(core: int, uri: str, tokens: int, delay_ms: int, *, checkout: Path = tools.ROOT, **settings: object) -> Server:
+    """Return the whole product, with limits that are higher than any load here, but in force.
+
+    :param checkout: whose code to run: with its own `.venv` if it has one, else with the packages of this one
+    """
     limits = {"MAX_STREAMS": 100_000, "MAX_REPLIES": 100_000}
     simulated = {"SIMULATED_TOKENS": tokens, "SIMULATED_TOKEN_DELAY_MS": delay_ms, "REPLY_SOURCE": "simulated"}
-    process = {"PYTHONPATH": tools.ROOT, "PORT": 0, "MONGODB_URI": uri}
-    return Server([sys.executable, "-m", "chatserver"], {**process, **limits, **simulated, **settings}, core)
+    process = {"PYTHONPATH": checkout, "PORT": 0, "MONGODB_URI": uri}
+    own = checkout / ".venv" / "bin" / "python"
+    python = own if own.exists() else sys.executable
+    return Server([python, "-m", "chatserver"], {**process, **limits, **simulated, **settings}, core)
 
 
 def express(core: int, tokens: int, delay_ms: int, **settings: object) -> Server:

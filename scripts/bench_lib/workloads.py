@@ -1,18 +1,20 @@
 """The workloads A to H, each measured on one side at a time; a run's result is what the table is made of.
 
 A result has plain numbers by name; `errors` counts whatever was not as promised (a token out of order, an answer of
-500), `first_error` says the first of them, `generator` is the load generator's share of its core.
+500), `first_error` says the first of them, `generator` is the load generator's share of its core, `waiting` the share
+of the time in which the server's main thread could have run, but had no core.
 """
 
 import math
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
-from scripts.bench_lib import processes
+from scripts.bench_lib import processes, tools
 from scripts.bench_lib.generator import Result, idle, load
 from scripts.bench_lib.processes import Database, Server
 
@@ -21,10 +23,13 @@ LATENCY_MS = 100.0
 """B: the 99th percentile must stay below."""
 SHARE = 0.99
 """B: and so much of what was due must have been delivered."""
+BEFORE = "before"
+"""The side that runs the code of another checkout; a workload that ours takes part in by name has it, too."""
 ALL = ("ours", "express", "fastapi")
 _PACED = "-paced"
 PACED = ("express-paced", "fastapi-paced")
 SIDES = (*ALL, *PACED)
+"""Those of every run; `before` is one more."""
 _LATE_MS = 500
 IDLE_KEEPALIVE_S = 4
 _LONG = 4
@@ -38,14 +43,17 @@ class Bench:
 
     :param core: of the server under test
     :param scale: of all loads and times; 1 but for trying the bench itself
+    :param before: the checkout whose code is the side `before`
     """
 
     database: Database
     core: int
     scale: float = 1.0
+    before: Path | None = None
     highest: dict[str, int] = field(
         default_factory=lambda: {
             "ours": 1500,
+            BEFORE: 1500,
             "express": 500,
             "fastapi": 180,
             "express-paced": 1400,
@@ -59,8 +67,9 @@ class Bench:
 
         :param stored: whether the twin is to have a database
         """
-        if side == "ours":
-            return processes.ours(self.core, self.database.fresh_uri(), tokens, delay_ms, **settings)
+        if checkout := {"ours": tools.ROOT, BEFORE: self.before}.get(side):
+            uri = self.database.fresh_uri()
+            return processes.ours(self.core, uri, tokens, delay_ms, checkout=checkout, **settings)
         if side in PACED:
             side, settings = side.removesuffix(_PACED), {**settings, "LATE_MS": _LATE_MS}
         if side == "express":
@@ -99,6 +108,7 @@ def closing(result: Result) -> Result:
     """Return what every run has."""
     return {
         "generator": result["own_cpu"] / result["seconds"],
+        "waiting": result["waited"][0] / result["seconds"],
         "errors": result["errors"],
         "first_error": result["first_error"],
     }
@@ -319,6 +329,13 @@ class Workload:
     sides: tuple[str, ...]
     once: bool = False
     """Whether one round is enough."""
+
+    def taking_part(self, chosen: Sequence[str]) -> list[str]:
+        """Return the sides of a run, of those that were chosen; `before` comes right after ours."""
+        sides = [side for side in self.sides if side in chosen or side not in SIDES]
+        if "ours" in self.sides and BEFORE in chosen:
+            sides.insert(sides.index("ours") + 1 if "ours" in sides else 0, BEFORE)
+        return sides
 
     @property
     def title(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from chatserver import __main__ as server
+from chatserver import sse
 from chatserver.hub import Live, LiveReply, Place
 from chatserver.replies import Replies
 from chatserver.store import Store
@@ -79,6 +80,24 @@ def deletion_untold() -> None:
     Live.reset = lambda self: None  # type: ignore[method-assign]
 
 
+def position_first() -> None:
+    """A frame begins with its `id`, which clients take over that are then cut before its text."""
+
+    def moved(frame: bytes) -> bytes:
+        head, _, position = frame.removesuffix(b"\n").rpartition(b"\nid: ")
+        return b"id: " + position + head + b"\n\n"
+
+    frame, token_frame = sse.frame, sse.token_frame
+    sse.frame = lambda *event: moved(frame(*event))
+    sse.token_frame = lambda *token: moved(token_frame(*token))
+
+
+def last_chunk_in_mid_reply() -> None:
+    """Streams that end without a word of the replies that the shutdown interrupts end in order nevertheless."""
+    end_untold_at_shutdown()
+    Live.is_complete_for = lambda self, subscriber: True  # type: ignore[method-assign]
+
+
 MUTANTS: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
@@ -89,6 +108,8 @@ MUTANTS: dict[str, Callable[[], None]] = {
         seldom_checkpoints,
         end_untold_at_shutdown,
         deletion_untold,
+        position_first,
+        last_chunk_in_mid_reply,
     )
 }
 

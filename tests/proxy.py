@@ -1,9 +1,35 @@
 """A TCP proxy that cuts lines, for tests of clients that must get over it."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
+
+
+class Cutter(Protocol):
+    """Decides where one connection is cut."""
+
+    def take(self, data: bytes) -> tuple[bytes, bool]:
+        """Take bytes for the client; return those that it gets now, and whether the connection is cut after them."""
+
+    def rest(self) -> bytes:
+        """Return what is held back, for when the server has ended the connection."""
+
+
+class _After:
+    """Cuts after a number of bytes."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self._left = n_bytes
+
+    def take(self, data: bytes) -> tuple[bytes, bool]:
+        part = data[: self._left]
+        self._left -= len(part)
+        return part, not self._left
+
+    def rest(self) -> bytes:
+        return b""
 
 
 class CuttingProxy:
@@ -17,8 +43,8 @@ class CuttingProxy:
         """How many connections were passed on so far; those that were refused do not count."""
         self.refused = 0
         self.cuts = 0
-        """How many lines were cut, by `cut` and at the limit of `cut_after`."""
-        self._limit: int | None = None
+        """How many lines were cut, by `cut` and by a cutter."""
+        self._cutter: Callable[[], Cutter] | None = None
         self._target = 0
         self._server: asyncio.Server | None = None
         self._lines: set[asyncio.WriteTransport] = set()
@@ -46,7 +72,11 @@ class CuttingProxy:
 
     def cut_after(self, n_bytes: int | None) -> None:
         """Cut each new connection after it has passed `n_bytes` to the client (its headers count); None: no more."""
-        self._limit = n_bytes
+        self.cut_by(None if n_bytes is None else lambda: _After(n_bytes))
+
+    def cut_by(self, cutter: Callable[[], Cutter] | None) -> None:
+        """Cut each new connection where its cutter says, of which this makes one for each; None: no more."""
+        self._cutter = cutter
 
     async def wait_for(self, *, connections: int = 0, refused: int = 0, cuts: int = 0) -> None:
         """Return once so many connections in all have been passed on, refused and cut by a limit."""
@@ -89,11 +119,11 @@ class CuttingProxy:
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", self._target)
         self._lines.add(writer.transport)
-        limit = self._limit
+        cutter = self._cutter() if self._cutter else None
         try:
             await self._count(connections=1)
             up = asyncio.create_task(_pump(reader, upstream, None))
-            down = asyncio.create_task(_pump(upstream_reader, writer, limit))
+            down = asyncio.create_task(_pump(upstream_reader, writer, cutter))
             try:
                 await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
                 if down.done() and down.exception() is None and down.result():
@@ -123,15 +153,16 @@ async def _drop(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, limit: int | None) -> bool:
-    """Pass bytes on to the end, or `limit` of them; tell whether the limit was what ended it."""
-    passed = 0
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cutter: Cutter | None) -> bool:
+    """Pass bytes on to the end, or until they are cut; return whether they were."""
     with suppress(OSError):
         while data := await reader.read(65536):
-            part = data if limit is None else data[: limit - passed]
+            part, cut = cutter.take(data) if cutter else (data, False)
             writer.write(part)
             await writer.drain()
-            passed += len(part)
-            if limit is not None and passed == limit:
+            if cut:
                 return True
+        if cutter:
+            writer.write(cutter.rest())
+            await writer.drain()
     return False

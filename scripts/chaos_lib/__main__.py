@@ -1,5 +1,8 @@
 """Break everything while clients chat, then compare what they were told with what is stored.
 
+Connections are cut within frames, chunk headers included, at no byte offset twice before all were cut once; the summary
+counts the offsets. Some of the clients store a position before its frame is complete, as clients in use do.
+
 Exit code 0: every promise held, every kind of fault was injected, and enough turns ended. 1: not so.
 """
 
@@ -22,6 +25,7 @@ import pymongo
 
 from scripts.chaos_lib.check import Verdict, check
 from scripts.chaos_lib.clients import Conversation, Talker, Watcher
+from scripts.chaos_lib.cuts import Cuts
 from scripts.chaos_lib.faults import Faults
 from scripts.chaos_lib.ledger import Ledger
 from scripts.chaos_lib.processes import ChatServer, Mongod
@@ -54,8 +58,8 @@ def parse_arguments() -> argparse.Namespace:
 Stored = dict[str, dict[str, Any]]
 
 
-async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stored]:
-    """Run it all; return what happened and what is stored."""
+async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stored, Cuts]:
+    """Run it all; return what happened, what is stored and where lines were cut."""
     dice = random.Random(arguments.seed)
     ledger = Ledger(CHECKPOINT_MS / 1000, LEASE_MS / 1000)
     mongod = Mongod(folder / "db")
@@ -78,7 +82,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stor
         return spares[-1]
 
     conversations = [Conversation() for _ in range(arguments.conversations)]
-    proxy = CuttingProxy()
+    proxy, cuts = CuttingProxy(), Cuts(random.Random(dice.random()))
     try:
         await mongod.start()
         await server.start()
@@ -86,14 +90,15 @@ async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stor
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", limits=limits, trust_env=False) as http:
             watchers = [
-                Watcher(http, conversation, number, ledger, random.Random(dice.random()))
+                # Some take positions early, as some clients in use do.
+                Watcher(http, conversation, number, ledger, random.Random(dice.random()), eager=number % 2 == 1)
                 for conversation in conversations
                 for number in range(arguments.clients)
             ]
             talkers = [Talker(http, each, ledger, random.Random(dice.random())) for each in conversations]
             watching = [asyncio.create_task(each.run()) for each in watchers]
             talking = [asyncio.create_task(each.run()) for each in talkers]
-            faults = Faults(ledger, dice, server, spare, mongod, proxy, LEASE_MS / 1000)
+            faults = Faults(ledger, dice, server, spare, mongod, proxy, cuts, LEASE_MS / 1000)
             await faults.run(arguments.faults, arguments.seconds, arguments.pause)
             for talker in talkers:
                 talker.stopping = True
@@ -103,7 +108,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stor
             for task in watching:
                 task.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
-        return ledger, _read(mongod.uri)
+        return ledger, _read(mongod.uri), cuts
     finally:
         await proxy.close()
         for each in (server, *spares):
@@ -144,7 +149,7 @@ def _read(uri: str) -> Stored:
         return {str(each["_id"]): each for each in client.get_default_database()["conversations"].find()}
 
 
-def report(ledger: Ledger, verdict: Verdict, arguments: argparse.Namespace) -> list[str]:
+def report(ledger: Ledger, verdict: Verdict, cuts: Cuts, arguments: argparse.Namespace) -> list[str]:
     """Print the table; return why the run does not count, if it does not."""
     injected = Counter(fault.kind for fault in ledger.faults)
     retried = {retry.new_id for retry in ledger.retries if retry.new_id}
@@ -152,11 +157,15 @@ def report(ledger: Ledger, verdict: Verdict, arguments: argparse.Namespace) -> l
     rows = [(kind, injected[kind]) for kind in arguments.faults]
     rows += [("turns", turns), ("posts sent again", ledger.resent), ("replies stopped", len(ledger.stops))]
     rows += [("replies retried", len(retried)), ("conversations deleted", len(ledger.deletions))]
-    rows += [("streams opened again", ledger.reconnects)]
+    rows += [("streams opened again", ledger.reconnects), ("streams ended in order", verdict.orderly)]
+    rows += [("cuts within a frame", sum(counts.total() for counts in cuts.offsets.values()))]
+    rows += [("at distinct offsets", sum(map(len, cuts.offsets.values())))]
     rows += [("events checked", verdict.events), ("ends checked", verdict.ends)]
     print(f"seed {arguments.seed}, {arguments.conversations} conversations x {arguments.clients} clients")
     for name, number in rows:
         print(f"  {name:<24}{number:>9,}")
+    for event, counts in sorted(cuts.offsets.items()):
+        print(f"  offsets cut: {event:<11}{len(counts):>9,} of {cuts.longest[event]}, the bytes of the longest frame")
     print("violations")
     for name, number in verdict.counts.items():
         print(f"  {name:<24}{number:>9,}")
@@ -164,6 +173,8 @@ def report(ledger: Ledger, verdict: Verdict, arguments: argparse.Namespace) -> l
         print(f"! {kind}: {line[:400]}")
     wrong = [f"{len(verdict.lines)} violations"] if verdict.lines else []
     wrong += [f"no {kind}" for kind in arguments.faults if not injected[kind]]
+    if injected["server restarted"] and not verdict.orderly:
+        wrong.append("no stream ended in order at a shutdown")
     if turns < arguments.turns:
         wrong.append(f"fewer than {arguments.turns} turns")
     print("FAILED: " + ", ".join(wrong) if wrong else "every promise held")
@@ -175,8 +186,8 @@ def main() -> int:
     logging.disable(logging.CRITICAL)
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        ledger, stored = asyncio.run(run(arguments, Path(folder)))
-    return 1 if report(ledger, check(ledger, stored), arguments) else 0
+        ledger, stored, cuts = asyncio.run(run(arguments, Path(folder)))
+    return 1 if report(ledger, check(ledger, stored), cuts, arguments) else 0
 
 
 if __name__ == "__main__":

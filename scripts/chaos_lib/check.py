@@ -19,6 +19,7 @@ KINDS = (
     "text skipped",
     "text lost",
     "end not told",
+    "cut taken for an end",
     "stuck",
 )
 SLACK_S = 0.25
@@ -37,6 +38,8 @@ class Verdict:
 
     events: int = 0
     ends: int = 0
+    orderly: int = 0
+    """How many streams ended with their last chunk."""
     lines: list[tuple[str, str]] = field(default_factory=list)
 
     def blame(self, kind: str, line: str) -> None:
@@ -218,10 +221,11 @@ class _Reader:
     def _take_leave(self, event: Seen) -> None:
         """A stream that a server ends as it shuts down, whose replies are all stored by then, has told their ends.
 
-        But for the replies of a server that was lost right before: they end when their leases have run out.
+        But for the replies of a server that was lost right before: they end when their leases have run out. And a last
+        chunk is sent by a server that shuts down alone, to a client that has everything.
         """
         faults, heir_s = self._ledger.faults, 1.5 * self._ledger.lease_s
-        ended = event.data["clean"] and any(
+        ended = any(
             fault.kind == "server restarted"
             and event.data["opened"] < fault.begin < event.time < fault.end + 1
             and not any(lost.hits == "server" and lost.begin < fault.begin < lost.end + heir_s for lost in faults)
@@ -230,6 +234,12 @@ class _Reader:
         message_id, _, chars = event.id.rpartition("-")
         if ended and chars != "done" and message_id in self._stored:
             self._verdict.blame("end not told", f"{self._name}: left at {event.id} by a server that shut down")
+        if event.data["clean"]:
+            self._verdict.orderly += 1
+            if chars not in ("done", "0") or not any(
+                fault.hits == "shutdown" and fault.begin < event.time < fault.end + 1 for fault in faults
+            ):
+                self._verdict.blame("cut taken for an end", f"{self._name}: a last chunk at {event.id}")
 
     def _take_end(self, event: Seen) -> None:
         message_id = event.data["messageId"]

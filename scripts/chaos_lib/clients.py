@@ -4,7 +4,8 @@ import asyncio
 import random
 import secrets
 import time
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +13,10 @@ import httpx
 import httpx_sse
 
 from scripts.chaos_lib.ledger import Deletion, Ledger, Post, Retry, Seen
+from tests.clients import Event, EventDecoder
 
 READ_S = 6.0
-"""A stream that says nothing for so long, not even a comment, is opened anew."""
+"""A stream that brings nothing for so long, not even a keep-alive, is opened anew."""
 
 
 def new_id() -> str:
@@ -144,12 +146,24 @@ class Talker:
 
 
 class Watcher:
-    """Watches a conversation, going on from its position whenever the stream ends, however it ends."""
+    """Watches a conversation, going on from its position whenever the stream ends, however it ends.
+
+    :param eager: whether it takes a position over before its frame is complete, as npm `eventsource` 2 and
+        `@microsoft/fetch-event-source` do, and not with its event, as the standard has it
+    """
 
     def __init__(
-        self, http: httpx.AsyncClient, conversation: Conversation, number: int, ledger: Ledger, dice: random.Random
+        self,
+        http: httpx.AsyncClient,
+        conversation: Conversation,
+        number: int,
+        ledger: Ledger,
+        dice: random.Random,
+        *,
+        eager: bool = False,
     ) -> None:
         self._http, self._conversation, self._ledger, self._dice = http, conversation, ledger, dice
+        self._eager = eager
         self.number = number
         conversation.watchers.append(self)
         self._begin()
@@ -161,11 +175,15 @@ class Watcher:
     async def run(self) -> None:
         while True:
             with suppress(httpx.TransportError, httpx_sse.SSEError):
-                await self._watch()
+                await self.watch()
             self._ledger.reconnects += 1
             await asyncio.sleep(0.05 + 0.2 * self._dice.random())
 
-    async def _watch(self) -> None:
+    async def watch(self) -> None:
+        """Open a stream and take what it brings, to its end.
+
+        :raises httpx.TransportError: if it does not end in order
+        """
         headers = {"Last-Event-ID": self.position} if self.position else {}
         url, timeout = f"/chat/stream/{self.id}", httpx.Timeout(READ_S)
         async with httpx_sse.aconnect_sse(self._http, "GET", url, headers=headers, timeout=timeout) as source:
@@ -178,16 +196,33 @@ class Watcher:
         """Take the events of a stream; return whether it ended with a reset."""
         left = {"opened": time.monotonic(), "clean": False}
         try:
-            async for event in source.aiter_sse():
-                if event.event == "reset":
-                    return True
-                self.position = event.id or self.position
-                if event.data:
-                    self._take(event.event, event.id, event.json())
-            left["clean"] = True
+            async with aclosing(self._eagerly(source.response) if self._eager else _by_the_book(source)) as events:
+                async for event in events:
+                    if event.name == "reset":
+                        return True
+                    self.position = event.id or self.position
+                    if event.data and event.name != "ping":
+                        self._take(event.name, event.id, event.data)
+            # Without its last chunk, httpx raises an error; a body that is not chunked cannot tell.
+            left["clean"] = source.response.headers.get("Transfer-Encoding") == "chunked"
             return False
         finally:
             self._take("left", self.position, left)
+
+    async def _eagerly(self, response: httpx.Response) -> AsyncGenerator[Event, None]:
+        """Yield the events of a stream, each after its position was taken over.
+
+        That is done as soon as the line after an `id` begins. Clients that do so at the end of its own line lose the
+        frame if they are cut at the one byte between them, whatever order its lines have.
+        """
+        decoder, line, position = EventDecoder(), "", ""
+        async for text in response.aiter_text():
+            *lines, line = (line + text).split("\n")
+            for each in lines:
+                self.position = position or self.position
+                position = each.removeprefix("id: ") if each.startswith("id: ") else ""
+                if (event := decoder.feed(each)) is not None:
+                    yield event
 
     def _take(self, kind: str, position: str, data: dict[str, Any]) -> None:
         self._seen.append(Seen(time.monotonic(), kind, position, data))
@@ -214,3 +249,8 @@ class Watcher:
         for message in history["messages"]:
             if message["status"] != "streaming":
                 self._conversation.end(message["id"], complete=message["status"] == "complete")
+
+
+async def _by_the_book(source: httpx_sse.EventSource) -> AsyncGenerator[Event, None]:
+    async for event in source.aiter_sse():
+        yield Event(event.event, event.id, event.json() if event.data else {})

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 
+from scripts.chaos_lib.cuts import Cuts
 from scripts.chaos_lib.ledger import Fault, Ledger
 from scripts.chaos_lib.processes import ChatServer, Mongod
 from tests.proxy import CuttingProxy
@@ -26,10 +27,11 @@ class Faults:
         spare: Callable[[], ChatServer],
         mongod: Mongod,
         proxy: CuttingProxy,
+        cuts: Cuts,
         lease_s: float,
     ) -> None:
         self._ledger, self._dice, self._lease_s = ledger, dice, lease_s
-        self._server, self._spare, self._mongod, self._proxy = server, spare, mongod, proxy
+        self._server, self._spare, self._mongod, self._proxy, self._cuts = server, spare, mongod, proxy, cuts
         self.kinds: dict[str, Callable[[], Awaitable[None]]] = {
             "server killed": self._kill_server,
             "server paused": self._pause_server,
@@ -100,12 +102,11 @@ class Faults:
         self._note("database frozen", "database", begin)
 
     async def _cut_lines(self) -> None:
-        """Have each new line broken off in the middle of a frame, and the open ones at once."""
+        """Cut the open lines at once, and for a while each new one within a frame."""
         begin = time.monotonic()
-        for _ in range(4):
-            self._proxy.cut_after(self._dice.randrange(400, 4000))
-            self._proxy.cut()
-            await asyncio.sleep(self._dice.uniform(0.2, 0.6))
-        self._proxy.cut_after(None)
-        self._proxy.cut()  # so that no line with a limit is left
+        self._proxy.cut_by(self._cuts.cutter)
+        self._proxy.cut()
+        await asyncio.sleep(self._dice.uniform(2.0, 4.0))
+        self._proxy.cut_by(None)
+        self._proxy.cut()  # so that no line with a cutter is left
         self._note("lines cut", "line", begin)

@@ -37,7 +37,8 @@ class Seen:
     """An event as a client got it; `kind` is its name.
 
     Or `history`, what it fetched after a reset; `gone`, if there was none; `left`, when the server or the line ended a
-    stream that was `opened` at that time, with a proper end or not (`clean`).
+    stream that was `opened` at that time: with the last chunk of its body, which says that the client has everything
+    (`clean`), or without.
     """
 
     time: float

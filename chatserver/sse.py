@@ -2,9 +2,9 @@
 
 The format is the WHATWG HTML standard's, section "Server-sent events". An event's `id` is the position right after it.
 It is the last line of its frame: clients that store an `id` as soon as its line arrives (npm eventsource 2,
-fetch-event-source) would otherwise skip the event's text when the connection breaks inside the frame. The data is JSON,
-so that no line break of a message ends a line of the stream; U+0085, U+2028 and U+2029 are escaped, too, since some
-clients split lines there.
+fetch-event-source) would otherwise skip the event's text when the connection breaks inside the frame. For them one
+place is left, right before the line break that ends the frame. The data is JSON, so that no line break of a message
+ends a line of the stream; U+0085, U+2028 and U+2029 are escaped, too, since some clients split lines there.
 """
 
 import json

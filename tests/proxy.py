@@ -1,6 +1,8 @@
 """A TCP proxy that cuts lines, for tests of clients that must get over it."""
 
 import asyncio
+import socket
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
@@ -17,7 +19,7 @@ class Cutter(Protocol):
         """Return what is held back, for when the server has ended the connection."""
 
 
-class _After:
+class After:
     """Cuts after a number of bytes."""
 
     def __init__(self, n_bytes: int) -> None:
@@ -44,6 +46,8 @@ class CuttingProxy:
         self.refused = 0
         self.cuts = 0
         """How many lines were cut, by `cut` and by a cutter."""
+        self.resets = False
+        """Whether a client whose connection is cut by a cutter is sent a RST instead of a FIN."""
         self._cutter: Callable[[], Cutter] | None = None
         self._target = 0
         self._server: asyncio.Server | None = None
@@ -72,7 +76,7 @@ class CuttingProxy:
 
     def cut_after(self, n_bytes: int | None) -> None:
         """Cut each new connection after it has passed `n_bytes` to the client (its headers count); None: no more."""
-        self.cut_by(None if n_bytes is None else lambda: _After(n_bytes))
+        self.cut_by(None if n_bytes is None else lambda: After(n_bytes))
 
     def cut_by(self, cutter: Callable[[], Cutter] | None) -> None:
         """Cut each new connection where its cutter says, of which this makes one for each; None: no more."""
@@ -127,6 +131,10 @@ class CuttingProxy:
             try:
                 await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
                 if down.done() and down.exception() is None and down.result():
+                    if self.resets:
+                        # A socket that is closed without lingering is reset (socket(7), SO_LINGER).
+                        linger = struct.pack("ii", 1, 0)
+                        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                     await self._count(cuts=1)
             finally:
                 up.cancel()

@@ -1,20 +1,77 @@
-// Watches a conversation with the `eventsource` package until a reply has ended, then prints what it has put together.
-import { EventSource } from "eventsource";
+// Watches conversations with a client of others' making, over streams of its own, until each has had so many replies:
+// node watch.mjs CLIENT TURNS URL... Prints, as JSON, what each stream brought.
+import { createRequire } from "node:module";
 
-const [url] = process.argv.slice(2);
-const source = new EventSource(url);
-const seen = { opens: 0, ids: [], text: "", inputs: [] };
-source.addEventListener("open", () => seen.opens++);
-source.addEventListener("input", (event) => seen.inputs.push(JSON.parse(event.data).text));
-source.addEventListener("token", (event) => {
-  seen.ids.push(event.lastEventId);
-  seen.text += JSON.parse(event.data).text;
-});
-const end = (status) => {
-  source.close();
-  console.log(JSON.stringify({ ...seen, status }));
+const [client, turns, ...urls] = process.argv.slice(2);
+const { length } = urls;
+
+class Seen {
+  constructor() {
+    Object.assign(this, { opens: 0, inputs: [], texts: [""], ids: [] });
+  }
+
+  /** Take an event; return whether it was the last one. */
+  take(name, data, id) {
+    this.ids.push(id);
+    if (name === "input") {
+      this.inputs.push(JSON.parse(data).text);
+    } else if (name === "token") {
+      this.texts[this.texts.length - 1] += JSON.parse(data).text;
+    } else if (name === "done") {
+      this.texts.push("");
+    }
+    return this.texts.length > turns;
+  }
+}
+
+const NAMES = ["input", "token", "done", "reset"];
+
+const clients = {
+  eventsource: (url, seen) => withEventSource("eventsource", url, seen),
+  eventsource2: (url, seen) => withEventSource("eventsource2", url, seen),
+
+  async "fetch-event-source"(url, seen) {
+    globalThis.document ??= { hidden: false, addEventListener() {}, removeEventListener() {} };
+    globalThis.window ??= { setTimeout, clearTimeout, fetch };
+    // Its files for import have no extensions, which Node does not find.
+    const { fetchEventSource } = createRequire(import.meta.url)("@microsoft/fetch-event-source");
+    const leaving = new AbortController();
+    await fetchEventSource(url, {
+      signal: leaving.signal,
+      openWhenHidden: true,
+      onopen: async () => {
+        seen.opens += 1;
+      },
+      onmessage: (event) => {
+        if (NAMES.includes(event.event) && seen.take(event.event, event.data, event.id)) {
+          leaving.abort();
+        }
+      },
+    });
+  },
+
+  async fetch(url, seen) {
+    seen.error = await (await fetch(url)).text().then(() => null, (error) => error.message);
+  },
 };
-source.addEventListener("done", (event) => end(JSON.parse(event.data).status));
-// Connection errors come here, too, without data; it reconnects by itself.
-source.addEventListener("error", (event) => event.data && end(JSON.parse(event.data).code));
-source.addEventListener("reset", () => end("reset"));
+
+async function withEventSource(name, url, seen) {
+  const { EventSource, default: Default } = await import(name);
+  const source = new (EventSource ?? Default)(url);
+  source.addEventListener("open", () => (seen.opens += 1));
+  await new Promise((resolve) => {
+    for (const name of NAMES) {
+      source.addEventListener(name, (event) => {
+        if (seen.take(name, event.data, event.lastEventId)) {
+          resolve();
+        }
+      });
+    }
+  });
+  source.close();
+}
+
+const seen = Array.from({ length }, () => new Seen());
+await Promise.all(urls.map((url, index) => clients[client](url, seen[index])));
+// What is left open is given up once the pipe has taken everything.
+process.stdout.write(JSON.stringify(seen), () => process.exit(0));

@@ -148,11 +148,8 @@ class Connection(asyncio.Protocol):
         self.write = self._transport.write
         loop = asyncio.get_running_loop()
         self._since = loop.time()
-        if self._ending:
-            # Later: uvloop begins to read after this call, and would undo the pause of reading.
-            loop.call_soon(self._pump)
-        else:
-            self._pump()
+        # Later: uvloop begins to read after this call, which would undo the pause of reading at a stream's end.
+        loop.call_soon(self._pump)
 
     def data_received(self, data: bytes) -> None:
         self.close_at_end()

@@ -428,6 +428,64 @@ def test_message_that_is_too_long_is_refused_and_kept(page: Page, make_site: Mak
     expect(page.get_by_label("Message", exact=True)).to_have_value("x" * 21)
 
 
+def test_half_a_surrogate_pair_is_sent_as_a_replacement_character(page: Page, make_site: MakeSite) -> None:
+    """Keyboards, limits of length and other programs cut characters in two; no UTF-8 can carry a half."""
+    site = make_site(words(1))
+    open_page(page, site.url)
+    box = page.get_by_label("Message", exact=True)
+    box.evaluate("box => { box.value = 'a\\ud83d b\\ude00 😀'; box.dispatchEvent(new Event('input')); }")
+    # As a draft it is kept as it is: the other half may be on its way.
+    page.reload()
+    assert box.evaluate("box => box.value === 'a\\ud83d b\\ude00 😀'")
+    expect(page.locator("#state")).to_have_text("Live")
+
+    page.get_by_role("button", name="Send").click()
+
+    expect(said_by_user(page)).to_have_text(["a\ufffd b\ufffd 😀"])
+    expect(box).to_have_value("")
+    expect(page.locator("#title")).to_have_text("a\ufffd b\ufffd 😀")
+    site.say()
+    expect_idle(page)
+    expect_stored(page, site)
+
+
+def test_copied_client_sends_half_a_surrogate_pair_as_a_replacement_character(page: Page, make_site: MakeSite) -> None:
+    site = make_site(words(1))
+    page.goto(f"{site.url}web/favicon.svg")
+    sent = page.evaluate(
+        """async (base) => {
+          const { Api, Conversation, newId } = await import(`${base}web/client.js`);
+          const conversation = new Conversation(new Api(base), newId(), { fresh: true });
+          const sent = [];
+          conversation.addEventListener("sent", (event) => sent.push(event.detail));
+          await conversation.say("\\ud83d");
+          const { messages } = await conversation.api.history(conversation.id);
+          return [...sent, conversation.unsent, messages[0].content];
+        }""",
+        site.url,
+    )
+    assert sent == ["\ufffd", None, "\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("x" * 79 + "😀😀", "x" * 79 + "😀"),
+        ("x" * 78 + "🇩🇪🇩🇪", "x" * 78 + "🇩🇪"),
+        ("x" * 79 + "🇩🇪", "x" * 79),
+        ("e" + "\u0301" * 99, "e" + "\u0301" * 79),
+    ],
+    ids=["pair", "flag-fits", "flag", "long-cluster"],
+)
+def test_title_is_cut_between_characters(page: Page, make_site: MakeSite, text: str, title: str) -> None:
+    site = make_site(words(1))
+    page.route(re.compile(r"/chat\?"), lambda route: route.abort())
+    open_page(page, site.url)
+    say(page, text)
+    expect(page.locator("#title")).to_have_text(title)
+    expect(page).to_have_title(f"{title} · chatserver")
+
+
 def test_address_of_no_conversation_is_an_empty_one(page: Page, make_site: MakeSite) -> None:
     site = make_site(["Hi"])
     site.say()

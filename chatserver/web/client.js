@@ -60,6 +60,15 @@ export function isId(/** @type {string} */ text) {
   return /^[0-9a-f]{24}$/i.test(text);
 }
 
+/**
+ * Return a text with each half of a surrogate pair replaced by U+FFFD. Such a half is no character (a keyboard, a limit
+ * of length or another program has cut one in two), no UTF-8 can carry it, and servers refuse it.
+ */
+export function wellFormed(/** @type {string} */ text) {
+  // Not String.prototype.toWellFormed, which browsers before 2024 lack. With the flag `u`, no part of a whole pair matches.
+  return text.replace(/\p{Surrogate}/gu, "\ufffd");
+}
+
 // Not crypto.randomUUID: that is only there in secure contexts, and plain http in a local network is none.
 function randomHex(/** @type {number} */ bytes) {
   return Array.from(crypto.getRandomValues(new Uint8Array(bytes)), (byte) => byte.toString(16).padStart(2, "0")).join("");
@@ -119,12 +128,12 @@ export class Api {
   /**
    * Say something; the reply comes by the stream.
    * @param {string} id  an unknown one begins a new conversation
-   * @param {string} text
+   * @param {string} text  sent and stored as `wellFormed` returns it
    * @param {string} key  the same key with the same text is taken once, however often it is sent
    * @returns {Promise<Turn>}
    */
   say(id, text, key) {
-    return this.#call("POST", "chat", { conversationId: id, input: text }, { "Idempotency-Key": key });
+    return this.#call("POST", "chat", { conversationId: id, input: wellFormed(text) }, { "Idempotency-Key": key });
   }
 
   /**
@@ -289,10 +298,12 @@ export class Conversation extends EventTarget {
 
   /**
    * Say something. After a failure, the same text may be sent again without being posted twice.
-   * @param {string} text
+   * @param {string} typed  sent, and reported by `sent`, as `wellFormed` returns it
    * @throws {ApiError}
    */
-  async say(text) {
+  async say(typed) {
+    // Here, too: `unsent` is compared with what the stream and the history say.
+    const text = wellFormed(typed);
     if (this.unsent?.text !== text) {
       this.unsent = { text, key: randomHex(16), before: this.loaded ? this.messages.length : undefined };
     }

@@ -1,6 +1,6 @@
 /** The chat page: one conversation, the list of all, and a box to write in. */
 
-import { Api, ApiError, Conversation, isId, newId } from "./client.js";
+import { Api, ApiError, Conversation, isId, newId, wellFormed } from "./client.js";
 import { keepDraft, loadDraft } from "./drafts.js";
 import { Sidebar } from "./sidebar.js";
 import { shareConnections } from "./tabs.js";
@@ -20,6 +20,7 @@ const UNTITLED = "Conversation";
 const BUSY = "The answer is still being written: wait for its end, or stop it.";
 const KEPT = "Your text is kept; sending it again will not post it twice.";
 const COPIED_MS = 1500;
+const TITLE_POINTS = 80;
 
 const input = /** @type {HTMLTextAreaElement} */ (byId("input"));
 const send = /** @type {HTMLButtonElement} */ (byId("send"));
@@ -200,9 +201,26 @@ function showList() {
 
 function showTitle() {
   const first = conversation.messages[0]?.content ?? conversation.accepted?.text;
-  const title = sidebar.title(conversation.id) ?? first?.trim().split("\n")[0].slice(0, 80) ?? (conversation.loaded ? NEW : UNTITLED);
+  const title = sidebar.title(conversation.id) ?? (first && titleOf(first)) ?? (conversation.loaded ? NEW : UNTITLED);
   byId("title").textContent = title;
   document.title = `${title} · ${NAME}`;
+}
+
+/**
+ * Return a title made of a first message: what its first line begins with, at most 80 code points, cut between grapheme
+ * clusters, so that no character is shown in part.
+ */
+function titleOf(/** @type {string} */ text) {
+  // The rest of a long line is not looked at: this runs with each token.
+  const line = text.trim().split("\n")[0].slice(0, 3 * TITLE_POINTS);
+  const points = Array.from(line);
+  if (points.length <= TITLE_POINTS) {
+    return line;
+  }
+  const end = points.slice(0, TITLE_POINTS).join("").length;
+  // Firefox has no Segmenter before version 125.
+  const cluster = "Segmenter" in Intl ? new Intl.Segmenter().segment(line).containing(end) : undefined;
+  return line.slice(0, cluster?.index || end);
 }
 
 function showState() {
@@ -295,7 +313,7 @@ for (const suggestion of document.querySelectorAll(".suggestion")) {
 }
 
 function say() {
-  const text = input.value;
+  const text = wellFormed(input.value);
   const to = conversation;
   if (!text.trim() || to.pending) {
     return;
@@ -310,6 +328,8 @@ function say() {
     draftName = to.id;
     history.replaceState(null, "", `#${to.id}`);
   }
+  // What is sent stands in the box, so that it is recognised there when it has arrived.
+  input.value = text;
   attempt("say", () => to.say(text), KEPT);
   // The message has its key by now.
   keep();

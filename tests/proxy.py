@@ -5,6 +5,7 @@ import socket
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -52,6 +53,10 @@ class CuttingProxy:
         self._target = 0
         self._server: asyncio.Server | None = None
         self._lines: set[asyncio.WriteTransport] = set()
+        self._streams: set[asyncio.WriteTransport] = set()
+        self._muted: set[asyncio.WriteTransport] = set()
+        self.streams = 0
+        """How many streams were asked for so far."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Condition()
 
@@ -73,6 +78,11 @@ class CuttingProxy:
             line.abort()
         self.cuts += len(lines)
         return len(lines)
+
+    def mute_streams(self) -> int:
+        """Let the streams that are open die without closing: pass nothing on any more. Return how many there are."""
+        self._muted |= self._streams
+        return len(self._streams)
 
     def cut_after(self, n_bytes: int | None) -> None:
         """Cut each new connection after it has passed `n_bytes` to the client (its headers count); None: no more."""
@@ -126,8 +136,10 @@ class CuttingProxy:
         cutter = self._cutter() if self._cutter else None
         try:
             await self._count(connections=1)
-            up = asyncio.create_task(_pump(reader, upstream, None))
-            down = asyncio.create_task(_pump(upstream_reader, writer, cutter))
+            up = asyncio.create_task(_pump(reader, upstream, None, partial(self._passes_up, writer.transport)))
+            down = asyncio.create_task(
+                _pump(upstream_reader, writer, cutter, lambda _: writer.transport not in self._muted)
+            )
             try:
                 await asyncio.wait((up, down), return_when=asyncio.FIRST_COMPLETED)
                 if down.done() and down.exception() is None and down.result():
@@ -141,8 +153,17 @@ class CuttingProxy:
                 down.cancel()
                 await asyncio.gather(up, down, return_exceptions=True)
         finally:
-            self._lines.discard(writer.transport)
+            for lines in (self._lines, self._streams, self._muted):
+                lines.discard(writer.transport)
             await _drop(upstream)
+
+    def _passes_up(self, line: asyncio.WriteTransport, data: bytes) -> bool:
+        # A connection whose stream has ended may be used for the next request.
+        self._streams.discard(line)
+        if data.startswith(b"GET /chat/stream/"):
+            self._streams.add(line)
+            self.streams += 1
+        return line not in self._muted
 
     async def _count(self, *, connections: int = 0, refused: int = 0, cuts: int = 0) -> None:
         async with self._changed:
@@ -161,10 +182,14 @@ async def _drop(writer: asyncio.StreamWriter) -> None:
     writer.transport.abort()
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cutter: Cutter | None) -> bool:
-    """Pass bytes on to the end, or until they are cut; return whether they were."""
+async def _pump(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cutter: Cutter | None, passes: Callable[[bytes], bool]
+) -> bool:
+    """Pass bytes on to the end, or until they are cut; return whether they were. Drop those that `passes` refuses."""
     with suppress(OSError):
         while data := await reader.read(65536):
+            if not passes(data):
+                continue
             part, cut = cutter.take(data) if cutter else (data, False)
             writer.write(part)
             await writer.drain()

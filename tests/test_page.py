@@ -16,6 +16,7 @@ from chatserver.errors import SourceError
 from tests.apps import Database
 from tests.browser import FLAGS, TIMEOUT_MS, Site, Turns, chromium
 from tests.clients import new_id
+from tests.proxy import CuttingProxy
 from tests.servers import ROOT, Server
 
 pytestmark = pytest.mark.needs("chromium")
@@ -46,6 +47,22 @@ def make_site(database: Database) -> Iterator[Callable[..., Site]]:
     yield make
     for site in sites:
         site.stop()
+
+
+@pytest.fixture
+def make_proxy() -> Iterator[Callable[[Site], CuttingProxy]]:
+    """Return a function that puts a proxy before a site."""
+    proxies: list[tuple[Site, CuttingProxy]] = []
+
+    def make(site: Site) -> CuttingProxy:
+        proxy = CuttingProxy()
+        site.run(proxy.start(site.app.port))
+        proxies.append((site, proxy))
+        return proxy
+
+    yield make
+    for site, proxy in proxies:
+        site.run(proxy.close())
 
 
 @pytest.fixture
@@ -978,6 +995,109 @@ def test_stream_that_a_proxy_refuses_is_made_anew_from_its_position(page: Page, 
     assert len(asked) == 4
     assert all(re.search(r"lastEventId=[0-9a-f]{24}-", url) for url in asked)
     expect_stored(page, site)
+
+
+WATCH_STATES = """() => {
+  window.states = [];
+  const state = document.querySelector("#state");
+  new MutationObserver(() => window.states.push(state.textContent)).observe(state, { childList: true });
+}"""
+"""Records what the page says of its stream from now on in `states`."""
+
+
+def streams_of(page: Page) -> list[str]:
+    """Return a list to which the address of each stream is added that the page opens from now on."""
+    urls: list[str] = []
+    page.on("request", lambda request: urls.append(request.url) if "/chat/stream/" in request.url else None)
+    return urls
+
+
+def test_stream_that_died_without_closing_is_opened_again(
+    page: Page, make_site: MakeSite, make_proxy: Callable[[Site], CuttingProxy]
+) -> None:
+    site = make_site(words(2), words(3), keepalive_s=1.0)
+    proxy = make_proxy(site)
+    open_page(page, f"http://127.0.0.1:{proxy.port}/")
+    say(page, "First")
+    site.say(2)
+    expect(answers(page)).to_have_text([said(2)])
+    expect_idle(page)
+    page.evaluate(WATCH_STATES)
+
+    assert proxy.mute_streams() == 1
+    say(page, "Second")
+    site.say(3)
+
+    expect(answers(page)).to_have_text([said(2), said(3)])
+    expect_idle(page)
+    assert page.evaluate("states") == ["Reconnecting", "Live"]
+    assert proxy.streams == 2
+    expect_stored(page, site)
+
+
+def test_silence_is_not_judged_by_the_clock_of_a_computer_that_slept(page: Page, make_site: MakeSite) -> None:
+    """Its timers are late, and what the server has sent meanwhile is yet to be read."""
+    site = make_site(words(1), keepalive_s=60.0)
+    page.clock.install()
+    streams = streams_of(page)
+    open_page(page, site.url)
+
+    page.clock.fast_forward("08:00:00")
+    page.clock.fast_forward("08:00:00")
+
+    say(page, "Good morning")
+    site.say()
+    expect(answers(page)).to_have_text([said(1)])
+    expect(page.locator("#state")).to_have_text("Live")
+    assert len(streams) == 1
+    # It is still watched: two and a half intervals of the server's 60 s.
+    for _ in range(4):
+        page.clock.fast_forward(30_000)
+    assert len(streams) == 1
+    page.clock.fast_forward(30_000)
+    expect(page.locator("#state")).to_have_text("Reconnecting")
+    page.clock.fast_forward(500)
+    expect(page.locator("#state")).to_have_text("Live")
+    assert len(streams) == 2
+    assert "lastEventId=" in streams[1] and streams[1].endswith("-done")
+
+
+def test_stream_of_a_server_without_pings_is_left_alone(page: Page, make_site: MakeSite) -> None:
+    site = make_site(words(1))
+    page.clock.install()
+    streams = streams_of(page)
+    page.add_init_script("""
+      const listen = EventSource.prototype.addEventListener;
+      EventSource.prototype.addEventListener = function (name, ...rest) {
+        if (name !== "ping") listen.call(this, name, ...rest);
+      };
+    """)
+    open_page(page, site.url)
+
+    for _ in range(20):
+        page.clock.fast_forward(7_500)
+
+    say(page, "Still there?")
+    site.say()
+    expect(answers(page)).to_have_text([said(1)])
+    assert len(streams) == 1
+
+
+def test_stream_that_is_not_answered_is_asked_for_again(page: Page, make_site: MakeSite) -> None:
+    site = make_site(words(1))
+    page.clock.install()
+    held: list[Route] = []
+    page.route("**/chat/stream/**", lambda route: held.append(route) if not held else route.continue_())
+    page.goto(site.url)
+    expect(page.locator("#state")).to_have_text("Connecting")
+
+    for _ in range(5):
+        page.clock.fast_forward(7_500)
+    expect(page.locator("#state")).to_have_text("Reconnecting")
+    page.clock.fast_forward(500)
+
+    expect(page.locator("#state")).to_have_text("Live")
+    held[0].abort()
 
 
 def test_turn_taken_while_the_stream_is_down_is_shown_once_and_in_order(page: Page, make_site: MakeSite) -> None:

@@ -12,7 +12,8 @@
  *
  * The stream alone says what was said and in which order; answers to posts only say that they were taken. Each event
  * carries the position after it, and a stream that breaks goes on from the last one, so that no character of a reply is
- * lost and none comes twice, however often the line is cut.
+ * lost and none comes twice, however often the line is cut. One that dies without breaking is noticed by the server's
+ * pings, which stay away.
  */
 
 /**
@@ -49,6 +50,10 @@
 const ANSWER_WITHIN_MS = 20_000;
 const FIRST_DELAY_MS = 500;
 const LONGEST_DELAY_MS = 15_000;
+/** how often a quiet stream has a `ping`, until the server says so itself; seconds */
+const PING_EVERY_S = 15;
+/** A stream that was silent for this many halves of that interval is dead. */
+const SILENT_HALVES = 5;
 
 /** Return a new id for a conversation: 24 hex digits. */
 export function newId() {
@@ -244,6 +249,10 @@ export class Conversation extends EventTarget {
   #attempt = 0;
   /** @type {ReturnType<typeof setTimeout>|undefined} */
   #timer;
+  /** @type {ReturnType<typeof setTimeout>|undefined} */
+  #watchdog;
+  /** @type {number|null} how often a quiet stream has a `ping`, in seconds; null: the server has not announced any */
+  #pingEveryS = null;
   // Either is only a hint; whether the line holds is found out by trying.
   #onNetworkChange = () => this.#reconnect();
 
@@ -437,16 +446,24 @@ export class Conversation extends EventTarget {
       this.#known = true;
       this.#failures = 0;
       this.#setState("live");
+      this.#watch();
     });
+    source.addEventListener("ping", (event) => {
+      this.#pingEveryS = JSON.parse(event.data).everyS;
+      this.#watch();
+    });
+    this.#watch();
     for (const name of ["input", "token", "done", "error", "reset"]) {
       source.addEventListener(name, (event) => {
         if (event instanceof MessageEvent) {
+          this.#watch();
           this.#position = event.lastEventId || null;
           this.#take(name, JSON.parse(event.data));
         } else if (isOpen && source.readyState === EventSource.CONNECTING) {
           // The line broke, and it tries again by itself; but only once, since it would do so every second for ever.
           isOpen = false;
           this.#setState("reconnecting");
+          this.#watch();
         } else {
           // It gives up on any answer but 200.
           this.#connectLater();
@@ -472,9 +489,29 @@ export class Conversation extends EventTarget {
     this.#setState("reconnecting");
   }
 
+  /**
+   * Restart the watch for a connection that has died without closing: a stream that stays silent for two and a half
+   * intervals of its pings is opened again, and one that is not answered for as long, too. A server that has never
+   * announced pings is an old one: its open streams may be silent.
+   *
+   * The silence is counted in steps, not read from a clock. A computer that slept and a tab in the background run their
+   * timers late: that is one step, however long it took, and what has arrived meanwhile is handled before the next one.
+   */
+  #watch(halves = SILENT_HALVES) {
+    clearTimeout(this.#watchdog);
+    if (halves === 0) {
+      this.#connectLater();
+    } else if (this.#pingEveryS !== null || this.#source?.readyState === EventSource.CONNECTING) {
+      // Not below a second, so that a network that is slow for a moment does not look dead.
+      const halfMs = Math.max(1, this.#pingEveryS ?? PING_EVERY_S) * 500;
+      this.#watchdog = setTimeout(() => this.#watch(halves - 1), halfMs);
+    }
+  }
+
   /** Close the stream, and let what is under way come to nothing; return the number of the attempt that may follow. */
   #hangUp() {
     clearTimeout(this.#timer);
+    clearTimeout(this.#watchdog);
     this.#source?.close();
     this.#source = null;
     this.#attempt += 1;

@@ -4,7 +4,8 @@
 1. Choose an id for the conversation, or take one that exists and fetch its history.
 2. Open the stream before the first post, so that no word comes too early; a thread of its own reads it.
 3. Post what the user says, with a key, so that it can be sent again if the answer gets lost.
-4. Print the tokens as they arrive. When the line drops, open the stream again with the last position seen.
+4. Print the tokens as they arrive. When the line drops, or is silent for longer than the server's pings allow, open the
+   stream again with the last position seen.
 5. A reply that has ended is stored: compare it with the history.
 
 It needs nothing but Python's standard library. Ctrl-C stops a reply, Ctrl-D leaves; /stop and /retry do what they say.
@@ -18,6 +19,7 @@ import queue
 import random
 import re
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -28,7 +30,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-SILENCE_S = 45  # the server sends a comment every 15 s: a line without them is dead
+PING_S = 15  # how often a quiet stream gets a ping, until the server says so itself
+SILENT_PINGS = 2.5  # a stream that is silent for so many intervals is dead
 TIMEOUT_S = 15
 PATIENCE_S = 60  # how long a request is tried again
 LATER = (429, 502, 503, 504)  # what a server that is busy or away answers, or the proxy before it
@@ -95,8 +98,9 @@ class Conversation:
         while True:
             headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": self.position} if self.position else {})
             try:
-                with self._answer("GET", f"/stream/{self.id}", headers, timeout_s=SILENCE_S) as response:
-                    yield from self._read(response)
+                silence_s = SILENT_PINGS * PING_S
+                with self._answer("GET", f"/stream/{self.id}", headers, timeout_s=silence_s) as (response, connection):
+                    yield from self._read(response, connection)
             except Refused as refusal:
                 if refusal.pause_s is None:
                     yield Event("refused", {"reason": str(refusal)})
@@ -104,7 +108,7 @@ class Conversation:
                 yield Event("lost", {"reason": str(refusal)})
                 time.sleep(refusal.pause_s * random.uniform(0.5, 1))  # so that not all clients come back at once
 
-    def _read(self, response: http.client.HTTPResponse) -> Iterator[Event]:
+    def _read(self, response: http.client.HTTPResponse, connection: socket.socket) -> Iterator[Event]:
         """Return the events of one connection, as https://html.spec.whatwg.org/#event-stream-interpretation has it."""
         opened = False
         name, data, position = "", "", self.position
@@ -127,7 +131,9 @@ class Conversation:
                 if position and not opened:
                     opened = True
                     yield Event("open", {})
-                if data:
+                if name == "ping":
+                    connection.settimeout(SILENT_PINGS * max(1, json.loads(data)["everyS"]))
+                elif data:
                     yield Event(name, json.loads(data))
                 name, data = "", ""
         raise ConnectionError("the stream has ended")
@@ -141,7 +147,7 @@ class Conversation:
         told = ""
         while True:
             try:
-                with self._answer(method, path, headers, json.dumps(body) if body else None) as response:
+                with self._answer(method, path, headers, json.dumps(body) if body else None) as (response, _):
                     return dict(json.loads(response.read()))
             except Refused as refusal:
                 if refusal.pause_s is None or time.monotonic() + refusal.pause_s > give_up:
@@ -154,11 +160,13 @@ class Conversation:
     @contextmanager
     def _answer(
         self, method: str, path: str, headers: dict[str, str], body: str | None = None, timeout_s: float = TIMEOUT_S
-    ) -> Iterator[http.client.HTTPResponse]:
-        """Give the answer to one request; raise Refused if it is an error or breaks off."""
+    ) -> Iterator[tuple[http.client.HTTPResponse, socket.socket]]:
+        """Give the answer to one request, and its connection; raise Refused if it is an error or breaks off."""
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._url.hostname or "", self._url.port, timeout=timeout_s)
         try:
+            connection.connect()
+            connected = connection.sock  # forgotten by `connection` once an answer that ends with it has begun
             connection.request(method, f"{self._url.path.rstrip('/')}/chat{path}", body, headers)
             response = connection.getresponse()
             if response.status >= 300:
@@ -166,7 +174,7 @@ class Conversation:
                 problem = json.loads(text) if "json" in response.headers.get("Content-Type", "") else {}  # or a page
                 pause_s = float(response.headers.get("Retry-After", 5)) if response.status in LATER else None
                 raise Refused(problem.get("detail", f"it answers {response.status}"), problem.get("code"), pause_s)
-            yield response
+            yield response, connected
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
             if isinstance(error, ConnectionRefusedError):

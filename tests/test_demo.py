@@ -36,7 +36,7 @@ def served(folder: Path, replica_set: str, **settings: Any) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory, replica_set: str) -> Iterator[str]:
     """The address of a server whose replies take a second."""
-    yield from served(tmp_path_factory.mktemp("demo-quick"), replica_set)
+    yield from served(tmp_path_factory.mktemp("demo-quick"), replica_set, KEEPALIVE_S=1)
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +417,36 @@ def test_a_line_that_drops_in_the_middle_of_a_reply_is_taken_up_again(quick: str
         assert code == 0
 
     asyncio.run(run())
+
+
+def test_a_stream_that_died_without_closing_is_opened_again(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with proxied(quick) as (proxy, url), demo(url, "--conversation", conversation) as client:
+            await client.until(f"conversation {conversation}")
+            await proxy.wait_for(connections=2)  # the history, the stream
+            await client.say("first")
+            await client.until("bot › ")
+            first = await wait_for_reply(quick, conversation, 2)
+            await client.until(first)
+
+            assert proxy.mute_streams() == 1
+            await client.say("second")
+            code, output, _ = await client.end()
+
+        second = await wait_for_reply(quick, conversation, 4)
+        assert output.endswith(second)
+        assert "timed out; trying again" in output and "connected again" in output
+        assert code == 0
+        assert proxy.streams == 2
+
+    asyncio.run(run())
+
+
+async def wait_for_reply(url: str, conversation_id: str, messages: int) -> str:
+    """Return how the last of so many messages stands in what was printed, once it is complete."""
+    assert await wait_until(lambda: has_statuses(url, conversation_id, ["complete"] * messages))
+    return said((await history(url, conversation_id))[-1])
 
 
 def test_a_server_that_is_killed_and_started_again_is_got_over(make_server: Callable[..., Server]) -> None:

@@ -8,7 +8,7 @@
    stream again with the last position seen.
 5. A reply that has ended is stored: compare it with the history.
 
-It needs nothing but Python's standard library. Ctrl-C stops a reply, Ctrl-D leaves; /stop and /retry do what they say.
+It needs nothing but Python's standard library. Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands.
 """
 
 import argparse
@@ -34,6 +34,10 @@ PING_S = 15  # how often a quiet stream gets a ping, until the server says so it
 SILENT_PINGS = 2.5  # a stream that is silent for so many intervals is dead
 TIMEOUT_S = 15
 PATIENCE_S = 60  # how long a request is tried again
+COMMANDS = (
+    "/stop stops the reply, /retry asks for another one if it was stopped or failed, /help lists the commands; "
+    "//text sends a text that begins with a slash"
+)
 LATER = (429, 502, 503, 504)  # what a server that is busy or away answers, or the proxy before it
 
 
@@ -268,7 +272,8 @@ class Chat:
         self._conversation = conversation
         self._screen = screen
         self._once = once is not None
-        self._unsent = deque([once] if once else [])
+        # Lines as they are typed: commands, and texts whose first slash is doubled.
+        self._unsent = deque(["/" + once if once.startswith("/") else once] if once else [])
         self._leaving = self._once
         self._inbox: queue.Queue[Event] = queue.Queue()
         self._question: str | None = None  # the ids of what we said and of the reply to it, while that is to come
@@ -329,25 +334,37 @@ class Chat:
             self._stopping = True
             self._conversation.stop()
 
-    def _send(self, text: str) -> None:
-        """Say something, or do what a command says."""
+    def _send(self, line: str) -> None:
+        """Say what was typed, or do what a command says."""
         try:
-            if text == "/stop":
+            if line == "/stop":
                 self._conversation.stop()
-            elif text == "/retry":
+            elif line == "/retry":
                 self._expect(self._conversation.retry())
             else:
+                text = line[1:] if line.startswith("//") else line
                 self._screen.said(text)
                 self._expect(self._conversation.say(text))
         except Refused as refusal:
-            if refusal.code == "reply_in_progress" and text != "/retry":
+            if refusal.code == "reply_in_progress" and line != "/retry":
                 # Somebody was faster. Their words are on their way to us; ours wait until the reply to them has ended.
                 self._screen.notice("another reply runs; this is sent when it has ended")
-                self._unsent.appendleft(text)
+                self._unsent.appendleft(line)
                 self._busy = True
             else:
                 self._screen.notice(f"✗ {refusal}")
                 self._good = self._good and not self._once
+
+    def _type(self, line: str) -> None:
+        """Take a line that was typed: what can be done at once is done, the rest waits for its turn."""
+        if line == "/stop":
+            self._send(line)
+        elif line == "/help":
+            self._screen.notice(COMMANDS)
+        elif re.match("/(?!/)", line) and line != "/retry":
+            self._screen.notice(f"✗ unknown command {line.split()[0]}: {COMMANDS}")
+        elif line:
+            self._unsent.append(line)
 
     def _expect(self, answer: dict[str, Any]) -> None:
         self._question, self._answer = answer.get("messageId"), answer["replyId"]
@@ -359,10 +376,7 @@ class Chat:
         match event.name:
             case "typed":
                 self._screen.typed()
-                if data["text"] == "/stop":
-                    self._send("/stop")
-                elif data["text"]:
-                    self._unsent.append(data["text"])
+                self._type(data["text"])
             case "eof":
                 self._leaving = True
             case "open":
@@ -441,7 +455,9 @@ def server_url(text: str) -> SplitResult:
 
 def main() -> int:
     """Parse the arguments and chat."""
-    parser = argparse.ArgumentParser(description="Chat in a terminal. Ctrl-C stops a reply, Ctrl-D leaves.")
+    parser = argparse.ArgumentParser(
+        description="Chat in a terminal. Ctrl-C stops a reply, Ctrl-D leaves, /help lists commands."
+    )
     parser.add_argument("--url", default="http://127.0.0.1:3000", help="where the server is (%(default)s)")
     parser.add_argument("--conversation", metavar="ID", help="go on with a conversation: its id, 24 hex digits")
     parser.add_argument("--once", metavar="TEXT", help="one turn: print the reply; exit code 0 only if it is stored so")

@@ -531,6 +531,41 @@ def test_stop_and_retry(slow: str) -> None:
     asyncio.run(run())
 
 
+def test_an_unknown_command_is_refused_and_the_known_ones_are_listed(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("/stpo it")
+            await client.say("/")
+            await client.until("unknown command /:")
+            await client.say("/help")
+            code, output, _ = await client.end()
+        known = (
+            "/stop stops the reply, /retry asks for another one if it was stopped or failed, /help lists the commands"
+        )
+        assert f"(✗ unknown command /stpo: {known}" in output
+        assert f"({known}" in output
+        async with httpx.AsyncClient() as http:
+            assert (await http.get(f"{quick}/chat/{conversation}")).status_code == 404
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_a_text_may_begin_with_a_slash(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("//etc/hosts?")
+            await client.end()
+        async with demo(quick, "--conversation", conversation, "--once", "/retry") as client:
+            assert (await client.end())[0] == 0
+        messages = await history(quick, conversation)
+        assert [each["content"] for each in messages if each["role"] == "user"] == ["/etc/hosts?", "/retry"]
+
+    asyncio.run(run())
+
+
 async def has_statuses(url: str, conversation_id: str, statuses: list[str]) -> bool:
     return [message["status"] for message in await history(url, conversation_id)] == statuses
 

@@ -4,19 +4,23 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import httpx
 import pytest
 
 from chatserver.openapi import make_openapi
 from chatserver.settings import Settings, read_settings
+from tests.apps import MakeApp
 from tests.servers import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
 REQUESTS = (ROOT / "requests.http").read_text()
+STATUSES = "200 200 202 200 200 200 200 200 202 422 202 202 204 404 400 400 415 405 200 204 200 200 200 200"
+"""What the requests of requests.http are answered."""
 SETTINGS = {setting.name.upper(): setting for setting in fields(Settings)}
 
 
@@ -130,13 +134,42 @@ def test_example_copied_to_env_unchanged_chats(tmp_path: Path) -> None:
 @pytest.mark.needs("node")
 def test_requests_http_runs_from_top_to_bottom(make_server: Callable[..., Server], tmp_path: Path) -> None:
     server = make_server(SIMULATED_TOKEN_DELAY_MS=20).start()
-    # What the REST Client calls `post.response.body.$.x` is `post.x` to this runner.
-    requests = REQUESTS.replace(".response.body.$.", ".").replace("localhost:3000", f"127.0.0.1:{server.port}")
-    (tmp_path / "requests.http").write_text(requests)
+    (tmp_path / "requests.http").write_text(REQUESTS.replace("localhost:3000", f"127.0.0.1:{server.port}"))
     runner = ROOT / "tests" / "node" / "node_modules" / ".bin" / "httpyac"
     command = [str(runner), "send", "requests.http", "--all", "--output", "response", "--no-color"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     statuses = re.findall(r"^HTTP/1\.1 (\d+)", done.stdout, re.M)
-    expected = "200 200 202 200 200 200 200 200 200 202 422 202 202 204 404 400 400 415 405 200 200 200 200 200"
-    assert statuses == expected.split(), done.stdout + done.stderr
+    assert " ".join(statuses) == STATUSES, done.stdout + done.stderr
     assert "event: done" in done.stdout and "event: reset" in done.stdout
+
+
+def _requests_of_the_rest_client(text: str) -> Iterator[httpx.Request]:
+    """Yield the requests of a file as the VS Code REST Client reads it, as far as its syntax is used here.
+
+    Lines of three `#` divide it; other lines that begin with `#` or `//` are comments, in bodies, too; lines of
+    variables are skipped before a request; a variable of the file is a plain value.
+    """
+    variables = dict(re.findall(r"^@(\S+) = (.*)$", text, re.M))
+    for block in re.split(r"^###.*$", text, flags=re.M):
+        if "# @disabled" in block:
+            continue
+        lines = [line for line in block.splitlines() if not re.match(r"\s*(#|//)", line)]
+        request = "\n".join(line for line in lines if not line.startswith("@")).strip()
+        if request:
+            request = re.sub(r"\{\{(.*?)\}\}", lambda name: variables[name[1]], request)
+            head, _, body = request.partition("\n\n")
+            first, *headers = head.split("\n")
+            method, url = first.split(" ")
+            yield httpx.Request(method, url, headers=dict(line.split(": ", 1) for line in headers), content=body)
+
+
+@pytest.mark.gen_test
+async def test_requests_http_is_understood_by_the_rest_client(make_app: MakeApp) -> None:
+    app = await make_app(simulated_token_delay_ms=5)
+    answers = [
+        await app.client.http.send(request)
+        for request in _requests_of_the_rest_client(REQUESTS.replace("http://localhost:3000", app.url))
+    ]
+    assert " ".join(str(answer.status_code) for answer in answers) == STATUSES
+    streams = [answer for answer in answers if "/chat/stream/" in answer.url.path]
+    assert ["event: done" in stream.text for stream in streams] == [True, True, False]

@@ -1,5 +1,7 @@
 """The documents say what the code does: settings, routes, files, and commands that can be pasted."""
 
+import asyncio
+import json
 import os
 import re
 import subprocess
@@ -90,7 +92,8 @@ def test_file_tree_of_the_readme_is_the_one_there_is() -> None:
     assert listed == there
     scripts = re.search(r"^scripts/ +(.*)$", tree, re.M)
     assert scripts and all((ROOT / "scripts" / name).exists() for name in scripts[1].split(", "))
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    text = re.sub(r"^ *```.*?^ *```", "", README, flags=re.M | re.DOTALL)
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / link).exists(), link
 
 
@@ -173,3 +176,51 @@ async def test_requests_http_is_understood_by_the_rest_client(make_app: MakeApp)
     assert " ".join(str(answer.status_code) for answer in answers) == STATUSES
     streams = [answer for answer in answers if "/chat/stream/" in answer.url.path]
     assert ["event: done" in stream.text for stream in streams] == [True, True, False]
+
+
+FOLLOWER = """
+import http from "node:http";
+
+const [port, id] = process.argv.slice(2);
+let streams = 0;
+// Passes on what has the token; cuts the first stream in the middle of an event, and leaves the second one hanging.
+const proxy = http.createServer((request, answer) => {
+  if (request.headers.authorization !== "Bearer right") return answer.writeHead(401).end();
+  const to = { port, path: request.url, method: request.method, headers: request.headers };
+  const upstream = http.request(to, (from) => {
+    answer.writeHead(from.statusCode, from.headers).flushHeaders();
+    streams += 1;
+    if (streams === 1) from.once("data", (data) => answer.write(data.subarray(0, 700), () => answer.destroy()));
+    if (streams === 3) from.pipe(answer);
+  });
+  request.pipe(upstream);
+}).listen(0, "127.0.0.1", async () => {
+  const url = `http://127.0.0.1:${proxy.address().port}/chat/stream/${id}`;
+  const refused = await follow(url, "wrong", () => {});
+  let text = "";
+  await follow(url, "right", (name, data) => {
+    if (name === "token") text += data.text;
+    if (name !== "done") return;
+    console.log(JSON.stringify({ refused, streams, text }));
+    process.exit();
+  }, `${id}-0`);
+});
+"""
+
+
+@pytest.mark.needs("node")
+@pytest.mark.gen_test
+async def test_stream_is_read_by_fetch_with_a_token(make_app: MakeApp, tmp_path: Path) -> None:
+    app = await make_app(keepalive_s=1.0, simulated_token_delay_ms=2)
+    [example] = re.findall(r"^```js\n(.*?)^```", README, re.M | re.DOTALL)
+    (tmp_path / "follow.mjs").write_text(example + FOLLOWER)
+    answer = await app.client.say("Hello!")
+    conversation_id = answer["conversationId"]
+    await app.until(lambda: not app.chat.running)
+    command = ["node", str(tmp_path / "follow.mjs"), str(app.port), conversation_id]
+
+    node = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    output, _ = await asyncio.wait_for(node.communicate(), 50)
+
+    reply = (await app.client.history(conversation_id))["messages"][1]
+    assert json.loads(output) == {"refused": 401, "streams": 3, "text": reply["content"]}

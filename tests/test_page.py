@@ -3,8 +3,12 @@
 import json
 import re
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -1797,6 +1801,64 @@ def test_client_that_is_copied_needs_nothing_else(page: Page, make_site: MakeSit
     names = {"user": ("id", "role", "content", "status", "createdAt"), "assistant": ("id", "role", "content", "status")}
     stored = [{name: each[name] for name in names[each["role"]]} for each in site.history(conversation_id)]
     assert (state, busy, messages) == ("paused", False, stored)
+
+
+@pytest.fixture
+def file_server(tmp_path: Path) -> Iterator[str]:
+    """Serve the test's folder as `python3 -m http.server --bind 127.0.0.1` does; the origin."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_page_of_the_readme(
+    page: Page, make_site: MakeSite, make_proxy: Callable[[Site], CuttingProxy], file_server: str, tmp_path: Path
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    steps = readme.partition("### A page of your own")[2].partition("\n### ")[0]
+    html = re.search(r"```html\n(.*?)```", steps, re.DOTALL)
+    assert html and re.findall(r"^\d(?=\.)", steps, re.M) == ["1", "2", "3"]
+    # All three steps name the same origin.
+    assert steps.count("http://127.0.0.1:8000") == 2 and "http.server 8000 --bind 127.0.0.1" in steps
+    site = make_site(words(2), words(3), keepalive_s=1.0, max_input_chars=400, cors_origins=(file_server,))
+    proxy = make_proxy(site)
+    (tmp_path / "index.html").write_text(html[1].replace("127.0.0.1:3000", f"127.0.0.1:{proxy.port}"))
+    log, box, trouble = page.locator("#log"), page.locator("#say"), page.locator("#trouble")
+    page.goto(f"{file_server}/")
+    site.until(lambda: site.open_streams() == 1)
+
+    # A long line is wrapped.
+    box.fill("x" * 400)
+    page.keyboard.press("Enter")
+    site.say(2)
+    expect(log).to_have_text(f"user: {'x' * 400}\nassistant: {said(2)}")
+    expect(box).to_have_value("")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    # What is refused, and what does not arrive, stays in the box, with the reason.
+    box.fill("y" * 401)
+    page.get_by_role("button").click()
+    expect(trouble).to_have_text("Not sent: /input must have at most 400 characters.")
+    expect(box).to_have_value("y" * 401)
+    page.route("**/chat", lambda route: route.abort(), times=1)
+    box.fill("Second")
+    page.keyboard.press("Enter")
+    expect(trouble).to_have_text("Not sent: Failed to fetch")
+    expect(box).to_have_value("Second")
+    # A stream that has died without closing is opened again from its position.
+    assert proxy.mute_streams() == 1
+    page.keyboard.press("Enter")
+    site.say(3)
+    whole = f"user: {'x' * 400}\nassistant: {said(2)}\nuser: Second\nassistant: {said(3)}"
+    expect(log).to_have_text(whole)
+    expect(trouble).to_have_text("")
+    page.reload()
+    expect(log).to_have_text(whole)
+    assert proxy.streams == 3
+    assert [each["content"] for each in site.history(id_of(page))] == ["x" * 400, said(2), "Second", said(3)]
 
 
 @pytest.mark.needs("node")

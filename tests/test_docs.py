@@ -9,13 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from chatserver.openapi import make_openapi
 from chatserver.settings import Settings, read_settings
-from tests.apps import MakeApp
+from tests.apps import App, MakeApp
+from tests.clients import EventDecoder, new_id
 from tests.servers import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
@@ -176,6 +178,47 @@ async def test_requests_http_is_understood_by_the_rest_client(make_app: MakeApp)
     assert " ".join(str(answer.status_code) for answer in answers) == STATUSES
     streams = [answer for answer in answers if "/chat/stream/" in answer.url.path]
     assert ["event: done" in stream.text for stream in streams] == [True, True, False]
+
+
+def _shape(value: Any, name: str = "") -> Any:
+    """Return an example with its values reduced to their kinds; lists have one kind of item here."""
+    match value:
+        case dict():
+            return {key: _shape(each, key) for key, each in value.items()}
+        case list():
+            return [_shape(each) for each in value]
+        case str() if name not in ("status", "role"):
+            kinds = {"id": "[0-9a-f]{24}", "position": r"[0-9a-f]{24}-(\d+|done)", "time": r"[\d-]+T[\d:.]+Z"}
+            return next((kind for kind, pattern in kinds.items() if re.fullmatch(pattern, value)), "text")
+        case _:
+            return value
+
+
+@pytest.mark.gen_test
+async def test_examples_of_answers_and_events_look_like_the_real_ones(app: App) -> None:
+    accepted, history = map(json.loads, re.findall(r"^```json\n(.*?)^```", README, re.M | re.DOTALL))
+    block = README.partition("Three events of the stream")[2].split("```")[1]
+    conversation_id = new_id()
+    answer = await app.client.say("Hello!", conversation_id)
+    events = await app.client.events(conversation_id, f"{conversation_id}-0")
+
+    assert _shape(accepted) == _shape(answer)
+    assert list(accepted) == list(answer)
+    assert _shape(history) == _shape(await app.client.history(conversation_id))
+    first = {event.name: event for event in reversed(events)}
+    decoder = EventDecoder()
+    shown = [event for line in [*block.strip().split("\n"), ""] if (event := decoder.feed(line))]
+    assert [event.name for event in shown] == ["input", "token", "done"]
+    for event in shown:
+        assert (_shape(event.id), _shape(event.data)) == (_shape(first[event.name].id), _shape(first[event.name].data))
+    # The examples belong together.
+    question, reply = history["messages"]
+    assert shown[0].data == {
+        "messageId": question["id"],
+        "text": question["content"],
+        "createdAt": question["createdAt"],
+    }
+    assert shown[2].id == history["lastEventId"] and shown[2].data["messageId"] == reply["id"] == accepted["replyId"]
 
 
 FOLLOWER = """

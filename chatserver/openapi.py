@@ -35,13 +35,14 @@ ENDS = {
     "conversation_full": "it was cut where the conversation had no more room",
     "source_authentication": "the model's server does not accept the key, or not for this model",
     "source_cut": "the model's server broke off",
-    "source_empty": "the model said nothing",
+    "source_empty": "the model sent no text, or only white space",
     "source_failed": "the model's server reported an error or refused the request, or the source crashed",
     "source_invalid": "what the model's server sent cannot be understood",
     "source_length": "it reached its largest length",
     "source_rate_limited": "the model's server is asked too often, or the account has no credit",
     "source_refused": "the model declined to answer, or the answer was filtered",
     "source_timeout": "the model's server fell silent",
+    "source_too_long": "the answer is longer than MAX_REPLY_CHARS",
     "source_unavailable": "the model's server cannot be reached or is in trouble",
 }
 """The codes of replies that failed or were interrupted, and when they occur."""

@@ -46,6 +46,7 @@ STOPPED = Ending("stopped")
 _COMPLETE = Ending("complete")
 _INTERRUPTED = Ending("interrupted", INTERRUPTED)
 _FULL = Ending("failed", ReplyError("conversation_full", "The reply was cut where the conversation had no more room."))
+_EMPTY = Ending("failed", ReplyError("source_empty", "The model sent no text. Retry, or rephrase the question."))
 _CRASHED = Ending("failed", ReplyError("source_failed", "The source of replies failed unexpectedly; try again."))
 _CHECKPOINTS_AT_ONCE = 200
 _SETTLE_LOOKS = 3
@@ -280,23 +281,27 @@ class Replies:
         logger.info("reply %s", ended, extra={**_ids(begun.turn), "code": code})
 
     async def _generate(self, running: Running) -> Ending:
-        """Publish what the source says; return how it ended."""
+        """Publish the source's text; return how it ended."""
         begun, live, reply = running.begun, running.live, running.reply
         prompt = sources.Prompt([sources.Message(each.role, each.content) for each in begun.messages], begun.number)
         if running.ending is not None:
             return running.ending
         running.started = True
-        has_spoken = False
+        has_spoken = has_words = False
         try:
             async with aclosing(self._source.reply(prompt)) as pieces:
                 async for piece in pieces:
                     if live.reply is not reply:
                         return _INTERRUPTED
-                    if not _append(live, reply, piece, begun.reply_room):
+                    room_chars = self._settings.max_reply_chars - reply.chars
+                    if not _append(live, reply, piece[:room_chars], begun.reply_room):
                         return _FULL
+                    has_words = has_words or bool(piece.strip())
                     if not has_spoken:
                         has_spoken = True
                         self._metrics.first_token.observe(monotonic() - running.started_at)
+                    if len(piece) > room_chars:
+                        return _too_long(self._settings.max_reply_chars)
         except SourceError as failure:
             return Ending("failed", ReplyError(failure.code, _whole(failure.message)))
         except (Exception, asyncio.CancelledError) as failure:
@@ -307,7 +312,7 @@ class Replies:
             # Whatever a source does, its reply ends and says so: a conversation is never left streaming.
             logger.exception("the source of replies crashed", extra=_ids(begun.turn))
             return _CRASHED
-        return _COMPLETE
+        return _COMPLETE if has_words else _EMPTY
 
     def end(self, running: Running, ending: Ending) -> bool:
         """End a reply early, if it has not ended by itself; return whether this did it."""
@@ -413,6 +418,11 @@ async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
             continue
         except Exception:
             logger.exception("a background job failed")
+
+
+def _too_long(max_chars: int) -> Ending:
+    message = f'The reply reached its maximum length of {max_chars} characters (MAX_REPLY_CHARS). Write "continue".'
+    return Ending("failed", ReplyError("source_too_long", message))
 
 
 def _append(live: Live, reply: LiveReply, text: str, room: int | None = None) -> bool:

@@ -132,7 +132,7 @@ class Settings:
     reply_source: str = _setting("simulated", _choice("simulated", "openai"))
     history_messages: int = _setting(50, _whole(1, 10_000))
     simulated_token_delay_ms: int = _setting(40, _whole(0, 60_000))
-    simulated_tokens: int | None = _setting(None, _whole(0, 10_000_000))
+    simulated_tokens: int | None = _setting(None, _COUNT)
     openai_api_key: str | None = _setting(None, _key, secret=True)
     openai_model: str = _setting("gpt-4.1-mini")
     openai_base_url: str | None = _setting(None, _web_address)
@@ -144,6 +144,7 @@ class Settings:
     openai_read_timeout_s: float = _setting(60.0, _SECONDS)
 
     max_input_chars: int = _setting(32_000, _whole(1, 2_000_000))
+    max_reply_chars: int = _setting(400_000, _COUNT)
     max_header_bytes: int = _setting(16_384, _whole(1024, 1_048_576))
     request_timeout_s: float = _setting(30.0, _SECONDS)
     max_streams: int = _setting(10_000, _COUNT)

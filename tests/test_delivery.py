@@ -310,7 +310,12 @@ async def test_stalled_client_costs_no_memory_while_fifty_megabytes_are_streamed
 
     async def peak(stalls: bool) -> int:
         server = await asyncio.to_thread(
-            make_server(SIMULATED_TOKENS=750_000, SIMULATED_TOKEN_DELAY_MS=0, SLOW_CLIENT_TIMEOUT_S=300).start
+            make_server(
+                SIMULATED_TOKENS=750_000,
+                MAX_REPLY_CHARS=10_000_000,
+                SIMULATED_TOKEN_DELAY_MS=0,
+                SLOW_CLIENT_TIMEOUT_S=300,
+            ).start
         )
         conversation_id, received, tail = new_id(), 0, b""
         stalled = Stalled(server.port, f"/chat/stream/{conversation_id}") if stalls else None

@@ -15,7 +15,6 @@ from chatserver.app import make_app as routes
 from chatserver.errors import ChatError
 from chatserver.openapi import make_openapi, problem_codes
 from chatserver.records import INTERRUPTED
-from chatserver.replies import _CRASHED, _FULL
 from tests.apps import App, MakeApp, Script
 from tests.clients import Event, RawStream, new_id
 
@@ -158,9 +157,9 @@ async def test_documentation_page_needs_no_network_and_names_everything(app: App
 
 def test_every_code_of_a_failed_reply_is_described() -> None:
     package = Path(openapi.__file__).parent
-    sources = "".join(path.read_text() for path in (package / "sources").glob("*.py"))
-    said = {*re.findall('"(source_[a-z_]+)"', sources), INTERRUPTED.code}
-    said |= {ending.error.code for ending in (_FULL, _CRASHED) if ending.error}
+    paths = [package / "replies.py", *(package / "sources").glob("*.py")]
+    said = {*re.findall('"(source_[a-z_]+|conversation_full)"', "".join(path.read_text() for path in paths))}
+    said.add(INTERRUPTED.code)
     assert set(openapi.ENDS) == said and all(code in openapi.make_openapi(1)["info"]["description"] for code in said)
 
 

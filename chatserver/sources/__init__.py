@@ -29,6 +29,8 @@ class Source(Protocol):
     def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
         """Return the reply's text, piece by piece; the caller closes the generator, also half-way.
 
+        The caller limits the text's length, and reports a reply without any words as failed.
+
         Raises `SourceError` from the iteration for what went wrong in a way that the source understands.
         """
 

@@ -127,14 +127,13 @@ class OpenAI:
                 # decoder joins the halves and turns one that stays alone into U+FFFD, which every store can hold.
                 halves = codecs.getincrementaldecoder("utf-16-le")("replace")
                 finish: str | None = None
-                chunks, length, refusal = 0, 0, ""
+                chunks, refusal = 0, ""
                 events = aiter(stream)
                 async for chunk in events:
                     chunks += 1
                     text, refused, finish = _parts(chunk)
                     refusal += refused
                     if text := halves.decode(text.encode("utf-16-le", "surrogatepass"), final=finish is not None):
-                        length += len(text)
                         yield text
                     if finish is not None:
                         break
@@ -148,7 +147,7 @@ class OpenAI:
                     )
         except _UNDERSTOOD as error:
             raise self._understood(error, started) from None  # its text may hold what was said: not into a log
-        _judge(finish, length, refusal)
+        _judge(finish, refusal)
 
     def _understood(self, error: Exception, started: bool) -> SourceError:
         """Return what an error of the SDK or below it means, and what to do."""
@@ -269,8 +268,8 @@ async def _drain(events: AsyncIterator[ChatCompletionChunk]) -> None:
                 pass
 
 
-def _judge(finish: str | None, length: int, refusal: str) -> None:
-    """Tell whether a stream that ended in order is a whole reply of `length` characters.
+def _judge(finish: str | None, refusal: str) -> None:
+    """Tell whether a stream that ended in order is a whole reply.
 
     :raises SourceError: if it is not
     """
@@ -289,8 +288,6 @@ def _judge(finish: str | None, length: int, refusal: str) -> None:
         raise SourceError("source_invalid", "The model asked for a tool, but there is none here. Ask in other words.")
     if finish in (None, "abort", "error"):  # the latter two are vLLM's and OpenRouter's
         raise _cut()
-    if length == 0:
-        raise SourceError("source_empty", "The model gave an empty answer. Retry, or ask in other words.")
 
 
 def _cut() -> PassingError:

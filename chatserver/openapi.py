@@ -33,17 +33,17 @@ _WHEN = {
 ENDS = {
     "interrupted": "its server stopped or was lost while it was written; retry it",
     "conversation_full": "it was cut where the conversation had no more room",
-    "source_authentication": "the model's server does not accept the key, or not for this model",
-    "source_cut": "the model's server broke off",
+    "source_authentication": "the model provider rejected the API key, or the key has no access to the model",
+    "source_cut": "the model provider ended the answer before it was complete",
     "source_empty": "the model sent no text, or only white space",
-    "source_failed": "the model's server reported an error or refused the request, or the source crashed",
-    "source_invalid": "what the model's server sent cannot be understood",
-    "source_length": "it reached its largest length",
-    "source_rate_limited": "the model's server is asked too often, or the account has no credit",
-    "source_refused": "the model declined to answer, or the answer was filtered",
-    "source_timeout": "the model's server fell silent",
-    "source_too_long": "the answer is longer than MAX_REPLY_CHARS",
-    "source_unavailable": "the model's server cannot be reached or is in trouble",
+    "source_failed": "the model provider reported an error or rejected the request, or the source crashed",
+    "source_invalid": "the model provider sent data that is not a chat completion",
+    "source_length": "the answer reached the model's maximum length",
+    "source_rate_limited": "the model provider's rate limit was exceeded, or the account has no credit",
+    "source_refused": "the model declined to answer, or a content filter rejected the prompt or the answer",
+    "source_timeout": "the model provider stopped sending data",
+    "source_too_long": "the answer is longer than MAX_REPLY_CHARS, or a line or event of it too large",
+    "source_unavailable": "the model provider cannot be reached or has a temporary problem",
 }
 """The codes of replies that failed or were interrupted, and when they occur."""
 _CODES: dict[type[ChatError], tuple[str, ...]] = {

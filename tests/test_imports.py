@@ -60,6 +60,7 @@ ONLY = {
     "pymongo": {"chatserver.store"},
     "bson": {"chatserver.store"},
     "openai": {"chatserver.sources.openai"},
+    "httpx2": {"chatserver.sources.openai"},
     "dotenv": {"chatserver.settings"},
     "prometheus_client": {"chatserver.metrics"},
     "jsonschema": {"chatserver.schemas.__init__"},

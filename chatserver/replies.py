@@ -283,7 +283,9 @@ class Replies:
     async def _generate(self, running: Running) -> Ending:
         """Publish the source's text; return how it ended."""
         begun, live, reply = running.begun, running.live, running.reply
-        prompt = sources.Prompt([sources.Message(each.role, each.content) for each in begun.messages], begun.number)
+        # Other applications may have stored messages of other roles; no source expects those.
+        messages = [sources.Message(each.role, each.content) for each in begun.messages if each.role in sources.ROLES]
+        prompt = sources.Prompt(messages, begun.number)
         if running.ending is not None:
             return running.ending
         running.started = True

@@ -937,6 +937,22 @@ async def test_reply_without_a_word_is_not_complete(make_app: MakeApp, pieces: t
     assert (reply["content"], reply["status"]) == ("".join(pieces), "failed")
 
 
+async def test_source_is_shown_only_users_and_assistants(make_app: MakeApp) -> None:
+    source = Script("answer")
+    app = await make_app(source=source)
+    answer, _ = await app.client.turn("Hello")
+    now = datetime.now(UTC)
+    for role in ("system", "tool"):
+        message = {"_id": ObjectId(), "role": role, "content": "x", "createdAt": now}
+        app.database.conversations.update_one({}, {"$push": {"messages": message}})
+    await app.client.turn("Again", answer["conversationId"])
+    assert [(each.role, each.content) for each in source.prompts[-1].messages] == [
+        ("user", "Hello"),
+        ("assistant", "answer"),
+        ("user", "Again"),
+    ]
+
+
 # -- room, and the end ---------------------------------------------------------------------------------------------
 
 

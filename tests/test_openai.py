@@ -224,10 +224,44 @@ def test_the_newest_messages_that_fit_are_sent_and_the_question_always(
     assert [message["content"] for message in request["body"]["messages"]] == expected
 
 
-def test_replies_without_text_are_not_sent(llm: LLMock) -> None:
-    ask(settings(llm.url), "one", "", "three")
+@pytest.mark.parametrize(
+    ("said", "sent"),
+    [
+        pytest.param(["one", "", "three"], ["user: one\n\nthree"], id="reply-without-text"),
+        pytest.param(["one", " \n\t", "three"], ["user: one\n\nthree"], id="blank-reply"),
+        pytest.param(
+            ["one", "two", "three", "", "five", "", "seven"],
+            ["user: one", "assistant: two", "user: three\n\nfive\n\nseven"],
+            id="two-questions-without-an-answer",
+        ),
+        pytest.param(
+            ["one", "two", " ", "four", "five"],
+            ["user: one", "assistant: two\n\nfour", "user: five"],
+            id="blank-question-of-another-application",
+        ),
+        pytest.param(["", "two", "three"], ["user: three"], id="answer-without-its-question"),
+        pytest.param(["", "two", "", "four", "five"], ["user: five"], id="two-answers-without-their-questions"),
+        pytest.param(
+            ["  one\n", "two", " three "], ["user:   one\n", "assistant: two", "user:  three "], id="verbatim"
+        ),
+    ],
+)
+def test_roles_alternate_and_nothing_blank_is_sent(llm: LLMock, said: list[str], sent: list[str]) -> None:
+    ask(settings(llm.url), *said)
     [request] = llm.requests()
-    assert [message["content"] for message in request["body"]["messages"]] == ["one", "three"]
+    assert [f"{message['role']}: {message['content']}" for message in request["body"]["messages"]] == sent
+
+
+@pytest.mark.parametrize(
+    "messages", [[], [Message("user", " ")], [Message("user", "one"), Message("assistant", "two")]]
+)
+def test_a_prompt_without_a_question_fails_and_nothing_is_sent(llm: LLMock, messages: list[Message]) -> None:
+    async def run() -> Outcome:
+        async with opened(settings(llm.url)) as source:
+            return await listen(source, Prompt(messages, turn=1))
+
+    assert asyncio.run(run()).code == "source_failed"
+    assert llm.requests() == []
 
 
 # --- what may go wrong

@@ -6,10 +6,12 @@ from typing import Protocol
 
 from chatserver.settings import Settings
 
+ROLES = ("user", "assistant")
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one side said; `role` is "user" or "assistant"."""
+    """A message of a conversation; its role is one of `ROLES`."""
 
     role: str
     content: str

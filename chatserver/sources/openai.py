@@ -11,7 +11,7 @@ events that other servers send, and has no limits of size.
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -94,21 +94,27 @@ class OpenAI:
         await self._client.close()
 
     def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
-        """Return what is sent: the system prompt and the newest messages that fit, the question in any case."""
+        """Return what is sent: the system prompt and the newest messages that fit, the question in any case.
+
+        Roles alternate, beginning with the user's, because some models refuse anything else: messages without text are
+        left out, and neighbours of the same role (a question without an answer, and the next one) become one message,
+        separated by an empty line.
+
+        :raises SourceError: if the question has no text
+        """
+        if not prompt.messages:
+            raise SourceError("source_failed", "The conversation has no message that could be sent to the model.")
         *history, question = prompt.messages
+        if question.role != "user" or not question.content.strip():
+            raise SourceError("source_failed", "The message has no text that could be sent to the model.")
         room = self._history_chars - len(question.content)
-        sent: list[Message] = [question]
+        newest = [question]
         for message in reversed(history):
             room -= len(message.content)
             if room < 0:
                 break
-            if message.content:  # a reply that failed at once has none, and some servers refuse such messages
-                sent.append(message)
-        if sent[-1].role == "assistant":  # an answer whose question no longer fits; some models insist on an order
-            sent.pop()
-        if self._system_prompt is not None:
-            sent.append(Message("system", self._system_prompt))
-        return [{"role": message.role, "content": message.content} for message in reversed(sent)]
+            newest.append(message)
+        return _alternating(self._system_prompt, newest[::-1])
 
     async def _stream(self, messages: list[dict[str, str]]) -> AsyncGenerator[str, None]:
         """Return the text of one attempt."""
@@ -172,6 +178,20 @@ class OpenAI:
 
 # What `_understood` understands; httpx2's errors reach it wrapped by the SDK, or plain while a response is read.
 _UNDERSTOOD = (openai.APIError, httpx2.RequestError, httpx2.InvalidURL, OSError, EventTooLarge)
+
+
+def _alternating(system_prompt: str | None, messages: Sequence[Message]) -> list[dict[str, str]]:
+    joined: list[dict[str, str]] = []
+    for message in messages:
+        if not message.content.strip():
+            continue
+        if joined and joined[-1]["role"] == message.role:
+            joined[-1]["content"] += f"\n\n{message.content}"
+        elif joined or message.role == "user":  # an answer whose question does not fit is left out
+            joined.append({"role": message.role, "content": message.content})
+    if system_prompt is not None:
+        joined.insert(0, {"role": "system", "content": system_prompt})
+    return joined
 
 
 async def _until_end(body: AsyncIterator[bytes], completion: Completion) -> AsyncGenerator[str, None]:

@@ -18,7 +18,8 @@ import pytest
 
 from chatserver.errors import SetupError
 from chatserver.mongod import _ended
-from chatserver.settings import read_settings
+from chatserver.settings import Settings, read_settings
+from chatserver.sources import make_source
 from tests.apps import Database
 from tests.servers import ROOT, Server, until
 
@@ -284,6 +285,37 @@ def test_setting_that_is_wrong_is_named_with_its_value(
     private: Callable[..., Server], variables: dict[str, object], said: str
 ) -> None:
     assert said in failed(private(**variables), 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HTTP_PROXY", "ftp://user:secret@proxy.example:21"),
+        ("http_proxy", "http://user:secret/x@proxy.example"),
+        ("HTTPS_PROXY", "http://proxy.example:99999"),
+        ("ALL_PROXY", "socks5://user:secret@proxy.example:1080"),
+        ("HTTPS_PROXY", "http://[secret"),
+        ("SSL_CERT_FILE", "/no/such/file"),
+    ],
+)
+def test_environment_that_the_http_client_cannot_use_is_named_without_the_password(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SetupError, match=name.upper()) as raised:
+        make_source(Settings(reply_source="openai", openai_api_key="sk-x"))
+    assert "secret" not in str(raised.value)
+
+
+def test_wrong_proxy_is_a_sentence_and_only_where_a_proxy_is_used(
+    monkeypatch: pytest.MonkeyPatch, make_server: Callable[..., Server]
+) -> None:
+    said = failed(make_server(HTTP_PROXY="ftp://x:1", REPLY_SOURCE="openai", OPENAI_API_KEY="sk-x"), 20)
+    assert "HTTP_PROXY is not" in said
+    assert make_server(HTTP_PROXY="ftp://x:1").start().stop() == 0
+    monkeypatch.setenv("HTTP_PROXY", "ftp://x:1")
+    monkeypatch.setenv("NO_PROXY", "x, *")
+    make_source(Settings(reply_source="openai", openai_api_key="sk-x"))
 
 
 @pytest.mark.parametrize(

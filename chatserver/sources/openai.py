@@ -14,6 +14,8 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import httpx2
 import openai
@@ -43,7 +45,7 @@ class OpenAI:
     def __init__(self, settings: Settings) -> None:
         """Read the settings, without calling out.
 
-        :raises SetupError: if OPENAI_BASE_URL is not an address
+        :raises SetupError: if OPENAI_BASE_URL is not an address, or the client cannot use a proxy variable
         """
         self._model = settings.openai_model
         self._system_prompt = settings.openai_system_prompt
@@ -63,7 +65,7 @@ class OpenAI:
             timeout=httpx2.Timeout(settings.openai_read_timeout_s, connect=settings.openai_connect_timeout_s),
             # A gateway that compresses a stream holds its words back.
             default_headers={"Accept-Encoding": "identity"},
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [_limit_error]}),
+            http_client=_http_client(),
         )
 
     async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
@@ -266,6 +268,37 @@ async def _limit_error(response: httpx2.Response) -> None:
         response.stream = _Limited(response.stream)
         # A small compressed body can be a large one; we asked for none.
         response.headers.pop("content-encoding", None)
+
+
+def _http_client() -> httpx2.AsyncClient:
+    proxies = getproxies()
+    if "*" in proxies.get("no", "").replace(" ", "").split(","):  # all are ignored
+        proxies = {}
+    for scheme in ("http", "https", "all"):
+        if (proxy := proxies.get(scheme)) and not _is_usable(proxy):
+            # The value may hold a password.
+            raise SetupError(
+                f"{scheme.upper()}_PROXY is not the address of a proxy that the HTTP client can use: http://host:port "
+                "or https://host:port (socks5:// only with the package socksio)"
+            )
+    try:
+        return openai.DefaultAsyncHttpxClient(event_hooks={"response": [_limit_error]})
+    except OSError as error:
+        raise SetupError(
+            f"The certificates for HTTPS cannot be loaded (SSL_CERT_FILE, SSL_CERT_DIR, SSLKEYLOGFILE): {error}"
+        ) from None
+
+
+def _is_usable(proxy: str) -> bool:
+    """Return whether the HTTP client takes a proxy: it finds some faults at its start, others only in a request."""
+    try:
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        if not url.hostname or url.port == 0:
+            return False
+        httpx2.AsyncHTTPTransport(proxy=url.geturl(), verify=False)
+    except (ValueError, ImportError, httpx2.InvalidURL):
+        return False
+    return True
 
 
 def _address(text: str) -> httpx2.URL:

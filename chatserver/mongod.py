@@ -32,6 +32,10 @@ _STOP_S = 20.0
 _START_S = 30.0
 _LOOK_S = 1.0
 _LOG_LINES = 5
+_SHORT = r"[\w/.-]{1,50}"
+_SOCKET_FOLDER = rf"{_SHORT}/chatserver-\w{{8}}"
+_LOCK_BYTES = 200
+"""More than any name that matches."""
 _ANOTHER = """Start one, and say where it is:
 
     docker run -d --name chat-mongo -p 127.0.0.1:27017:27017 mongo:7
@@ -67,9 +71,9 @@ class Mongod:
     """
 
     def __init__(self, data_dir: Path, *, replica_set: bool = True) -> None:
-        self._folder = data_dir.resolve()
+        self._folder = Path(os.path.realpath(data_dir))
         self._replica_set = replica_set
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
         self._socket: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -81,18 +85,21 @@ class Mongod:
     async def start(self) -> str:
         """Start the server, ending one that a killed chatserver left on this folder; return its URI.
 
-        :raises SetupError: if the folder is in use, or there is no server, or it does not start
+        :raises SetupError: if the folder is in use or cannot be used, or there is no server, or it does not start
         """
         binary = find_mongod()
-        self._take_folder()
         try:
+            self._take_folder()
             await self._end_stale()
+            self._remove_last_socket_folder()
             self._make_socket_folder()
             self._process = self._spawn(binary)
             await self._wait_until_listening()
-        except BaseException:
+        except BaseException as error:
             self.kill()
             self._release_folder()
+            if isinstance(error, OSError):
+                raise SetupError(self._describe(error)) from None
             raise
         return f"mongodb://{quote(self.host, safe='')}/?directConnection=true"
 
@@ -138,18 +145,27 @@ class Mongod:
         return self._folder / "mongod.log"
 
     def _take_folder(self) -> None:
-        try:
-            self._data.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._folder / "lock").open("a+")
-        except OSError as error:
-            raise SetupError(f"CHAT_DATA_DIR {self._folder} cannot be used: {error.strerror}") from None
+        # The server's log may quote messages: nobody else on the machine may read it.
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._data.mkdir(exist_ok=True)
+        self._lock = (self._folder / "lock").open("a+b")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._release_folder()
+        except BlockingIOError:
             raise SetupError(
                 f"CHAT_DATA_DIR {self._folder} is in use by another chatserver; stop it, or choose another folder"
             ) from None
+
+    def _describe(self, error: OSError) -> str:
+        """Return what keeps the folder from being used: the file at fault, if it is known, and the way out."""
+        why = error.strerror or str(error)
+        files = [str(each) for each in (error.filename, error.filename2) if each not in (None, str(self._folder))]
+        if not files:
+            return f"CHAT_DATA_DIR {self._folder} cannot be used: {why}; choose another folder"
+        return (
+            f"CHAT_DATA_DIR {self._folder} cannot be used: {', '.join(files)}: {why}; "
+            "repair or move that file, or choose another folder"
+        )
 
     def _release_folder(self) -> None:
         if self._lock is not None:
@@ -171,23 +187,37 @@ class Mongod:
             if await _within(_STOP_S, lambda: _ended(pid)):
                 return
 
-    def _make_socket_folder(self) -> None:
-        """Make a folder for the socket, whose path must be short, and remove the one of a killed chatserver."""
+    def _remove_last_socket_folder(self) -> None:
+        """Remove the socket folder of a killed chatserver, which the lock file names."""
         assert self._lock is not None
         self._lock.seek(0)
-        if (last := Path(self._lock.read().strip())).name.startswith("chatserver-"):
+        last = os.fsdecode(self._lock.read(_LOCK_BYTES))
+        if re.fullmatch(_SOCKET_FOLDER, last):
             shutil.rmtree(last, ignore_errors=True)
+        elif last:
+            # It names nothing that could be removed: no reason not to start.
+            logger.warning(
+                "%s is damaged and is written again; if a folder chatserver-* is left over in %s, remove it",
+                self._lock.name,
+                tempfile.gettempdir(),
+            )
+
+    def _make_socket_folder(self) -> None:
+        """Make a folder for the socket, whose path must be short, and note its name in the lock file."""
+        assert self._lock is not None
         usual = tempfile.gettempdir()
-        folder = tempfile.mkdtemp(prefix="chatserver-", dir=usual if re.fullmatch(r"[\w/.-]{1,50}", usual) else "/tmp")
-        self._lock.truncate(0)
-        self._lock.write(folder)
-        self._lock.flush()
+        folder = tempfile.mkdtemp(prefix="chatserver-", dir=usual if re.fullmatch(_SHORT, usual) else "/tmp")
         self._socket = Path(folder, "mongodb.sock")
+        self._lock.truncate(0)
+        self._lock.write(os.fsencode(folder))
+        self._lock.flush()
 
     # -- the process ---------------------------------------------------------------------------------------------
 
     def _spawn(self, binary: str) -> "subprocess.Popen[bytes]":
-        command = [binary, "--dbpath", str(self._data), "--bind_ip", self.host]
+        # Only on that socket: by default it adds one at a fixed path in /tmp, where two servers take it from each
+        # other, and where another user's file of that name keeps it from starting.
+        command = [binary, "--dbpath", str(self._data), "--bind_ip", self.host, "--nounixsocket"]
         # At most; with half of it, an update of a document of 16 MB is now and then refused as too large for the cache.
         command += ["--wiredTigerCacheSizeGB", "0.5"]
         command += ["--logpath", str(self._log), "--logappend", "--quiet"]
@@ -196,10 +226,10 @@ class Mongod:
             command += ["--replSet", "rs0", "--oplogSize", "64"]
         if self._log.exists():
             self._log.replace(self._folder / "mongod.log.1")
-        try:
-            # What the loader says of a library that is missing belongs in the log, too. A session of its own: Ctrl-C
-            # in the terminal ends us, and we end it after the last write.
-            with self._log.open("ab") as log:
+        # What the loader says of a library that is missing belongs in the log, too. A session of its own: Ctrl-C
+        # in the terminal ends us, and we end it after the last write.
+        with self._log.open("ab") as log:
+            try:
                 return subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -208,8 +238,8 @@ class Mongod:
                     start_new_session=True,
                     preexec_fn=_die_with_parent if _libc else None,
                 )
-        except OSError as error:
-            raise SetupError(f"{binary} cannot be run: {error.strerror}") from None
+            except OSError as error:
+                raise SetupError(f"{binary} cannot be run: {error.strerror}") from None
 
     async def _wait_until_listening(self) -> None:
         if await _within(_START_S, lambda: self._exited or _listens(self.host)) and not self._exited:

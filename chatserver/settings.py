@@ -94,6 +94,13 @@ def _key(text: str) -> str:
     return text
 
 
+def _path(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~name, of a user that does not exist
+        raise ValueError(str(error)) from None
+
+
 def _networks(text: str) -> tuple[str, ...]:
     for name in _names(text):
         ipaddress.ip_network(name)
@@ -124,7 +131,7 @@ class Settings:
     log_level: str = _setting("info", _choice("debug", "info", "warning", "error"))
 
     mongodb_uri: str | None = _setting(None, secret=True)
-    chat_data_dir: Path = _setting(Path(".data"), lambda text: Path(text).expanduser())
+    chat_data_dir: Path = _setting(Path(".data"), _path)
     database_timeout_s: float = _setting(3.0, _SECONDS)
     checkpoint_ms: int = _setting(250, _whole(10, 60_000))
     lease_ms: int = _setting(10_000, _whole(100, 3_600_000))
@@ -198,9 +205,15 @@ def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Pa
 
 def _read_file(dotenv: Path) -> dict[str, str | None]:
     try:
-        text = dotenv.read_text("utf-8") if dotenv.is_file() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise SetupError(f"{dotenv} cannot be read: {error}") from None
+        # Editors on Windows begin it with a byte order mark, which would become part of the first name.
+        text = dotenv.read_text("utf-8-sig") if os.path.lexists(dotenv) else ""
+    except OSError as error:
+        raise SetupError(f"{dotenv} cannot be read: {error.strerror}; repair it, or move it away") from None
+    except UnicodeDecodeError:
+        raise SetupError(f"{dotenv} is not text in UTF-8: save it as such, or move it away") from None
+    if (damage := re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text)) is not None:
+        line = text.count("\n", 0, damage.start()) + 1
+        raise SetupError(f"{dotenv}, line {line}, has a control character: write that line again")
     for binding in parse_stream(StringIO(text)):
         if binding.error:
             raise SetupError(f"{dotenv}, line {binding.original.line}, is neither NAME=value nor a comment")

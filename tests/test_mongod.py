@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import stat
@@ -110,22 +112,92 @@ async def test_nobody_else_can_reach_it(tmp_path: Path) -> None:
     async with started(tmp_path) as (mongod, _):
         path = Path(mongod.host)
         assert path.is_socket() and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-        inodes = {os.readlink(link) for link in Path(f"/proc/{pid_on(tmp_path)}/fd").iterdir() if link.is_symlink()}
-        listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines() if " 0A " in line]
-        assert not any(f"socket:[{fields[9]}]" in inodes for fields in listening)
+        opened = {os.readlink(link) for link in Path(f"/proc/{pid_on(tmp_path)}/fd").iterdir() if link.is_symlink()}
+        for table in ("tcp", "tcp6"):
+            listening = [line.split() for line in Path("/proc/net", table).read_text().splitlines() if " 0A " in line]
+            assert not any(f"socket:[{fields[9]}]" in opened for fields in listening)
     assert not path.parent.exists()
+
+
+async def test_everything_of_it_is_in_its_two_private_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    async with started(folder) as (mongod, _):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        opened = {os.readlink(link) for link in Path(f"/proc/{pid_on(folder)}/fd").iterdir() if link.is_symlink()}
+        files = {name for name in opened if name.startswith("/") and not name.startswith("/dev/")}
+        assert files and all(Path(name).is_relative_to(folder) for name in files)
+        # Number, ..., flags, type, state, inode, path: flags 10000 is a socket that listens.
+        lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+        sockets = [fields for fields in lines if len(fields) > 7 and f"socket:[{fields[6]}]" in opened]
+        assert {fields[7] for fields in sockets if fields[3] == "00010000"} == {mongod.host}
+        assert [each.name for each in Path(mongod.host).parent.iterdir()] == ["mongodb.sock"]
 
 
 async def test_socket_folder_of_a_killed_chatserver_is_removed(tmp_path: Path) -> None:
     folder = Path(tempfile.mkdtemp(prefix="chatserver-"))
     (folder / "mongodb.sock").write_text("")
-    other = tmp_path / "other"
-    other.mkdir()
-    for left, stays in ((folder, False), (other, True)):
-        (tmp_path / "lock").write_text(str(left))
-        async with started(tmp_path):
-            pass
-        assert left.exists() == stays
+    (tmp_path / "lock").write_text(str(folder))
+    async with started(tmp_path):
+        pass
+    assert not folder.exists()
+
+
+@pytest.mark.expects_log("lock is damaged and is written again; .*remove it")
+@pytest.mark.parametrize("content", [b"\xff\xfe\0garbage", b"\0" * 4096, b"{other}", b"chatserver-relative"])
+async def test_damaged_lock_is_named_and_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, others = tmp_path / "data", [tmp_path / "other", tmp_path / "chatserver-relative"]
+    for each in (folder, *others):
+        each.mkdir()
+    (folder / "lock").write_bytes(content.replace(b"{other}", os.fsencode(others[0])))
+    mongod = Mongod(folder)
+    await mongod.start()
+    assert (folder / "lock").read_text() == str(Path(mongod.host).parent)
+    assert all(each.is_dir() for each in others)
+    mongod.kill()
+    await mongod.stop()
+
+
+@pytest.mark.parametrize("name", ["lock", "mongod.log", "mongod.log.1", "db"])
+async def test_file_of_ours_that_is_something_else_is_named(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    if name == "db":
+        (folder / "db").write_text("")
+    else:
+        (folder / "mongod.log").write_text("")
+        (folder / name).unlink(missing_ok=True)
+        (folder / name / "x").mkdir(parents=True)
+    if name == "mongod.log":
+        # It is moved away, like any log of the run before; but not onto something that is not a file.
+        (folder / "mongod.log.1").write_text("")
+    with pytest.raises(SetupError, match=rf"data cannot be used: .*{folder / name}.*: .*; repair or move that file"):
+        await Mongod(folder).start()
+
+
+async def test_folder_that_cannot_be_locked_is_not_said_to_be_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))  # a network's file system without locks
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(SetupError, match="cannot be used: No locks available; choose another folder"):
+        await Mongod(tmp_path).start()
+
+
+async def test_folder_that_is_a_loop_of_links_is_named(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(SetupError, match="loop cannot be used"):
+        await Mongod(tmp_path / "loop").start()
+
+
+async def test_no_temporary_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no")[-50:])
+    with pytest.raises(SetupError, match="No such file or directory"):
+        await Mongod(tmp_path / "data").start()
 
 
 async def test_temporary_folder_with_a_long_name_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,6 +279,7 @@ def test_port_that_is_taken_is_an_error(private: Callable[..., Server], database
         ({"CORS_CREDENTIALS": "true", "CORS_ORIGINS": "*"}, "CORS_CREDENTIALS"),
         ({"CHAT_DATA_DIR": "/dev/null/x"}, "CHAT_DATA_DIR /dev/null/x"),
         ({"CHAT_DATA_DIR": "~/x", "HOME": "/dev/null"}, "CHAT_DATA_DIR /dev/null/x"),
+        ({"CHAT_DATA_DIR": "~nobody-of-that-name/x"}, "CHAT_DATA_DIR is '~nobody-of-that-name/x'"),
     ],
 )
 def test_setting_that_is_wrong_is_named_with_its_value(
@@ -360,6 +361,33 @@ def test_line_of_the_file_that_cannot_be_read_is_named(tmp_path: Path, text: str
     with pytest.raises(SetupError) as raised:
         read_settings({}, tmp_path / ".env")
     assert str(raised.value) == f"{tmp_path / '.env'}, line {line}, is neither NAME=value nor a comment"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfeP\0O\0R\0T\0", " is not text in UTF-8: save it as such"),
+        (b"PORT=3000\nHOST=caf\xe9\n", " is not text in UTF-8: save it as such"),
+        (b"PORT=3000\n\0\0\0\0", ", line 2, has a control character: write that line again"),
+        (b"HOST=\x1b[A", ", line 1, has a control character: write that line again"),
+        (None, " cannot be read: Is a directory; repair it, or move it away"),
+    ],
+)
+def test_damaged_file_is_named_and_what_to_do(tmp_path: Path, content: bytes | None, said: str) -> None:
+    file = tmp_path / ".env"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(SetupError) as raised:
+        read_settings({}, file)
+    assert str(raised.value).startswith(f"{file}{said}")
+
+
+def test_file_saved_by_an_editor_on_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"\xef\xbb\xbfPORT=3001\r\nHOST=localhost\r\n")
+    settings = read_settings({}, tmp_path / ".env")
+    assert (settings.port, settings.host) == (3001, "localhost")
 
 
 def test_settings_come_from_the_environment_first_then_from_the_file(

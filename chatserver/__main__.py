@@ -22,6 +22,7 @@ from chatserver.chat import Chat
 from chatserver.errors import DatabaseUnavailable, SetupError
 from chatserver.handlers.stream import Streams
 from chatserver.hub import Hub
+from chatserver.listener import Listener
 from chatserver.metrics import Metrics
 from chatserver.mongod import Mongod
 from chatserver.settings import Settings, read_settings
@@ -34,8 +35,10 @@ with suppress(ImportError):
 
 logger = logging.getLogger("chatserver")
 
-_OTHER_FILES = 100
-"""Open files that are no streams: requests, connections to MongoDB, a source's."""
+_OTHER_FILES = 200
+"""Open files that are no clients' connections: up to 100 to MongoDB, refused clients, the log, libraries."""
+_OTHER_CONNECTIONS = 10_000
+"""Connections that are no streams, unless `MAX_CONNECTIONS` is set."""
 _READ_HEADS = 4
 """A head beyond so many times what is allowed is not read to its end, and its connection closed without a word."""
 _CHUNK = 16 * 1024
@@ -47,9 +50,10 @@ _GC_THRESHOLD = 50_000
 """Objects with references, made and not yet unmade, before the youngest are looked through; Python's own is 700."""
 
 
-async def serve(settings: Settings, *, reload: bool = False) -> None:
+async def serve(settings: Settings, *, connections: int, reload: bool = False) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP, then shut down in order; a second SIGTERM or SIGINT exits at once.
 
+    :param connections: how many may be open
     :raises SetupError: if the server cannot be started as it is set up
     """
     loop = asyncio.get_running_loop()
@@ -76,7 +80,7 @@ async def serve(settings: Settings, *, reload: bool = False) -> None:
             await initiate_replica_set(uri, mongod.host)
             keeping = asyncio.create_task(mongod.keep_running())
         assert uri is not None
-        await _serve_on(settings, uri, stopping, alone=mongod is not None, reload=reload)
+        await _serve_on(settings, uri, stopping, connections, alone=mongod is not None, reload=reload)
     finally:
         if keeping is not None:
             keeping.cancel()
@@ -84,7 +88,9 @@ async def serve(settings: Settings, *, reload: bool = False) -> None:
             await mongod.stop()
 
 
-async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, alone: bool, reload: bool) -> None:
+async def _serve_on(
+    settings: Settings, uri: str, stopping: asyncio.Event, connections: int, *, alone: bool, reload: bool
+) -> None:
     client = connect(uri, settings.database_timeout_s)
     address = describe_uri(uri)
     try:
@@ -114,8 +120,9 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
             body_timeout=settings.request_timeout_s,
             idle_connection_timeout=settings.request_timeout_s,
         )
-        streams.give_back_to(server)
-        server.add_sockets(sockets)
+        listener = Listener(sockets, server, connections, metrics)
+        streams.give_back_to(listener.serve)
+        listener.start()
         ticking = asyncio.create_task(streams.tick_for_ever())
         host, port = sockets[0].getsockname()[:2]
         print(f"chatserver listens on http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
@@ -129,7 +136,7 @@ async def _serve_on(settings: Settings, uri: str, stopping: asyncio.Event, *, al
         sys.setswitchinterval(_SWITCH_S)
         await stopping.wait()
         logger.info("shutting down; running replies: %d, waited for up to %g s", chat.running, settings.drain_s)
-        server.stop()
+        listener.stop()
         await chat.drain()
         await streams.close()
         ticking.cancel()
@@ -151,14 +158,28 @@ def give_up_idle_readers(sockets: list[socket.socket], slow_client_timeout_s: fl
             each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
-def _allow_files(streams: int) -> None:
-    """Allow this process as many open files as the system lets it have: each stream is one."""
+def _allow_connections(settings: Settings) -> int:
+    """Raise the limit of open files as far as the system permits; return how many connections may be open."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files != resource.RLIM_INFINITY and files < streams + _OTHER_FILES:
-        logger.warning("MAX_STREAMS is %d, but this process may open only %d files (ulimit -n)", streams, files)
+    wanted = settings.max_connections or settings.max_streams + _OTHER_CONNECTIONS
+    if files == resource.RLIM_INFINITY:
+        return wanted
+    others = _OTHER_FILES + (settings.max_replies if settings.reply_source == "openai" else 0)
+    room = max(files - others, files // 2)
+    name, asked = (
+        ("MAX_STREAMS", settings.max_streams)
+        if settings.max_connections is None
+        else ("MAX_CONNECTIONS", settings.max_connections)
+    )
+    if asked > room:
+        logger.warning(
+            "%s is %d, but this process may open only %d files (ulimit -n), which leaves room for %d connections",
+            *(name, asked, files, room),
+        )
+    return min(wanted, room)
 
 
 def main() -> int:
@@ -169,9 +190,9 @@ def main() -> int:
     try:
         settings = read_settings()
         logs.set_up(settings)
-        _allow_files(settings.max_streams)
+        connections = _allow_connections(settings)
         with asyncio.Runner(loop_factory=_new_event_loop) as runner:
-            runner.run(serve(settings, reload=arguments.reload))
+            runner.run(serve(settings, connections=connections, reload=arguments.reload))
     except SetupError as error:
         print(f"chatserver: {error}", file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ Exception
     ├── KeyReused              422 idempotency_key_reused
     ├── TooManyStreams         429 too_many_streams        (Retry-After)
     ├── HeadersTooLarge        431 headers_too_large
+    ├── TooManyConnections     503 too_many_connections    (Retry-After); rendered in listener.py
     ├── TooManyReplies         503 too_many_replies        (Retry-After)
     ├── DatabaseUnavailable    503 database_unavailable    (Retry-After)
     │   └── OutcomeUnknown     the same to the client; the write may have reached the database
@@ -71,6 +72,20 @@ class ChatError(Exception):
         super().__init__(self.detail)
         self.code = code or self.code
         self.fields = fields or []
+
+    def document(self, request_id: str) -> dict[str, object]:
+        """Return the answer's body (RFC 9457)."""
+        body: dict[str, object] = {
+            "type": "about:blank",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+            "requestId": request_id,
+        }
+        if self.fields:
+            body["errors"] = self.fields
+        return body
 
 
 class InvalidRequest(ChatError):
@@ -160,6 +175,14 @@ class HeadersTooLarge(ChatError):
     title = "Headers too large"
     default_detail = "The request's headers are larger than this server accepts."
     code = "headers_too_large"
+
+
+class TooManyConnections(ChatError):
+    status = 503
+    title = "Too many connections"
+    default_detail = "The server has reached its limit of open connections. Try again later."
+    retry_after_s = 5
+    code = "too_many_connections"
 
 
 class TooManyReplies(ChatError):

@@ -25,6 +25,7 @@ _WHEN = {
     "idempotency_key_reused": "the key was used with another body",
     "too_many_streams": "the limit of open streams is reached",
     "headers_too_large": "the request's line and headers are too large",
+    "too_many_connections": "the limit of open connections is reached",
     "too_many_replies": "the limit of running replies is reached",
     "database_unavailable": "MongoDB does not answer; a retry with the same Idempotency-Key is safe",
     "draining": "the server is shutting down",
@@ -178,7 +179,7 @@ def _paths() -> dict[str, Any]:
     }
 
 
-_ALL_CODES = ("headers_too_large", "host_not_allowed", "internal")
+_ALL_CODES = ("headers_too_large", "host_not_allowed", "internal", "too_many_connections")
 _ID_CODES = ("invalid_request", "invalid_id")
 _BODY_CODES = ("invalid_request", "invalid_json", "payload_too_large", "unsupported_media_type")
 _TURN_CODES = ("reply_in_progress", "conversation_full", "too_many_replies", "database_unavailable", "draining")

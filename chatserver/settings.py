@@ -154,6 +154,7 @@ class Settings:
     max_reply_chars: int = _setting(400_000, _COUNT)
     max_header_bytes: int = _setting(16_384, _whole(1024, 1_048_576))
     request_timeout_s: float = _setting(30.0, _SECONDS)
+    max_connections: int | None = _setting(None, _COUNT)
     max_streams: int = _setting(10_000, _COUNT)
     max_streams_per_conversation: int = _setting(2_000, _COUNT)
     max_streams_per_address: int = _setting(0, _whole(0, 10_000_000))

@@ -16,6 +16,7 @@ from chatserver.app import make_app
 from chatserver.chat import Chat
 from chatserver.handlers.stream import Streams
 from chatserver.hub import Hub
+from chatserver.listener import Listener
 from chatserver.metrics import Metrics
 from chatserver.settings import Settings
 from chatserver.sources import Prompt, Source
@@ -93,15 +94,16 @@ class App:
         self.streams = Streams(self.chat, settings, self.metrics)
         self._ticking = asyncio.create_task(self.streams.tick_for_ever())
         self.server = HTTPServer(make_app(self.chat, self.streams, self.metrics, settings))
-        self.streams.give_back_to(self.server)
         sock, self.port = bind_unused_port()
         give_up_idle_readers([sock], settings.slow_client_timeout_s)
-        self.server.add_socket(sock)
+        self.listener = Listener([sock], self.server, settings.max_connections or 20_000, self.metrics)
+        self.streams.give_back_to(self.listener.serve)
+        self.listener.start()
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = Client(self.url)
 
     async def stop(self) -> None:
-        self.server.stop()
+        self.listener.stop()
         await self.client.close()
         await self.chat.drain()
         await self.streams.close()

@@ -17,6 +17,7 @@ ALLOWED: dict[str, list[str]] = {
     "chatserver.sse": [],
     "chatserver.metrics": [],
     "chatserver.mongod": ["chatserver.errors"],
+    "chatserver.listener": ["chatserver.errors", "chatserver.metrics"],
     "chatserver.logs": ["chatserver.settings"],
     "chatserver.hub": ["chatserver.sse"],
     "chatserver.records": [],

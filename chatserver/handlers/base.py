@@ -199,17 +199,7 @@ class BaseHandler(RequestHandler):
             self.set_header("Retry-After", str(problem.retry_after_s))
         if problem.status == 405:
             self.set_header("Allow", ", ".join(self.allowed_methods()))
-        body: dict[str, Any] = {
-            "type": "about:blank",
-            "title": problem.title,
-            "status": problem.status,
-            "detail": problem.detail,
-            "code": problem.code,
-            "requestId": self.request_id,
-        }
-        if problem.fields:
-            body["errors"] = problem.fields
-        self.finish(json.dumps(body) + "\n")
+        self.finish(json.dumps(problem.document(self.request_id)) + "\n")
 
     def allowed_methods(self) -> list[str]:
         """Return the methods that this resource supports, as a 405 must say (RFC 9110, 15.5.6)."""

@@ -40,9 +40,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import cast
 
-from tornado.httpserver import HTTPServer
-from tornado.iostream import IOStream
-
 from chatserver import sse
 from chatserver.chat import Chat
 from chatserver.errors import ChatError, Draining, TooManyStreams
@@ -271,15 +268,15 @@ class Streams:
         self._conversations: Counter[str] = Counter()
         self._addresses: Counter[str] = Counter()
         self._ending = False
-        self._server: HTTPServer | None = None
+        self._serve: Callable[[socket.socket], None] | None = None
         metrics.watch("chatserver_open_streams", "Streams that are open.", lambda: len(self))
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def give_back_to(self, server: HTTPServer) -> None:
-        """Have a server read the next requests of connections whose streams have ended in order."""
-        self._server = server
+    def give_back_to(self, serve: Callable[[socket.socket], None]) -> None:
+        """Have the next requests of connections whose streams have ended in order read; see `Listener.serve`."""
+        self._serve = serve
 
     def open(
         self,
@@ -305,7 +302,7 @@ class Streams:
             raise TooManyStreams("This conversation has as many streams open as it may; close one.")
         if 0 < limits.max_streams_per_address <= self._addresses[address]:
             raise TooManyStreams("Your address has as many streams open as it may; close one.")
-        reuse = self._give_back if reusable else None
+        reuse = self._serve if reusable else None
         connection = Connection(head, self._closed, chunked=chunked, until_done=until_done, reuse=reuse)
         if limits.stream_max_age_s:
             age = limits.stream_max_age_s * random.uniform(0.5, 1.5)
@@ -314,18 +311,6 @@ class Streams:
         self._conversations[conversation_id] += 1
         self._addresses[address] += 1
         return connection
-
-    def _give_back(self, connection: socket.socket) -> None:
-        server = self._server
-        assert server is not None
-        try:
-            address = connection.getpeername()
-        except OSError:  # the client has closed it meanwhile
-            connection.close()
-            return
-        connection.setblocking(False)
-        stream = IOStream(connection, server.max_buffer_size, read_chunk_size=server.read_chunk_size)
-        server.handle_stream(stream, address)
 
     def _closed(self, connection: Connection) -> None:
         conversation_id, address = self._open.pop(connection)

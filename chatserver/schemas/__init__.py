@@ -12,13 +12,20 @@ from chatserver.errors import FieldError, InvalidRequest
 
 Schema = dict[str, Any]
 
+# Read at once: a first request must not fail because no file can be opened by then.
+_TEXTS = {
+    file.name.removesuffix(".json"): file.read_text("utf-8")
+    for file in files(__package__).iterdir()
+    if file.name.endswith(".json")
+}
+
 
 def load(name: str, max_input_chars: int = 0) -> Schema:
     """Return the schema in `schemas/<name>.json`, as a copy of the caller's own.
 
     :param max_input_chars: the setting of that name, for `say`; 0: as the file has it
     """
-    schema: Schema = json.loads(files(__package__).joinpath(f"{name}.json").read_text("utf-8"))
+    schema: Schema = json.loads(_TEXTS[name])
     if name == "say" and max_input_chars:
         schema["properties"]["input"]["maxLength"] = max_input_chars
     return schema

@@ -256,6 +256,9 @@ class Chat:
                 await self.subscribe(conversation_id, position, subscriber)
             except DatabaseUnavailable:
                 subscriber.disconnect()
+            except Exception:
+                subscriber.disconnect()
+                raise
 
         self._replies.spawn(go_on())
 

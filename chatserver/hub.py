@@ -7,11 +7,12 @@ which writes to each subscriber, in one write, all that lies after its cursor.
 """
 
 import asyncio
+import logging
 import sys
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,8 +21,10 @@ from typing import NamedTuple, Protocol
 
 from tornado.locks import Condition
 
-from chatserver import sse
+from chatserver import sse, tasks
 from chatserver.sse import Position
+
+logger = logging.getLogger(__name__)
 
 MAX_WRITE = 128 * 1024
 """Bytes handed to a connection at once: what a client that stops reading may cost us."""
@@ -61,6 +64,9 @@ class Subscriber(Protocol):
 
     def end(self, data: bytes = b"") -> None:
         """Write `data`, if any, then end the response in order: the client has everything."""
+
+    def abort(self) -> None:
+        """Close the connection at once: the client has to resume."""
 
     def disconnect(self) -> None:
         """Close the connection, after what is being written, without an orderly end: the client has to resume."""
@@ -234,16 +240,37 @@ class Live:
     def reset(self) -> None:
         """Tell every subscriber that its position is gone, and end its stream."""
         self.reply = None
-        for subscriber in [*self.subscribers, *self._ahead]:
-            self._counts.events += 1
-            subscriber.end(sse.RESET)
+        self._for_each([*self.subscribers, *self._ahead], self._reset_one)
         self._drop(self._end, None)
 
     def cut(self) -> None:
         """End every stream after what there is for it: the clients resume from where they are."""
+        self._for_each([*self.subscribers, *self._ahead], self._cut_one)
+
+    def abort(self) -> None:
+        """Abort every stream, after an unexpected failure: the clients resume, and the server goes on."""
         for subscriber in [*self.subscribers, *self._ahead]:
-            self.catch_up(subscriber)
-            subscriber.disconnect()
+            subscriber.ready = False
+            subscriber.abort()
+
+    def _reset_one(self, subscriber: Subscriber) -> None:
+        self._counts.events += 1
+        subscriber.end(sse.RESET)
+
+    def _cut_one(self, subscriber: Subscriber) -> None:
+        self.catch_up(subscriber)
+        subscriber.disconnect()
+
+    def _for_each(self, subscribers: Iterable[Subscriber], act: Callable[[Subscriber], None]) -> None:
+        """Do something with each subscriber; abort one that fails, and go on with the others."""
+        for subscriber in subscribers:
+            try:
+                act(subscriber)
+            except Exception:
+                # Not ready: nothing is written to it any more. The end of its connection unsubscribes it.
+                logger.exception("a subscriber failed and is aborted", extra={"conversation": self.conversation_id})
+                subscriber.ready = False
+                subscriber.abort()
 
     # -- who watches it ------------------------------------------------------------------------------------------
 
@@ -313,8 +340,7 @@ class Live:
         self.has_news = False
         if self._ahead:
             self._place_the_ahead()
-        for subscriber in self.subscribers:
-            self.catch_up(subscriber)
+        self._for_each(self.subscribers, self.catch_up)
         end = self._end
         if self.reply is None and self._log and all(each.cursor == end for each in self.subscribers):
             self._drop(end, self.position)
@@ -395,9 +421,8 @@ class Live:
         del self._log[: offset - self._base]
         self._base, self._tail = offset, tail
         self._piece = _NO_PIECE
-        for subscriber in self.subscribers:
-            if subscriber.cursor < offset:
-                subscriber.disconnect()
+        behind = [each for each in self.subscribers if each.cursor < offset]
+        self._for_each(behind, lambda subscriber: subscriber.disconnect())
         self.version += 1
 
 
@@ -451,11 +476,18 @@ class Hub:
 
     async def deliver(self) -> None:
         """Deliver for ever; no await between the check and the wait, so that no news is missed."""
-        while True:
-            while not self._news:
-                await self._wake.wait()
-            pause_at = monotonic() + _DELIVERY_S
-            while self._news and monotonic() < pause_at:
-                self._news.popleft().deliver()
-            if self._news:
-                await asyncio.sleep(0)
+        await tasks.repeat(self._deliver)
+
+    async def _deliver(self) -> None:
+        while not self._news:
+            await self._wake.wait()
+        pause_at = monotonic() + _DELIVERY_S
+        while self._news and monotonic() < pause_at:
+            live = self._news.popleft()
+            try:
+                live.deliver()
+            except Exception:
+                logger.exception("a delivery failed", extra={"conversation": live.conversation_id})
+                live.abort()
+        if self._news:
+            await asyncio.sleep(0)

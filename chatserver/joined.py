@@ -41,6 +41,8 @@ class Joined(Generic[Item, Result]):
     async def _answer(self, asked: Sequence[tuple[Item, asyncio.Future[Result]]]) -> None:
         results: Sequence[Result] | BaseException
         (results,) = await asyncio.gather(self._call([item for item, _ in asked]), return_exceptions=True)
+        if not isinstance(results, BaseException) and len(results) != len(asked):
+            results = RuntimeError(f"{len(results)} answers to {len(asked)} questions")
         if isinstance(results, BaseException):
             if len(asked) > 1 and not isinstance(results, DatabaseUnavailable):
                 # What is wrong may be wrong with one of them only.

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
+from chatserver import tasks
 from chatserver.errors import SetupError
 
 logger = logging.getLogger(__name__)
@@ -105,14 +106,17 @@ class Mongod:
 
     async def keep_running(self) -> None:
         """Start the server again, on the same folder and socket, whenever it has ended by itself; for ever."""
-        while True:
-            await asyncio.sleep(_LOOK_S)
-            if self._process is not None and self._exited:
-                logger.error("the private MongoDB server has ended (%d) and is started again", self._process.returncode)
-                try:
-                    self._process = self._spawn(find_mongod())
-                except SetupError as error:
-                    logger.error("%s", error)
+        await tasks.repeat(self._start_again)
+
+    async def _start_again(self) -> None:
+        """Look, after a moment, whether the server has ended by itself; start it again if it has."""
+        await asyncio.sleep(_LOOK_S)
+        if self._process is not None and self._exited:
+            logger.error("the private MongoDB server has ended (%d) and is started again", self._process.returncode)
+            try:
+                self._process = self._spawn(find_mongod())
+            except (SetupError, OSError) as error:
+                logger.error("%s", error)
 
     async def stop(self) -> None:
         """End the server in order, by force after 20 seconds; then let go of the folder."""

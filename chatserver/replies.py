@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tornado.locks import Condition
 
-from chatserver import sources, sse
+from chatserver import sources, sse, tasks
 from chatserver.errors import (
     DatabaseUnavailable,
     Draining,
@@ -49,6 +49,8 @@ _FULL = Ending("failed", ReplyError("conversation_full", "The reply was cut wher
 _EMPTY = Ending("failed", ReplyError("source_empty", "The model sent no text. Retry, or rephrase the question."))
 _CRASHED = Ending("failed", ReplyError("source_failed", "The source of replies failed unexpectedly; try again."))
 _CHECKPOINTS_AT_ONCE = 200
+_ATTEMPTS = 5
+"""How often a reply's checkpoint or its end may fail to be stored unexpectedly, before it is given up."""
 _SETTLE_LOOKS = 3
 _SETTLE_PAUSE_S = 0.5
 
@@ -64,6 +66,8 @@ class Running:
     started: bool = False
     generating: bool = True
     ending: Ending | None = None
+    unsaved: int = 0
+    """How many of its checkpoints failed unexpectedly."""
     task: "asyncio.Task[None]" = field(init=False)
 
 
@@ -97,8 +101,8 @@ class Replies:
         """Finish lost replies, start to deliver, checkpoint and sweep."""
         await self._finish_lost(alone=alone)
         self.spawn(self._hub.deliver())
-        self.spawn(_for_ever(self._checkpoint))
-        self.spawn(_for_ever(self._sweep))
+        self.spawn(tasks.repeat(self._checkpoint, expected=(DatabaseUnavailable,)))
+        self.spawn(tasks.repeat(self._sweep, expected=(DatabaseUnavailable,)))
 
     async def drain(self) -> None:
         """Refuse new turns, let replies end for `DRAIN_S`, finish the rest as interrupted with their text stored."""
@@ -156,30 +160,30 @@ class Replies:
 
     async def _follow(self, live: Live, reply: LiveReply) -> None:
         """Publish a reply that another server writes, as its checkpoints tell, until it ends."""
+        await tasks.repeat(lambda: self._follow_once(live, reply), expected=(DatabaseUnavailable,))
+
+    async def _follow_once(self, live: Live, reply: LiveReply) -> bool:
+        """Publish the next checkpoint, or the end; return whether there is nothing more to follow."""
         conversation_id = live.conversation_id
-        while True:
-            await asyncio.sleep(self._settings.checkpoint_ms / 1000)
-            try:
-                record = await self._store.read(conversation_id, since=reply.message_id)
-                stored = record.reply if record else None
-                if stored is not None and stored.id == reply.message_id and stored.expired:
-                    await self.finish_checkpointed(conversation_id, stored, _INTERRUPTED)
-                    continue
-            except DatabaseUnavailable:
-                continue
-            if live.reply is not reply:
-                return
-            if stored is not None and stored.id == reply.message_id:
-                _append(live, reply, stored.content[reply.chars :])
-                continue
-            message = record.messages[0] if record and record.found else None
-            if message is not None:
-                _append(live, reply, message.content[reply.chars :])
-            self._publish_end(live, reply, message)
-            if not live.is_unused:
-                # The other server may have gone on.
-                self.align(live, record)
-            return
+        await asyncio.sleep(self._settings.checkpoint_ms / 1000)
+        record = await self._store.read(conversation_id, since=reply.message_id)
+        stored = record.reply if record else None
+        if stored is not None and stored.id == reply.message_id and stored.expired:
+            await self.finish_checkpointed(conversation_id, stored, _INTERRUPTED)
+            return False
+        if live.reply is not reply:
+            return True
+        if stored is not None and stored.id == reply.message_id:
+            _append(live, reply, stored.content[reply.chars :])
+            return False
+        message = record.messages[0] if record and record.found else None
+        if message is not None:
+            _append(live, reply, message.content[reply.chars :])
+        self._publish_end(live, reply, message)
+        if not live.is_unused:
+            # The other server may have gone on.
+            self.align(live, record)
+        return True
 
     # -- a reply that runs ---------------------------------------------------------------------------------------
 
@@ -225,18 +229,19 @@ class Replies:
         A write that was on its way may arrive a moment after the database is back, hence the second and third look.
         """
         looks = 0
+
+        async def look() -> bool:
+            nonlocal looks
+            await asyncio.sleep(_SETTLE_PAUSE_S)
+            begun = await self._store.find_begun(conversation_id, reply_id)
+            looks += 1
+            if begun is not None:
+                with self._hub.hold(conversation_id) as live:
+                    self._start(live, begun)
+            return begun is not None or looks == _SETTLE_LOOKS
+
         try:
-            while looks < _SETTLE_LOOKS:
-                await asyncio.sleep(_SETTLE_PAUSE_S)
-                try:
-                    begun = await self._store.find_begun(conversation_id, reply_id)
-                except DatabaseUnavailable:
-                    continue
-                looks += 1
-                if begun is not None:
-                    with self._hub.hold(conversation_id) as live:
-                        self._start(live, begun)
-                    return
+            await tasks.repeat(look, expected=(DatabaseUnavailable,))
         finally:
             self._begun(reply_id)
 
@@ -254,18 +259,22 @@ class Replies:
 
     async def _answer(self, running: Running) -> None:
         """Write one reply from its source's first piece to its stored end."""
+        try:
+            await self._write(running)
+        except Exception:
+            # It may not have been stored: its lease expires, its checkpoint stands, and its subscribers are sent what
+            # the database has.
+            if running.live.reply is running.reply:
+                self.spawn(self._follow(running.live, running.reply))
+            raise
+
+    async def _write(self, running: Running) -> None:
         begun, live, reply = running.begun, running.live, running.reply
         try:
             ending = await self._generate(running)
             running.generating = False
             message = Message(reply.message_id, "assistant", reply.content, reply.created_at, *ending)
-            try:
-                stored = await self._finish(live.conversation_id, message)
-            except Exception:
-                # It cannot be stored as it is: its lease runs out, its checkpoint stands, and its subscribers are told
-                # so.
-                self.spawn(self._follow(live, reply))
-                raise
+            stored = await self._finish(live.conversation_id, message)
         finally:
             del self._running[reply.message_id]
             self._ended.notify_all()
@@ -327,14 +336,25 @@ class Replies:
         return True
 
     async def _finish(self, conversation_id: str, message: Message) -> Message | None:
-        """Store a reply however long it takes; return what the database has of it."""
+        """Store a reply however long it takes; return what the database has of it.
+
+        :raises RuntimeError: if MongoDB refuses to store it
+        """
         delay = 0.1
+        unexpected = 0
         while True:
             try:
                 return await self._store.finish(conversation_id, message)
             except DatabaseUnavailable:
-                await asyncio.sleep(delay * random.uniform(0.5, 1.0))
-                delay = min(2 * delay, 2.0)
+                pass
+            except Exception as error:
+                unexpected += 1
+                if isinstance(error, RuntimeError) or unexpected == _ATTEMPTS:
+                    raise
+                # What was written since the last checkpoint exists only here.
+                logger.exception("a reply could not be stored; tried again")
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+            delay = min(2 * delay, 2.0)
 
     def _publish_end(self, live: Live, reply: LiveReply, message: Message | None) -> None:
         """Tell the subscribers how a reply ended, as the database has it."""
@@ -360,10 +380,28 @@ class Replies:
                 for reply_id, each in self._running.items()
                 if hash(reply_id) % parts == part
             }
-            lost = await self._store.checkpoint(replies) if replies else ()
-            for reply_id in lost:
-                if (running := self._running.get(reply_id)) and self.end(running, _INTERRUPTED):
-                    logger.info("reply ended or deleted by another server", extra=_ids(running.begun.turn))
+            if replies:
+                await self._save(replies)
+
+    async def _save(self, replies: dict[str, tuple[str, str]]) -> None:
+        """Checkpoint some replies. One that repeatedly cannot be is ended, and costs the others nothing."""
+        try:
+            lost = await self._store.checkpoint(replies)
+        except DatabaseUnavailable:
+            raise
+        except Exception:
+            for reply_id, each in replies.items():
+                if len(replies) > 1:
+                    await self._save({reply_id: each})
+                elif running := self._running.get(reply_id):
+                    logger.exception("a checkpoint failed", extra=_ids(running.begun.turn))
+                    running.unsaved += 1
+                    if running.unsaved == _ATTEMPTS:
+                        self.end(running, _CRASHED)
+            return
+        for reply_id in lost:
+            if (running := self._running.get(reply_id)) and self.end(running, _INTERRUPTED):
+                logger.info("reply ended or deleted by another server", extra=_ids(running.begun.turn))
 
     async def _sweep(self) -> None:
         """Finish, after a while, the replies whose servers were lost."""
@@ -374,7 +412,14 @@ class Replies:
         """Finish the replies whose servers were lost."""
         own = [*self._running, *self._beginning]
         for conversation_id, reply in await self._store.find_lost(own, alone=alone):
-            await self.finish_checkpointed(conversation_id, reply, _INTERRUPTED)
+            try:
+                await self.finish_checkpointed(conversation_id, reply, _INTERRUPTED)
+            except DatabaseUnavailable:
+                raise
+            except Exception:
+                # One that cannot be finished must not keep the others unfinished, nor the server from starting.
+                ids = {"conversation": conversation_id, "reply": reply.id}
+                logger.exception("a lost reply could not be finished", extra=ids)
 
     async def finish_checkpointed(self, conversation_id: str, reply: StoredReply, ending: Ending) -> bool:
         """Finish a reply of another server with what was checkpointed, unless it has been renewed since we looked.
@@ -409,17 +454,6 @@ class Replies:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a background task crashed", exc_info=error)
-
-
-async def _for_ever(work: Callable[[], Awaitable[None]]) -> None:
-    """Do something again and again; whatever fails is done again the next time."""
-    while True:
-        try:
-            await work()
-        except DatabaseUnavailable:
-            continue
-        except Exception:
-            logger.exception("a background job failed")
 
 
 def _too_long(max_chars: int) -> Ending:

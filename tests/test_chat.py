@@ -716,7 +716,7 @@ async def test_several_stops_at_once_say_the_same(make_app: MakeApp, monkeypatch
     assert (await app.client.http.post(path)).json() == {"status": "idle"}
 
 
-@pytest.mark.expects_log("a background job failed")
+@pytest.mark.expects_log("a checkpoint failed")
 async def test_checkpoints_go_on_after_one_that_failed(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     source = gated("one ", "two ", said=1)
     app = await make_app(source=source)

@@ -10,16 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent / "chatserver"
 MODULES = {path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in ROOT.rglob("*.py")}
 
-FLOOR = ["chatserver.errors", "chatserver.settings", "chatserver.sse", "chatserver.metrics"]
+FLOOR = ["chatserver.errors", "chatserver.settings", "chatserver.sse", "chatserver.metrics", "chatserver.tasks"]
 ALLOWED: dict[str, list[str]] = {
     "chatserver.errors": [],
     "chatserver.settings": ["chatserver.errors"],
     "chatserver.sse": [],
     "chatserver.metrics": [],
-    "chatserver.mongod": ["chatserver.errors"],
+    "chatserver.tasks": [],
+    "chatserver.mongod": ["chatserver.errors", "chatserver.tasks"],
     "chatserver.listener": ["chatserver.errors", "chatserver.metrics"],
     "chatserver.logs": ["chatserver.settings"],
-    "chatserver.hub": ["chatserver.sse"],
+    "chatserver.hub": ["chatserver.sse", "chatserver.tasks"],
     "chatserver.records": [],
     "chatserver.joined": ["chatserver.errors"],
     "chatserver.store": ["chatserver.errors", "chatserver.joined", "chatserver.records"],

@@ -282,7 +282,7 @@ async def test_last_chunk_is_sent_only_if_the_client_has_everything(make_app: Ma
         await stream.reader.readuntil(b'{"text":"a"}')
     first, second = (each for each in app.hub.lives[0].subscribers if not each.until_done)
     first.expires_at = 0.0  # type: ignore[attr-defined]
-    second.abort()  # type: ignore[attr-defined]
+    second.abort()
     assert not await has_last_chunk(aged) and not await has_last_chunk(aborted)
     gate.release()
     gate.release()

@@ -40,7 +40,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import cast
 
-from chatserver import sse
+from chatserver import sse, tasks
 from chatserver.chat import Chat
 from chatserver.errors import ChatError, Draining, TooManyStreams
 from chatserver.handlers.base import BaseHandler
@@ -322,17 +322,32 @@ class Streams:
 
     async def tick_for_ever(self) -> None:
         """Send keep-alives, cut who takes nothing, end who has been here long enough."""
+        await tasks.repeat(self._tick)
+
+    async def _tick(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
-            due = loop.time() + _TICK_S
-            await asyncio.sleep(_TICK_S)
-            now = loop.time()
-            self.metrics.loop_lag.observe(max(0.0, now - due))
-            for connection in list(self._open):
-                if connection.tick(now, self._settings.keepalive_s, self._settings.slow_client_timeout_s):
-                    self.metrics.slow_clients.inc()
-                    conversation_id, _ = self._open[connection]
-                    logger.info("slow client cut", extra={"conversation": conversation_id})
+        due = loop.time() + _TICK_S
+        await asyncio.sleep(_TICK_S)
+        now = loop.time()
+        self.metrics.loop_lag.observe(max(0.0, now - due))
+
+        def tick(connection: Connection) -> None:
+            if connection.tick(now, self._settings.keepalive_s, self._settings.slow_client_timeout_s):
+                self.metrics.slow_clients.inc()
+                conversation_id, _ = self._open[connection]
+                logger.info("slow client cut", extra={"conversation": conversation_id})
+
+        self._for_each(tick)
+
+    def _for_each(self, act: Callable[[Connection], None]) -> None:
+        """Do something with every connection; abort one that fails, and go on with the others."""
+        for connection in list(self._open):
+            try:
+                act(connection)
+            except Exception:
+                conversation_id, _ = self._open[connection]
+                logger.exception("a stream failed and is aborted", extra={"conversation": conversation_id})
+                connection.abort()
 
     async def close(self) -> None:
         """End all streams, each once everything was written to it; abort those whose clients take too long."""
@@ -340,13 +355,16 @@ class Streams:
         try:
             async with asyncio.timeout(_PARTING_S):
                 while self._open:
-                    for connection in list(self._open):
-                        if connection.live is None or connection.live.has_told(connection):
-                            connection.finish()
+                    self._for_each(_finish_if_told)
                     await asyncio.sleep(_PARTING_LOOK_S)
         except TimeoutError:
             for connection in list(self._open):
                 connection.abort()
+
+
+def _finish_if_told(connection: Connection) -> None:
+    if connection.live is None or connection.live.has_told(connection):
+        connection.finish()
 
 
 class StreamHandler(BaseHandler):

@@ -4,31 +4,57 @@
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
 
 # set_up FILE...: installs the requirements in FILE..., unless each was installed before as it is now.
+#
+# While .venv is being changed, .venv.lock is not empty. An interrupted change leaves it so, and the next start makes
+# .venv again: it may lack pip, and pip takes a package for installed that is only half there.
 set_up() {
+  trap 'exit 130' INT # else bash goes on if the program that it waits for has handled Ctrl-C
+  exec 9>>.venv.lock
+  # Held by pip, too, if it outlives this script; closed before the server starts.
+  if command -v flock >/dev/null && ! flock --nonblock 9; then
+    say "waiting for another script that sets up .venv"
+    flock 9
+  fi
   local fits='import sys; sys.exit(sys.version_info < (3, 11))'
-  if ! .venv/bin/python -c "$fits" 2>/dev/null; then
-    local python
-    for python in python3 python3.13 python3.12 python3.11; do
-      "$python" -c "import ensurepip, venv; $fits" 2>/dev/null && break
-      python=
-    done
-    if [ -z "$python" ]; then
-      say "needs Python 3.11 or newer with its venv module (Debian: apt-get install python3 python3-venv)"
-      exit 1
-    fi
-    say "making .venv with $("$python" --version)"
-    "$python" -m venv --clear .venv
+  if [ -s .venv.lock ] || ! .venv/bin/python -c "$fits" 2>/dev/null; then
+    make_venv
   fi
   local file options=() changed=
   for file in "$@"; do
     options+=(-r "$file")
     cmp -s "$file" ".venv/installed/$file" || changed=1
   done
-  [ -n "$changed" ] || return 0
-  say "installing $*"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check "${options[@]}"
-  for file in "$@"; do
-    mkdir -p ".venv/installed/$(dirname "$file")"
-    cp "$file" ".venv/installed/$file"
+  if [ -n "$changed" ]; then
+    # Of a script before this one, or of somebody's own.
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
+    say "installing $*"
+    echo installing >.venv.lock
+    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check "${options[@]}"; then
+      # It has failed in order (no network, no such version): what was there can still be used.
+      : >.venv.lock
+      exit 1
+    fi
+    for file in "$@"; do
+      mkdir -p ".venv/installed/$(dirname "$file")"
+      cp "$file" ".venv/installed/$file"
+    done
+    : >.venv.lock
+  fi
+  exec 9>&-
+  trap - INT
+}
+
+make_venv() {
+  local python
+  for python in python3 python3.13 python3.12 python3.11; do
+    "$python" -c "import ensurepip, venv; $fits" 2>/dev/null && break
+    python=
   done
+  if [ -z "$python" ]; then
+    say "needs Python 3.11 or newer with its venv module (Debian: apt-get install python3 python3-venv)"
+    exit 1
+  fi
+  say "making .venv with $("$python" --version)"
+  echo making >.venv.lock
+  "$python" -m venv --clear .venv
 }

@@ -28,6 +28,8 @@ TOOLS = {
     "cc": "cc",
     "openssl": "openssl",
     "curl": "curl",
+    "docker-compose": "docker-compose",
+    "systemd-analyze": "systemd-analyze",
 }
 NODE_PACKAGES = Path(__file__).parent / "node" / "node_modules" / "installed.json"
 """Written by scripts/test once all the packages are there."""

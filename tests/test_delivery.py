@@ -107,7 +107,9 @@ async def test_pending_tokens_leave_in_one_write(make_app: MakeApp) -> None:
 
 
 async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(make_app: MakeApp) -> None:
-    app = await make_app(source=Script(*["some words " * 50] * 3000), slow_client_timeout_s=1.0)
+    app = await make_app(
+        source=Script(*["some words " * 50] * 3000), slow_client_timeout_s=1.0, max_reply_chars=10_000_000
+    )
     conversation_id = new_id()
     stalled = Stalled(app.port, f"/chat/stream/{conversation_id}")
     await app.until(lambda: app.subscribers == 1)
@@ -130,7 +132,8 @@ async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(ma
 async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: MakeApp) -> None:
     """So that what is written next begins a frame and a chunk, even if it is a `reset`."""
     gate = asyncio.Semaphore(0)
-    app = await make_app(source=Script(*["some words " * 80] * 400, "x" * 3 * MAX_WRITE, "end", gate=gate))
+    source = Script(*["some words " * 80] * 400, "x" * 3 * MAX_WRITE, "end", gate=gate)
+    app = await make_app(source=source, max_reply_chars=10_000_000)
     answer = await app.client.say("hi")
     raw = await RawStream(app.port, f"/chat/stream/{answer['conversationId']}").open()
     await app.until(lambda: app.subscribers == 1)
@@ -153,7 +156,9 @@ async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: MakeApp) -> N
 
 
 async def test_slow_client_that_takes_something_now_and_then_is_not_cut(make_app: MakeApp) -> None:
-    app = await make_app(source=Script(*["some words " * 50] * 500), slow_client_timeout_s=2.0)
+    app = await make_app(
+        source=Script(*["some words " * 50] * 500), slow_client_timeout_s=2.0, max_reply_chars=10_000_000
+    )
     answer = await app.client.say("hi")
     raw = await RawStream(
         app.port, f"/chat/stream/{answer['conversationId']}?lastEventId={answer['lastEventId']}"
@@ -177,7 +182,9 @@ async def test_slow_client_that_takes_something_now_and_then_is_not_cut(make_app
 
 
 async def test_client_that_lags_a_whole_turn_behind_is_cut_and_resumes(make_app: MakeApp) -> None:
-    app = await make_app(source=Script(*["some words " * 50] * 2000), slow_client_timeout_s=60.0)
+    app = await make_app(
+        source=Script(*["some words " * 50] * 2000), slow_client_timeout_s=60.0, max_reply_chars=10_000_000
+    )
     conversation_id = new_id()
     stalled = Stalled(app.port, f"/chat/stream/{conversation_id}")
     await app.until(lambda: app.subscribers == 1)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -104,18 +105,16 @@ class Chat:
         new = conversation_id is None and key is None
         if key is not None:
             conversation_id = conversation_id or store.keyed_id(key)
-            if (first := await self._store.find_keyed(conversation_id, key, text)) is not None:
-                return first
         turn = Turn(conversation_id or store.new_id(), store.new_id(), store.new_id())
-        try:
-            return await self._replies.begin(
-                turn.conversation_id, turn.reply_id, lambda: self._store.begin(turn, text, key, new=new)
-            )
-        except KeyReused:
-            # Another attempt with this key got in between our look and our write.
-            if key is None or (first := await self._store.find_keyed(turn.conversation_id, key, text)) is None:
-                raise
-            return first
+        while True:
+            if key is not None and (first := await self._store.find_keyed(turn.conversation_id, key, text)) is not None:
+                return first
+            with suppress(KeyReused):
+                return await self._replies.begin(
+                    turn.conversation_id, turn.reply_id, lambda: self._store.begin(turn, text, key, new=new)
+                )
+            # Another attempt with this key was stored after our look: find it, or, if its conversation was deleted
+            # since, begin again.
 
     async def retry(self, conversation_id: str) -> Turn:
         """Start a new reply in place of the last one, if that was stopped, failed or interrupted.

@@ -347,7 +347,7 @@ class Store:
         """Raise why a turn could not begin; return if it no longer holds."""
         projection: dict[str, Any] = {"reply._id": 1, "size": {"$bsonSize": "$$ROOT"}}
         if key is not None:
-            projection["keyed"] = {"$in": [key, {"$ifNull": ["$messages.key", []]}]}
+            projection["keyed"] = {"$in": [{"$literal": key}, {"$ifNull": ["$messages.key", []]}]}
         document = await self._conversations.find_one({"_id": conversation}, projection)
         if document is None:
             return
@@ -363,7 +363,7 @@ class Store:
 
         :raises KeyReused: if it was begun with another content
         """
-        keyed = {"$filter": {"input": "$messages", "cond": {"$eq": ["$$this.key", key]}}}
+        keyed = {"$filter": {"input": "$messages", "cond": {"$eq": ["$$this.key", {"$literal": key}]}}}
         said_id = {"$first": {"$map": {"input": keyed, "in": "$$this._id"}}}
         async with self._call("find_keyed"):
             document = await self._conversations.find_one(

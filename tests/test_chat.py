@@ -12,7 +12,7 @@ import pytest
 from bson import ObjectId
 
 from chatserver import store as store_module
-from chatserver.errors import DatabaseUnavailable, OutcomeUnknown, SourceError
+from chatserver.errors import DatabaseUnavailable, KeyReused, OutcomeUnknown, SourceError
 from chatserver.records import INTERRUPTED, Message
 from chatserver.replies import Replies
 from chatserver.sources.simulated import Simulated
@@ -126,6 +126,39 @@ async def test_key_belongs_to_its_conversation(app: App) -> None:
     assert len({answer["conversationId"] for answer in answers}) == 3
     response = await app.client.http.post("/chat", json={"input": "x"}, headers={"Idempotency-Key": "not visible"})
     assert response.status_code == 400
+
+
+@pytest.mark.parametrize("key", ["$", "$$", "$a", "$$ROOT", "$$NOW", "$$REMOVE", "$messages.key", "$a..b", "{$ne:1}"])
+async def test_key_is_data_whatever_it_begins_with(app: App, key: str) -> None:
+    for conversation_id in (new_id(), None):
+        first = await app.client.say(f"the {key}", conversation_id, key)
+        await app.until_idle()
+        again = await app.client.say(f"the {key}", conversation_id, key)
+        other = await app.client.post("another text", conversation_id, key)
+
+        assert again == first
+        assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+
+
+@pytest.mark.parametrize("deletions", [1, 3])
+async def test_key_whose_conversation_is_deleted_between_write_and_look_is_tried_again(
+    app: App, monkeypatch: pytest.MonkeyPatch, deletions: int
+) -> None:
+    conversation_id = new_id()
+    begin, left = app.store.begin, deletions
+
+    async def meet_another_attempt(*arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            raise KeyReused  # by an attempt whose conversation is gone when it is looked for
+        return await begin(*arguments, **options)
+
+    monkeypatch.setattr(app.store, "begin", meet_another_attempt)
+    answer = await app.client.say("Hello", conversation_id, key="k")
+    await app.until_idle()
+
+    assert str(document(app, conversation_id)["messages"][0]["_id"]) == answer["messageId"]
 
 
 async def test_key_lives_as_long_as_its_conversation(app: App) -> None:

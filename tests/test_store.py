@@ -1,8 +1,9 @@
 """The store, with both clients and both kinds of server; the shape of what is in the database."""
 
 import asyncio
+import inspect
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pymongo
 import pytest
 from bson import ObjectId
+from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo.errors import BulkWriteError, OperationFailure
+from pymongo.monitoring import CommandListener
 
 from chatserver import store as store_module
 from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
-from chatserver.records import INTERRUPTED, Message, Turn
+from chatserver.records import INTERRUPTED, Message, ReplyError, Turn
 from chatserver.store import DOCUMENT_BYTES, REPLY_ROOM, Store, client_options, connect, describe_uri, new_id
 from tests.apps import Database
 
@@ -140,6 +143,68 @@ async def test_key_is_found_with_the_first_answer_and_never_used_twice(stores: S
         elsewhere = turn()
         await store.begin(elsewhere, "Hello", "k")
         assert await store.find_keyed(elsewhere.conversation_id, "k", "Hello") == elsewhere
+
+
+class Commands(CommandListener):
+    """Keeps the commands that are sent to MongoDB."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def started(self, event: Any) -> None:
+        self.sent.append(event.command)
+
+    def succeeded(self, event: Any) -> None: ...
+
+    def failed(self, event: Any) -> None: ...
+
+
+def texts(value: Any, *, evaluated: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yield every text in a command, and whether MongoDB evaluates it as an expression if it begins with a dollar."""
+    if isinstance(value, str):
+        yield value, evaluated
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            is_pipeline = name in ("u", "update", "pipeline") and isinstance(each, list)
+            is_expression = is_pipeline or name in ("projection", "fields", "$expr")
+            yield from texts(each, evaluated=name != "$literal" and (evaluated or is_expression))
+    elif isinstance(value, list):
+        for each in value:
+            yield from texts(each, evaluated=evaluated)
+
+
+async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Database) -> None:
+    mark = "$$ROOT.mark"
+    commands = Commands()
+    client: Any = AsyncIOMotorClient(database.uri, event_listeners=[commands], **client_options(4.0))
+    store = Store(client, timeout_s=4.0, lease_ms=10_000, history=50)
+    calls: set[str] = set()
+    store.observe = lambda operation, _seconds, _ok: calls.add(operation)
+    first = turn()
+    await store.prepare()
+    await store.begin(first, mark, mark)
+    await store.checkpoint({first.reply_id: (first.conversation_id, mark)})
+    await store.finish(first.conversation_id, reply_of(first, mark, status="failed", error=ReplyError(mark, mark)))
+    retried = await store.begin_retry(first.conversation_id, new_id())
+    await store.finish(first.conversation_id, reply_of(retried.turn, mark))
+    await store.finish(first.conversation_id, reply_of(retried.turn, mark))
+    assert await store.find_keyed(first.conversation_id, mark, mark) == first
+    with pytest.raises(KeyReused):
+        await store.begin(turn(first.conversation_id), mark, mark)
+    more = await store.begin(turn(first.conversation_id), mark, f"{mark} 2")
+    assert await store.find_begun(first.conversation_id, more.turn.reply_id) is not None
+    await store.find_lost([more.turn.reply_id])
+    for what in ({}, {"last": 1}, {"since": first.message_id}, {"before": first.message_id}):
+        await store.read(first.conversation_id, **what)
+    await store.peek(first.conversation_id)
+    (summary,) = await store.summaries(1, None)
+    await store.summaries(1, (summary.created_at, summary.id))
+    await store.ping()
+    await store.delete(first.conversation_id)
+    await store.close()
+    assert calls == set(re.findall(r'_call\("(\w+)"', inspect.getsource(store_module)))  # none was left out
+    found = [(text, evaluated) for command in commands.sent for text, evaluated in texts(command) if mark in text]
+    assert len(found) > 10 and not any(evaluated for _, evaluated in found)
 
 
 async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: Stores) -> None:

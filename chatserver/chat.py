@@ -99,7 +99,7 @@ class Chat:
         """Store what a user said and start the reply; with a known idempotency key return the first answer.
 
         :param conversation_id: None for a new conversation; an unknown one is created
-        :raises ReplyInProgress, ConversationFull, KeyReused: and nothing is stored
+        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, KeyReused: and nothing is stored
         :raises DatabaseUnavailable, Draining, TooManyReplies: and nothing is stored, or the turn runs
         """
         new = conversation_id is None and key is None
@@ -119,7 +119,8 @@ class Chat:
     async def retry(self, conversation_id: str) -> Turn:
         """Start a new reply in place of the last one, if that was stopped, failed or interrupted.
 
-        :raises NotFound, NothingToRetry, ReplyInProgress, ConversationFull: and nothing is stored
+        :raises NotFound, NothingToRetry, ReplyInProgress, ConversationFull, UnsupportedConversation: and nothing is
+            stored
         :raises DatabaseUnavailable, Draining, TooManyReplies: as `say`
         """
         reply_id = store.new_id()

@@ -11,6 +11,7 @@ Exception
     ├── ReplyInProgress        409 reply_in_progress
     ├── ConversationFull       409 conversation_full
     ├── NothingToRetry         409 nothing_to_retry
+    ├── UnsupportedConversation 409 unsupported_conversation
     ├── PayloadTooLarge        413 payload_too_large
     ├── UnsupportedMediaType   415 unsupported_media_type
     ├── HostNotAllowed         421 host_not_allowed
@@ -20,7 +21,8 @@ Exception
     ├── TooManyConnections     503 too_many_connections    (Retry-After); rendered in listener.py
     ├── TooManyReplies         503 too_many_replies        (Retry-After)
     ├── DatabaseUnavailable    503 database_unavailable    (Retry-After)
-    │   └── OutcomeUnknown     the same to the client; the write may have reached the database
+    │   ├── OutcomeUnknown     the same to the client; the write may have reached the database
+    │   └── DatabaseRefused    500 internal; the database answered with an error
     └── Draining               503 draining                (Retry-After)
 """
 
@@ -134,6 +136,13 @@ class NothingToRetry(ChatError):
     code = "nothing_to_retry"
 
 
+class UnsupportedConversation(ChatError):
+    status = 409
+    title = "Unsupported conversation"
+    default_detail = "Another application stored something in this conversation that is not text; start a new one."
+    code = "unsupported_conversation"
+
+
 class PayloadTooLarge(ChatError):
     status = 413
     title = "Payload too large"
@@ -197,12 +206,22 @@ class DatabaseUnavailable(ChatError):
     status = 503
     title = "Database unavailable"
     default_detail = "The database does not answer; try again in a moment."
-    retry_after_s = 2
+    retry_after_s: ClassVar[int | None] = 2
     code = "database_unavailable"
 
 
 class OutcomeUnknown(DatabaseUnavailable):
     """The database fell silent after a write went out: whoever asked for it must find out whether it was done."""
+
+
+class DatabaseRefused(DatabaseUnavailable):
+    """The database answered with an error. Background jobs try again, as if it had not answered."""
+
+    status = 500
+    title = ChatError.title
+    default_detail = "The database refused an operation; the log has its code."
+    retry_after_s = None
+    code = ChatError.code
 
 
 class Draining(ChatError):

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
-from chatserver.errors import DatabaseUnavailable
+from chatserver.errors import DatabaseRefused, DatabaseUnavailable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,7 +44,8 @@ class Joined(Generic[Item, Result]):
         if not isinstance(results, BaseException) and len(results) != len(asked):
             results = RuntimeError(f"{len(results)} answers to {len(asked)} questions")
         if isinstance(results, BaseException):
-            if len(asked) > 1 and not isinstance(results, DatabaseUnavailable):
+            is_silent = isinstance(results, DatabaseUnavailable) and not isinstance(results, DatabaseRefused)
+            if len(asked) > 1 and not is_silent:
                 # What is wrong may be wrong with one of them only.
                 await asyncio.gather(*(self._answer([each]) for each in asked))
                 return

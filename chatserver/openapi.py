@@ -18,6 +18,7 @@ _WHEN = {
     "method_not_allowed": "the resource does not support the method; see `Allow`",
     "reply_in_progress": "the conversation is being answered",
     "conversation_full": "the conversation's document has no room for another turn",
+    "unsupported_conversation": "another application stored something in this conversation that is not text",
     "nothing_to_retry": "the last message is no stopped, failed or interrupted reply",
     "payload_too_large": "the body is too large",
     "unsupported_media_type": "the body is not sent as application/json",
@@ -182,7 +183,14 @@ def _paths() -> dict[str, Any]:
 _ALL_CODES = ("headers_too_large", "host_not_allowed", "internal", "too_many_connections")
 _ID_CODES = ("invalid_request", "invalid_id")
 _BODY_CODES = ("invalid_request", "invalid_json", "payload_too_large", "unsupported_media_type")
-_TURN_CODES = ("reply_in_progress", "conversation_full", "too_many_replies", "database_unavailable", "draining")
+_TURN_CODES = (
+    "reply_in_progress",
+    "conversation_full",
+    "unsupported_conversation",
+    "too_many_replies",
+    "database_unavailable",
+    "draining",
+)
 
 _HEADERS = {"X-Request-Id": {"description": "Taken over from the request, or made.", "schema": {"type": "string"}}}
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}

@@ -25,6 +25,7 @@ class Message:
 
     id: str
     role: str
+    """"user" or "assistant"; documents of other applications may have others."""
     content: str
     created_at: datetime
     status: Status = "complete"
@@ -38,7 +39,8 @@ class StoredReply:
     id: str
     content: str
     created_at: datetime
-    renewed_at: datetime | None
+    renewed_at: object
+    """The lease's date as MongoDB has it; None if there is none."""
     expired: bool
 
 

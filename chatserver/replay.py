@@ -47,10 +47,10 @@ def missed(record: Record, at: Position, until_done: bool) -> Page | None:
         if seen is None:
             continue
         position = Position(message.id, None)
-        if message.role == "user":
+        if message.role != "assistant":
             if seen:
                 return None
-            frames.append(input_frame(message))
+            frames.append(input_frame(message) if message.role == "user" else message_frame(message))
         else:
             if seen > len(message.content) and message.error is None:
                 # It has ended with less than this client saw, and a `done` would be a lie to it.
@@ -68,6 +68,17 @@ def input_frame(message: Message) -> bytes:
     """Return the `input` of a user's message."""
     data = {"messageId": message.id, "text": message.content, "createdAt": iso(message.created_at)}
     return sse.frame("input", Position(message.id, None), data)
+
+
+def message_frame(message: Message) -> bytes:
+    """Return the `message` of another role than user and assistant, which another application stored."""
+    data = {
+        "messageId": message.id,
+        "role": message.role,
+        "text": message.content,
+        "createdAt": iso(message.created_at),
+    }
+    return sse.frame("message", Position(message.id, None), data)
 
 
 def end_frame(message: Message) -> bytes:

@@ -1,6 +1,6 @@
 """The conversations in MongoDB: the only module that knows the driver.
 
-One document a conversation, in the collection `conversations`:
+One document a conversation, in the collection `conversations` (see `documents` for what other applications may write):
 
     { _id, createdAt, updatedAt,
       messages: [ { _id, role, content, createdAt, status?, error?: { code, message }, key? } ],
@@ -9,7 +9,8 @@ One document a conversation, in the collection `conversations`:
 A turn is two atomic writes, *begin* and *finish*; both may be repeated safely, since each holds only while `reply` is
 absent, or is still the one that was begun. Nothing else changes `messages`, but for the mark on a superseded reply.
 Every call is bounded in time and raises `DatabaseUnavailable` if MongoDB does not answer; while it is known to be away,
-calls fail at once, but for one every `_PROBE_S` that looks whether it is back.
+calls fail at once, but for one every `_PROBE_S` that looks whether it is back. If MongoDB answers with an error, calls
+raise `DatabaseRefused`.
 
 The calls used are those that Motor's and PyMongo's asynchronous clients share.
 """
@@ -20,14 +21,15 @@ import inspect
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
 import pymongo
 from bson import ObjectId
-from bson.codec_options import CodecOptions
+from bson.codec_options import CodecOptions, DatetimeConversion
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import ReturnDocument, UpdateOne
 from pymongo.errors import (
@@ -44,9 +46,12 @@ from pymongo.errors import (
     WriteConcernError,
 )
 
+from chatserver import documents
+from chatserver.documents import Document
 from chatserver.errors import (
     ChatError,
     ConversationFull,
+    DatabaseRefused,
     DatabaseUnavailable,
     KeyReused,
     NoSuchConversation,
@@ -54,9 +59,10 @@ from chatserver.errors import (
     OutcomeUnknown,
     ReplyInProgress,
     SetupError,
+    UnsupportedConversation,
 )
 from chatserver.joined import Joined
-from chatserver.records import Begun, Message, Record, ReplyError, StoredReply, Summary, Turn
+from chatserver.records import Begun, Message, Record, StoredReply, Summary, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +75,17 @@ _MARGIN = 4096
 _ALL = 2**31 - 1
 """More messages than a document can hold."""
 _PROBE_S = 0.5
-_BUSY = {112, 365, 388}
-"""WriteConflict, TemporarilyUnavailable, TransactionTooLargeForCache: a write is refused for now, not for good."""
+_BUSY = {24, 112, 262, 365, 388, 462}
+"""LockTimeout, WriteConflict, ExceededTimeLimit, TemporarilyUnavailable, TransactionTooLargeForCache,
+IngressRequestRateLimitExceeded: an operation is refused for now."""
+_OUT_OF_REACH = {6, 7, 89, 133, 134, 9001}
+"""HostUnreachable, HostNotFound, NetworkTimeout, FailedToSatisfyReadPreference, ReadConcernMajorityNotAvailableYet,
+SocketException: what a `mongos` answers while it does not reach a shard."""
 _CONCURRENT_CALLS = 10
 """Motor runs each call on a thread of a pool of five a core: what waits shall wait here, where it can time out."""
 
+_RETRIED = ("stopped", "failed", "interrupted")
 _SECRET_OPTION = re.compile("[^=]*password|authMechanismProperties", re.IGNORECASE)
-
-Document = Mapping[str, Any]
 
 
 def new_id() -> str:
@@ -177,7 +186,14 @@ class Store:
     def __init__(self, client: Any, *, timeout_s: float, lease_ms: int, history: int) -> None:
         self._client = client
         self._conversations = client.get_default_database(DEFAULT_DATABASE).get_collection(
-            "conversations", codec_options=CodecOptions(tz_aware=True, tzinfo=UTC)
+            "conversations",
+            # Another application's date or text that Python cannot hold must not make a whole batch unreadable.
+            codec_options=CodecOptions(
+                tz_aware=True,
+                tzinfo=UTC,
+                datetime_conversion=DatetimeConversion.DATETIME_AUTO,
+                unicode_decode_error_handler="replace",
+            ),
         )
         self._timeout_s = timeout_s
         self._slots = asyncio.Semaphore(_CONCURRENT_CALLS)
@@ -186,30 +202,30 @@ class Store:
         self._finishes = Joined(self._finish_all)
         self.observe: Callable[[str, float, bool], None] = lambda _operation, _seconds, _ok: None
         """Called after each call: its name, its duration in seconds, whether the database answered."""
-        kept = {"$filter": {"input": "$messages", "cond": {"$ne": ["$$this.status", "superseded"]}}}
-        said = {"$filter": {"input": "$messages", "cond": {"$eq": ["$$this.role", "user"]}}}
         self._turn_projection = {
             "reply._id": 1,
             "reply.createdAt": 1,
             "size": {"$bsonSize": "$$ROOT"},
-            "turns": {"$size": said},
-            "last": {"$slice": ["$messages._id", -2]},
-            "messages": {"$slice": [kept, -history]},
+            "turns": documents.USERS_TURNS,
+            "count": documents.COUNT,
+            "last": documents.last_ids(2),
+            "prompt": {
+                "$let": {
+                    "vars": {"prompt": documents.PROMPT},
+                    "in": {
+                        "messages": {"$slice": ["$$prompt", -history]},
+                        "asked": documents.asked_index("$$prompt"),
+                    },
+                }
+            },
         }
-        """What a new turn needs, instead of the whole document; `messages` ends with the user's."""
+        """What a new turn needs, instead of the whole document; `prompt.messages` ends with the user's."""
         lost = [
             {"$lt": ["$reply.renewedAt", {"$subtract": ["$$NOW", lease_ms]}]},
             # The database's clock was put back: its server renews such a lease at its next checkpoint, if it lives.
             {"$gt": ["$reply.renewedAt", {"$add": ["$$NOW", lease_ms]}]},
         ]
-        self._standing = {
-            "createdAt": 1,
-            "updatedAt": 1,
-            "reply": 1,
-            "count": {"$size": "$messages"},
-            "last": {"$slice": ["$messages._id", -1]},
-            "expired": {"$or": lost},
-        }
+        self._standing = {**documents.STANDING, "expired": {"$or": lost}}
         """All that a `Record` has but the messages."""
 
     async def prepare(self) -> None:
@@ -223,10 +239,9 @@ class Store:
                 await self._conversations.create_index("reply._id", sparse=True)
         except ConfigurationError as error:
             raise SetupError(f"MONGODB_URI cannot be resolved: {error}") from None
-        except DatabaseUnavailable as error:
-            if not isinstance(refused := error.__cause__, OperationFailure) or isinstance(refused, ExecutionTimeout):
-                raise
-            said = (refused.details or {}).get("errmsg", "unknown error")
+        except DatabaseRefused as error:
+            assert isinstance(error.__cause__, OperationFailure)
+            said = (error.__cause__.details or {}).get("errmsg", "unknown error")
             raise SetupError(f"MongoDB refused the connection (MONGODB_URI): {said}") from None
 
     async def ping(self) -> None:
@@ -252,7 +267,8 @@ class Store:
 
         :param new: whether the conversation's id was just made, so that it need not be looked for
         :raises ReplyInProgress, ConversationFull: and nothing is stored
-        :raises KeyReused: if a message with this key is there already; see `find_keyed`
+        :raises KeyReused: if a message with this key exists already; see `find_keyed`
+        :raises UnsupportedConversation: if another application stored what a turn cannot be appended to
         :raises OutcomeUnknown: if the database fell silent in the middle; see `find_begun`
         """
         time = now()
@@ -272,9 +288,8 @@ class Store:
                 if not new and (begun := await self._begin(condition, update, needed)):
                     return begun
                 try:
-                    await self._conversations.update_one(
-                        {"_id": condition["_id"], "messages": {"$exists": False}}, update, upsert=True
-                    )
+                    unknown = {"_id": condition["_id"], "messages": {"$exists": False}, "reply": {"$exists": False}}
+                    await self._conversations.update_one(unknown, update, upsert=True)
                 except DuplicateKeyError:
                     new = False
                     await self._refuse(condition["_id"], key, needed)
@@ -300,19 +315,32 @@ class Store:
         needed = _MARGIN + REPLY_ROOM
         async with self._call("begin", write=True):
             document = await self._conversations.find_one(
-                {"_id": conversation}, {"reply._id": 1, "last": {"$slice": ["$messages", -1]}}
+                {"_id": conversation},
+                {
+                    "reply._id": 1,
+                    "count": documents.COUNT,
+                    "last": {"$last": documents.MESSAGES},
+                    "prompt": {"$map": {"input": {"$slice": [documents.PROMPT, -2]}, "in": {"role": "$$this.role"}}},
+                    "supported": documents.IS_SUPPORTED,
+                },
             )
             if document is None:
                 raise NoSuchConversation
-            if "reply" in document:
+            if documents.reply(document, expired=False) is not None:
                 raise ReplyInProgress
-            last = document["last"][0]
-            if last.get("status") not in ("stopped", "failed", "interrupted"):
+            if document["count"] == 0:
                 raise NothingToRetry
-            condition = {"_id": conversation, "reply": {"$exists": False}, "messages._id": last["_id"]}
+            if not document["supported"]:
+                raise UnsupportedConversation
+            last = document["last"]
+            is_answer = [each["role"] for each in document["prompt"]] == ["user", "assistant"]
+            if last.get("role") != "assistant" or last.get("status") not in _RETRIED or not is_answer:
+                raise NothingToRetry
+            at = f"messages.{document['count'] - 1}"
+            condition = {"_id": conversation, "reply": {"$exists": False}, f"{at}.status": last["status"]}
             update = _reply_begins(reply_id, now())
-            update["$set"]["messages.$.status"] = "superseded"
-            still_last = {"$eq": [{"$last": "$messages._id"}, last["_id"]]}
+            update["$set"][f"{at}.status"] = "superseded"
+            still_last = {"$eq": [documents.COUNT, document["count"]]}
             if begun := await self._begin(condition, update, needed, still_last):
                 return begun
             await self._refuse(conversation, None, needed)
@@ -329,7 +357,7 @@ class Store:
     async def _begin(self, condition: Document, update: Document, needed: int, *also: Document) -> Begun | None:
         fits = {"$lte": [{"$bsonSize": "$$ROOT"}, DOCUMENT_BYTES - needed]}
         document = await self._conversations.find_one_and_update(
-            {**condition, "$expr": {"$and": [fits, *also]}},
+            {**condition, "$expr": {"$and": [fits, documents.IS_SUPPORTED, *also]}},
             update,
             projection=self._turn_projection,
             return_document=ReturnDocument.AFTER,
@@ -339,23 +367,35 @@ class Store:
             # kept of the first one, to which it does not apply the projection.
             try:
                 document = await self._conversations.find_one({"_id": condition["_id"]}, self._turn_projection)
-            except ServerSelectionTimeoutError as error:
+            except (ServerSelectionTimeoutError, OperationFailure) as error:
                 raise AutoReconnect("after the turn was stored") from error
         return _begun(document) if document else None
 
     async def _refuse(self, conversation: ObjectId, key: str | None, needed: int) -> None:
-        """Raise why a turn could not begin; return if it no longer holds."""
-        projection: dict[str, Any] = {"reply._id": 1, "size": {"$bsonSize": "$$ROOT"}}
+        """Raise why a turn could not begin; return if that no longer holds."""
+        projection: dict[str, Any] = {
+            "reply._id": 1,
+            "size": {"$bsonSize": "$$ROOT"},
+            "supported": documents.IS_SUPPORTED,
+            "is_null": {"$eq": [{"$type": "$messages"}, "null"]},
+        }
         if key is not None:
-            projection["keyed"] = {"$in": [{"$literal": key}, {"$ifNull": ["$messages.key", []]}]}
+            keys = {"$map": {"input": documents.MESSAGES, "in": "$$this.key"}}
+            projection["keyed"] = {"$in": [documents.literal(key), keys]}
         document = await self._conversations.find_one({"_id": conversation}, projection)
         if document is None:
             return
         if document.get("keyed"):
             raise KeyReused
         if "reply" in document:
-            raise ReplyInProgress
-        if document["size"] > DOCUMENT_BYTES - needed:
+            raise ReplyInProgress if documents.reply(document, expired=False) else UnsupportedConversation
+        if document["is_null"]:
+            # Nothing can be pushed to null.
+            is_null = {"$expr": {"$eq": [{"$type": "$messages"}, "null"]}}
+            await self._conversations.update_one({"_id": conversation, **is_null}, {"$set": {"messages": []}})
+        elif not document["supported"]:
+            raise UnsupportedConversation
+        elif document["size"] > DOCUMENT_BYTES - needed:
             raise ConversationFull
 
     async def find_keyed(self, conversation_id: str, key: str, content: str) -> Turn | None:
@@ -363,20 +403,22 @@ class Store:
 
         :raises KeyReused: if it was begun with another content
         """
-        keyed = {"$filter": {"input": "$messages", "cond": {"$eq": ["$$this.key", {"$literal": key}]}}}
-        said_id = {"$first": {"$map": {"input": keyed, "in": "$$this._id"}}}
+        keys = {"$map": {"input": documents.MESSAGES, "in": {"$ifNull": ["$$this.key", None]}}}
+        at = {"$indexOfArray": [keys, documents.literal(key)]}
         async with self._call("find_keyed"):
             document = await self._conversations.find_one(
                 {"_id": ObjectId(conversation_id), "messages.key": key},
-                {"messages": _from_message(said_id, count=2), "reply._id": 1},
+                {"at": at, "messages": documents.messages_from(at, count=2), "reply._id": 1},
             )
         if document is None:
             return None
-        said, *replies = document["messages"]
-        if said["content"] != content:
+        asked, *replies = (
+            documents.message(each, document, index) for index, each in enumerate(document["messages"], document["at"])
+        )
+        reply = replies[0] if replies else documents.reply(document, expired=False)
+        if asked.content != content or reply is None:
             raise KeyReused
-        reply = replies[0] if replies else document["reply"]
-        return Turn(conversation_id, str(said["_id"]), str(reply["_id"]))
+        return Turn(conversation_id, asked.id, reply.id)
 
     async def checkpoint(self, replies: Mapping[str, tuple[str, str]]) -> Collection[str]:
         """Save what running replies have said so far and renew their leases, in one bulk write.
@@ -394,14 +436,12 @@ class Store:
         async with self._call("checkpoint"):
             if await self._write_all(writes) == len(writes):
                 return ()
-            held = await self._conversations.find(
-                {"reply._id": {"$in": [ObjectId(each) for each in replies]}}, {"reply._id": 1}
-            ).to_list(None)
-        return set(replies) - {str(each["reply"]["_id"]) for each in held}
+            ids = [ObjectId(conversation_id) for conversation_id, _ in replies.values()]
+            held = await self._conversations.find({"_id": {"$in": ids}}, {"reply._id": 1}).to_list(None)
+        running = (documents.reply(each, expired=False) for each in held)
+        return set(replies) - {each.id for each in running if each is not None}
 
-    async def finish(
-        self, conversation_id: str, message: Message, *, if_renewed_at: datetime | None = None
-    ) -> Message | None:
+    async def finish(self, conversation_id: str, message: Message, *, if_renewed_at: object = None) -> Message | None:
         """Store a reply as a message and end it, if it still runs.
 
         Replies that end in one moment are stored in one bulk write.
@@ -431,7 +471,7 @@ class Store:
                 {"_id": condition["_id"]}, {"messages": {"$elemMatch": {"_id": stored["_id"]}}, "reply._id": 1}
             )
         if document and document.get("messages"):
-            return _message(document["messages"][0])
+            return documents.message(document["messages"][0], document, 0)
         if document and if_renewed_at is None and document.get("reply") == {"_id": stored["_id"]}:
             raise RuntimeError("MongoDB refuses to store the reply")
         return None
@@ -461,12 +501,14 @@ class Store:
 
         :param alone: whether no other server can be alive, so that every lease has run out
         """
-        condition: dict[str, Any] = {"reply._id": {"$exists": True, "$nin": [ObjectId(each) for each in own]}}
+        is_id = {"$type": "objectId"}
+        condition: dict[str, Any] = {"_id": is_id, "reply._id": {**is_id, "$nin": [ObjectId(each) for each in own]}}
         if not alone:
             condition["$expr"] = self._standing["expired"]
         async with self._call("find_lost"):
-            documents = await self._conversations.find(condition, {"reply": 1}).to_list(1000)
-        return [(str(each["_id"]), _reply(each["reply"], expired=True)) for each in documents]
+            found = await self._conversations.find(condition, {"reply": 1}).to_list(1000)
+        replies = ((str(each["_id"]), documents.reply(each, expired=True)) for each in found)
+        return [(conversation_id, reply) for conversation_id, reply in replies if reply is not None]
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -486,26 +528,27 @@ class Store:
         :param before: a message's id
         :param last: how many
         """
+        conversation = ObjectId(conversation_id)
         projection: dict[str, Any] = dict(self._standing)
-        asked = since or before
-        if asked:
-            projection["at"] = {"$indexOfArray": ["$messages._id", ObjectId(asked)]}
         if since:
-            projection["messages"] = _from_message(ObjectId(since), first or _ALL)
+            projection["at"] = documents.index_of(conversation, since)
+            projection["messages"] = documents.messages_from(projection["at"], first or _ALL)
         elif before:
-            projection["messages"] = _before_message(ObjectId(before), last or _ALL)
+            projection["at"] = documents.index_of(conversation, before)
+            projection["messages"] = documents.messages_before(projection["at"], last or _ALL)
         elif last or first:
-            projection["messages"] = {"$slice": ["$messages", first or -(last or 0)]}
+            projection["messages"] = {"$slice": [documents.MESSAGES, first or -(last or 0)]}
         else:
             projection["messages"] = 1
         async with self._call("read"):
-            document = await self._conversations.find_one({"_id": ObjectId(conversation_id)}, projection)
+            document = await self._conversations.find_one({"_id": conversation}, projection)
         if document is None:
             return None
-        at, read = document.get("at", 0), len(document["messages"])
-        if before:
-            return _record(document, older=max(0, at - read))
-        return _record(document, older=max(0, at) if since or first else document["count"] - read)
+        if since or first:
+            return documents.record(document, older=max(0, document.get("at", 0)))
+        end = document["at"] if before else document["count"]
+        read = len(document["messages"]) if last or before else document["count"]
+        return documents.record(document, older=max(0, end - read))
 
     async def peek(self, conversation_id: str) -> Record | None:
         """Return a conversation without its messages (None if unknown): where it stands, and the reply that runs.
@@ -516,8 +559,8 @@ class Store:
 
     async def _peek_at(self, ids: Sequence[ObjectId]) -> Sequence[Record | None]:
         async with self._call("peek"):
-            documents = await self._conversations.find({"_id": {"$in": ids}}, self._standing).to_list(None)
-        records = {each["_id"]: _record(each, older=each["count"]) for each in documents}
+            found = await self._conversations.find({"_id": {"$in": ids}}, self._standing).to_list(None)
+        records = {each["_id"]: documents.record(each, older=each["count"]) for each in found}
         return [records.get(each) for each in ids]
 
     async def summaries(self, limit: int, after: tuple[datetime, str] | None) -> Sequence[Summary]:
@@ -529,27 +572,28 @@ class Store:
                 "createdAt": {"$lte": time},
                 "$or": [{"createdAt": {"$lt": time}}, {"_id": {"$lt": ObjectId(last)}}],
             }
-        projection = {
-            "createdAt": 1,
-            "updatedAt": 1,
-            "reply._id": 1,
-            "count": {"$size": "$messages"},
-            "beginning": {"$substrCP": [{"$first": "$messages.content"}, 0, 200]},
-        }
+        found = await self._list(condition, [("createdAt", -1), ("_id", -1)], limit)
+        return [documents.summary(each) for each in found]
+
+    async def _list(self, condition: Document, order: Sequence[tuple[str, int]], limit: int) -> list[dict[str, Any]]:
+        # The API cannot name conversations of other ids. As an expression, so that no index on `_id` is chosen for it.
+        is_ours = {"$expr": {"$eq": [{"$type": "$_id"}, "objectId"]}}
+        condition = {**condition, **is_ours}
+        try:
+            return await self._find(condition, documents.SUMMARY, order, limit)
+        except DatabaseRefused:
+            # One of them holds text that is not UTF-8, which MongoDB refuses to cut: it alone has no title.
+            found = await self._find(condition, {**documents.SUMMARY, "beginning": documents.literal("")}, order, limit)
+            for each in found:
+                with suppress(DatabaseRefused):
+                    each.update(*await self._find({"_id": each["_id"]}, documents.SUMMARY, order, 1))
+            return found
+
+    async def _find(
+        self, condition: Document, projection: Document, order: Sequence[tuple[str, int]], limit: int
+    ) -> list[dict[str, Any]]:
         async with self._call("list"):
-            cursor = self._conversations.find(condition, projection)
-            documents = await cursor.sort([("createdAt", -1), ("_id", -1)]).limit(limit).to_list(limit)
-        return [
-            Summary(
-                id=str(each["_id"]),
-                beginning=each["beginning"],
-                created_at=each["createdAt"],
-                updated_at=each["updatedAt"],
-                message_count=each["count"] + ("reply" in each),
-                streaming="reply" in each,
-            )
-            for each in documents
-        ]
+            return list(await self._conversations.find(condition, projection).sort(order).limit(limit).to_list(limit))
 
     async def delete(self, conversation_id: str) -> bool:
         """Delete a conversation; return whether there was one."""
@@ -587,112 +631,53 @@ class Store:
                 raise
             finally:
                 self._slots.release()
-        except (ConnectionFailure, OperationFailure) as error:
-            if isinstance(error, ConnectionFailure | ExecutionTimeout | WriteConcernError | BulkWriteError):
-                if monotonic() >= self._away_until:
-                    logger.warning("the database does not answer (%s): %s", operation, type(error).__name__)
-                self._away_until = monotonic() + _PROBE_S
-            else:
-                logger.warning("the database refuses (%s): code %s", operation, error.code)
+        except (ConnectionFailure, WriteConcernError, BulkWriteError) as error:
+            if monotonic() >= self._away_until:
+                logger.warning("the database does not answer (%s): %s", operation, type(error).__name__)
+            self._away_until = monotonic() + _PROBE_S
             never_sent = isinstance(error, ServerSelectionTimeoutError)
             raise OutcomeUnknown if write and not never_sent else DatabaseUnavailable from error
+        except OperationFailure as error:
+            # Without its message, which may quote what a document holds.
+            code, name = error.code or 0, (error.details or {}).get("codeName", type(error).__name__)
+            logger.warning("the database refuses (%s): code %s %s", operation, code, name)
+            if code in _BUSY or isinstance(error, ExecutionTimeout):
+                busy = "The database is busy; try again in a moment."
+                raise (OutcomeUnknown if write else DatabaseUnavailable)(busy) from error
+            if code in _OUT_OF_REACH:
+                raise OutcomeUnknown if write else DatabaseUnavailable from error
+            answered = True
+            raise DatabaseRefused from error
         finally:
             self.observe(operation, monotonic() - started, answered)
 
 
 def _begun(document: Document) -> Begun:
-    messages = [_message(each) for each in document["messages"]]
-    last = [str(each) for each in document["last"]]
-    asked, reply = messages[-1], document["reply"]
+    conversation, count = document["_id"], document["count"]
+    messages = [documents.message(each, document, 0) for each in document["prompt"]["messages"]]
+    if (asked_at := document["prompt"]["asked"]) is not None:
+        messages[-1] = replace(messages[-1], id=documents.message_id(conversation, asked_at, None))
+    asked, reply = messages[-1], documents.reply(document, expired=False)
+    assert reply is not None
+    last = [
+        documents.message_id(conversation, index, each)
+        for index, each in enumerate(document["last"], count - len(document["last"]))
+    ]
     said = asked if last[-1] == asked.id else None
     before = last[:-1] if said else last
     return Begun(
-        turn=Turn(str(document["_id"]), asked.id, str(reply["_id"])),
+        turn=Turn(str(conversation), asked.id, reply.id),
         said=said,
         messages=messages,
         number=document["turns"],
         previous_id=before[-1] if before else None,
-        created_at=reply["createdAt"],
+        created_at=reply.created_at,
         reply_room=DOCUMENT_BYTES - document["size"] - _MARGIN,
     )
 
 
 def _reply_begins(reply_id: str, time: datetime) -> dict[str, Any]:
     return {
-        "$set": {
-            "updatedAt": time,
-            "reply._id": ObjectId(reply_id),
-            "reply.createdAt": time,
-            "reply.content": "",
-        },
+        "$set": {"updatedAt": time, "reply._id": ObjectId(reply_id), "reply.createdAt": time, "reply.content": ""},
         "$currentDate": {"reply.renewedAt": True},
     }
-
-
-def _from_message(message_id: ObjectId | Document, count: int) -> Document:
-    """Return the expression for so many messages from one on; for none, if it is not there."""
-    return {
-        "$let": {
-            "vars": {"at": {"$indexOfArray": ["$messages._id", message_id]}},
-            "in": {
-                "$cond": [
-                    {"$lt": ["$$at", 0]},
-                    [],
-                    {"$slice": ["$messages", "$$at", count]},
-                ]
-            },
-        }
-    }
-
-
-def _before_message(message_id: ObjectId, count: int) -> Document:
-    """Return the expression for the newest messages before one."""
-    return {
-        "$let": {
-            "vars": {"at": {"$indexOfArray": ["$messages._id", message_id]}},
-            "in": {
-                "$cond": [
-                    {"$lt": ["$$at", 1]},
-                    [],
-                    {
-                        "$slice": [
-                            "$messages",
-                            {"$max": [0, {"$subtract": ["$$at", count]}]},
-                            {"$min": ["$$at", count]},
-                        ]
-                    },
-                ]
-            },
-        }
-    }
-
-
-def _message(document: Document) -> Message:
-    error = document.get("error")
-    return Message(
-        str(document.get("_id", "")),
-        document["role"],
-        document["content"],
-        document["createdAt"],
-        document.get("status", "complete"),
-        ReplyError(error["code"], error["message"]) if error else None,
-    )
-
-
-def _record(document: Document, *, older: int) -> Record:
-    reply = document.get("reply")
-    return Record(
-        created_at=document["createdAt"],
-        updated_at=document["updatedAt"],
-        messages=[_message(each) for each in document.get("messages", ())],
-        reply=_reply(reply, expired=bool(document["expired"])) if reply else None,
-        last_id=str(document["last"][0]) if document["last"] else None,
-        older=older,
-        found=document.get("at", 0) >= 0,
-    )
-
-
-def _reply(document: Document, *, expired: bool) -> StoredReply:
-    return StoredReply(
-        str(document["_id"]), document["content"], document["createdAt"], document.get("renewedAt"), expired
-    )

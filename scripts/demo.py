@@ -222,12 +222,15 @@ class Screen:
         """Begin what somebody says."""
         if not self._only_the_reply:
             self.end_line()
-            self._write(self._paint("1;32" if who == "bot" else "1;36", f"{who} › ") + self._harmless(text))
+            self._write(
+                self._paint("1;32" if who == "bot" else "1;36", f"{self._harmless(who)} › ") + self._harmless(text)
+            )
 
     def past(self, message: dict[str, Any]) -> None:
         """Print a message of the history."""
         if not self._only_the_reply:
-            self.speaker("you" if message["role"] == "user" else "bot", message["content"])
+            names = {"user": "you", "assistant": "bot"}
+            self.speaker(names.get(message["role"], message["role"]), message["content"])
             if message["status"] not in ("complete", "streaming"):
                 self.notice(message.get("error", {}).get("message") or message["status"])
 
@@ -400,6 +403,8 @@ class Chat:
                 elif self._visible:
                     self._screen.speaker("someone else", data["text"])
                 self._busy = True
+            case "message" if self._visible:
+                self._screen.speaker(data["role"], data["text"])
             case "token":
                 self._busy = True
                 if self._visible:

@@ -23,7 +23,13 @@ ALLOWED: dict[str, list[str]] = {
     "chatserver.hub": ["chatserver.sse", "chatserver.tasks"],
     "chatserver.records": [],
     "chatserver.joined": ["chatserver.errors"],
-    "chatserver.store": ["chatserver.errors", "chatserver.joined", "chatserver.records"],
+    "chatserver.documents": ["chatserver.records"],
+    "chatserver.store": [
+        "chatserver.documents",
+        "chatserver.errors",
+        "chatserver.joined",
+        "chatserver.records",
+    ],
     "chatserver.schemas": ["chatserver.errors"],
     "chatserver.sources": ["chatserver.errors", "chatserver.settings", "chatserver.sources"],
     "chatserver.replay": ["chatserver.records", "chatserver.sse"],
@@ -60,7 +66,7 @@ ALLOWED: dict[str, list[str]] = {
 ONLY = {
     "motor": {"chatserver.store"},
     "pymongo": {"chatserver.store"},
-    "bson": {"chatserver.store"},
+    "bson": {"chatserver.store", "chatserver.documents"},
     "openai": {"chatserver.sources.openai"},
     "httpx2": {"chatserver.sources.openai"},
     "dotenv": {"chatserver.settings"},

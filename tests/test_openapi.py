@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bson import ObjectId
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 from tornado.web import RequestHandler
@@ -58,7 +59,7 @@ async def test_every_problem_code_and_event_is_described() -> None:
     for code, (status, when) in problem_codes().items():
         assert f"`{code}` ({status}): {when}" in document["info"]["description"]
     stream = document["paths"]["/chat/stream/{conversationId}"]["get"]["responses"]["200"]["description"]
-    for event in ("token", "done", "error", "input", "reset"):
+    for event in ("token", "done", "error", "input", "message", "reset"):
         assert f"`{event}`" in stream
 
 
@@ -127,6 +128,12 @@ async def test_answers_and_events_are_as_described(app: App, make_app: MakeApp) 
     events += [each async for each in app.client.stream(conversation_id, "gone")]
     failing = await make_app(source=Script(errors.SourceError("source_failed", "Out of paper.")))
     events += (await failing.client.turn("Hello"))[1]
+    foreign = ObjectId()
+    app.database.conversations.insert_one({"_id": foreign, "messages": [{"role": "system", "content": "Be kind."}]})
+    async for event in app.client.stream(str(foreign), f"{foreign}-0"):
+        events.append(event)
+        break
+    check(document, "Conversation", await app.client.history(str(foreign)))
     raw = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
     await raw.reader.readuntil(b"event: ping\n")
     ping = (await raw.reader.readline()).removeprefix(b"data: ")

@@ -8,6 +8,8 @@ each has its name as `event:`, JSON as `data:`, and the position right after it 
     done    {"messageId", "status"}             the reply has ended and is stored; status: complete, stopped
     error   {"code", "message", "messageId"}    the reply failed or was interrupted; what was said is stored
     input   {"messageId", "text", "createdAt"}  what a user said
+    message {"messageId", "role", "text", "createdAt"}
+                                                a message of another role, which another application stored
     reset   {}                                  the position is unknown: fetch the history again; the stream ends
     ping    {"everyS"}                          keep-alive, without an `id`
 

@@ -22,7 +22,7 @@
  *
  * @typedef {object} Message
  * @property {string|null} id  null while a reply grows whose id is not known yet
- * @property {"user"|"assistant"} role
+ * @property {string} role  user, assistant, or another one that another application stored
  * @property {string} content
  * @property {Status} status
  * @property {string} [createdAt]  ISO 8601; the history has it for all messages, the stream for those of users
@@ -453,7 +453,7 @@ export class Conversation extends EventTarget {
       this.#watch();
     });
     this.#watch();
-    for (const name of ["input", "token", "done", "error", "reset"]) {
+    for (const name of ["input", "message", "token", "done", "error", "reset"]) {
       source.addEventListener(name, (event) => {
         if (event instanceof MessageEvent) {
           this.#watch();
@@ -548,6 +548,10 @@ export class Conversation extends EventTarget {
       }
       if (data.text === this.unsent?.text) {
         this.#sent(data.text);
+      }
+    } else if (name === "message") {
+      if (!this.#find(data.messageId)) {
+        this.messages.push({ id: data.messageId, role: data.role, content: data.text, status: "complete", createdAt: data.createdAt });
       }
     } else if (name === "token") {
       this.#growing().content += data.text;

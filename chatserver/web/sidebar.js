@@ -4,6 +4,7 @@ import { ApiError } from "./client.js";
 
 /** @typedef {import("./client.js").Summary} Summary */
 
+const UNTITLED = "Untitled";
 const NARROW = matchMedia("(max-width: 52rem)");
 
 export class Sidebar {
@@ -47,7 +48,8 @@ export class Sidebar {
 
   /** Return a conversation's title, if it is in the list. */
   title(/** @type {string} */ id) {
-    return this.#conversations.find((each) => each.conversationId === id)?.title;
+    const found = this.#conversations.find((each) => each.conversationId === id);
+    return found && (found.title || UNTITLED);
   }
 
   /** Mark the conversation that is shown, and close the drawer. */
@@ -114,13 +116,14 @@ export class Sidebar {
       const item = old.get(summary.conversationId) ?? this.#item(summary);
       const isCurrent = summary.conversationId === this.#current;
       const link = /** @type {HTMLAnchorElement} */ (item.querySelector("a"));
-      link.textContent = summary.title;
-      link.title = summary.title;
+      const title = summary.title || UNTITLED;
+      link.textContent = title;
+      link.title = title;
       link.toggleAttribute("aria-current", isCurrent);
       if (isCurrent) {
         link.setAttribute("aria-current", "page");
       }
-      item.querySelector("button")?.setAttribute("aria-label", `Delete the conversation: ${summary.title}`);
+      item.querySelector("button")?.setAttribute("aria-label", `Delete the conversation: ${title}`);
       if (this.list.children[index] !== item) {
         this.list.insertBefore(item, this.list.children[index] ?? null);
       }

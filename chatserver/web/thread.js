@@ -139,14 +139,15 @@ export class Thread {
  * @param {() => void} onRetry
  */
 function show(element, message, isLast, onRetry) {
-  element.className = `message ${message.role} ${message.status}`;
+  const isKnown = message.role === "user" || message.role === "assistant";
+  element.className = `message ${isKnown ? message.role : "other"} ${message.status}`;
   element.hidden = message.status === "superseded" && !message.content && !message.error;
   let body = /** @type {HTMLElement|null} */ (element.querySelector(".body"));
   if (!body || (message.status === "superseded") !== (body.parentElement instanceof HTMLDetailsElement)) {
     body = build(element, message);
   }
   const isGrowing = message.status === "streaming";
-  if (message.role === "user") {
+  if (message.role !== "assistant") {
     body.textContent = message.content;
   } else {
     render(body, message.content, isGrowing);
@@ -165,7 +166,7 @@ function show(element, message, isLast, onRetry) {
 function build(element, message) {
   const speaker = document.createElement("h2");
   speaker.className = "visually-hidden";
-  speaker.textContent = message.role === "user" ? "You" : "Answer";
+  speaker.textContent = { user: "You", assistant: "Answer" }[message.role] ?? message.role;
   const body = document.createElement("div");
   body.className = "body";
   body.dir = "auto";

@@ -11,7 +11,7 @@ from chatserver import sse, store
 from chatserver.errors import DatabaseUnavailable, Draining, KeyReused, NoSuchConversation, NotFound
 from chatserver.hub import Hub, Live, Subscriber
 from chatserver.metrics import Metrics
-from chatserver.records import Message, Record, Summary, Turn
+from chatserver.records import Message, Place, Record, Summary, Turn
 from chatserver.replay import PAGE_MESSAGES, Page, missed
 from chatserver.replies import STOPPED, Replies
 from chatserver.settings import Settings
@@ -209,8 +209,8 @@ class Chat:
                 has_more=older > 0,
             )
 
-    async def summaries(self, limit: int, after: tuple[datetime, str] | None = None) -> Sequence[Summary]:
-        """Return up to `limit` conversations, newest first, older than `after`."""
+    async def summaries(self, limit: int, after: Place | None = None) -> Sequence[Summary]:
+        """Return up to `limit` conversations that come after a place of the list, the latest activity first."""
         return await self._store.summaries(limit, after)
 
     async def subscribe(self, conversation_id: str, position: Position | None, subscriber: Subscriber) -> None:

@@ -16,8 +16,9 @@ from datetime import UTC, datetime
 from typing import Any, get_args
 
 from bson import ObjectId, json_util
+from bson.datetime_ms import DatetimeMS
 
-from chatserver.records import Message, Record, ReplyError, Status, StoredReply, Summary
+from chatserver.records import Message, Place, Record, ReplyError, Status, StoredReply, Summary
 
 Document = Mapping[str, Any]
 
@@ -274,12 +275,21 @@ def _list(value: object) -> Sequence[object]:
 
 def summary(document: Document) -> Summary:
     """Return a conversation in the list, from the fields of `SUMMARY`."""
+    updated_at = document.get("updatedAt")
+    match updated_at:
+        case datetime():
+            updated_ms: int | None = int(DatetimeMS(updated_at))
+        case DatetimeMS():  # a date that Python's datetime cannot hold
+            updated_ms = int(updated_at)
+        case _:
+            updated_ms = None
     streaming = reply(document, expired=False) is not None
     return Summary(
         id=str(document["_id"]),
         beginning=document["beginning"],
-        created_at=time_of(document.get("createdAt"), document["_id"], document.get("updatedAt")),
-        updated_at=time_of(document.get("updatedAt"), document.get("createdAt"), document["_id"]),
+        created_at=time_of(document.get("createdAt"), document["_id"], updated_at),
+        updated_at=time_of(updated_at, document.get("createdAt"), document["_id"]),
         message_count=document["count"] + streaming,
         streaming=streaming,
+        place=Place(updated_ms, str(document["_id"])),
     )

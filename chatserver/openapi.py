@@ -108,7 +108,7 @@ def _paths() -> dict[str, Any]:
             ),
             "get": _operation(
                 "listConversations",
-                "List the conversations, newest first.",
+                "List the conversations, the latest activity first.",
                 {"200": _json("Conversations", "A page.")},
                 ("invalid_request", "database_unavailable"),
                 parameters=_query("list"),

@@ -88,9 +88,20 @@ class Begun:
     reply_room: int
 
 
+class Place(NamedTuple):
+    """A conversation's place in the list, which is sorted by last activity, the latest first.
+
+    Conversations without a date in `updatedAt` come after all others, sorted by id, the highest first.
+    """
+
+    updated_ms: int | None
+    """Milliseconds since 1970."""
+    id: str
+
+
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A conversation in the list."""
+    """A conversation in the list; `beginning` is the beginning of its first user message."""
 
     id: str
     beginning: str
@@ -98,3 +109,4 @@ class Summary:
     updated_at: datetime
     message_count: int
     streaming: bool
+    place: Place

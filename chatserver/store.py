@@ -30,6 +30,7 @@ from typing import Any
 import pymongo
 from bson import ObjectId
 from bson.codec_options import CodecOptions, DatetimeConversion
+from bson.datetime_ms import DatetimeMS
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo import ReturnDocument, UpdateOne
 from pymongo.errors import (
@@ -62,7 +63,7 @@ from chatserver.errors import (
     UnsupportedConversation,
 )
 from chatserver.joined import Joined
-from chatserver.records import Begun, Message, Record, StoredReply, Summary, Turn
+from chatserver.records import Begun, Message, Place, Record, StoredReply, Summary, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +236,7 @@ class Store:
         """
         try:
             async with self._call("prepare"):
-                await self._conversations.create_index([("createdAt", -1), ("_id", -1)])
+                await self._conversations.create_index([("updatedAt", -1), ("_id", -1)])
                 await self._conversations.create_index("reply._id", sparse=True)
         except ConfigurationError as error:
             raise SetupError(f"MONGODB_URI cannot be resolved: {error}") from None
@@ -463,7 +464,7 @@ class Store:
         condition = {"_id": ObjectId(conversation_id), "reply._id": stored["_id"]}
         if if_renewed_at is not None:
             condition["reply.renewedAt"] = if_renewed_at
-        update = {"$push": {"messages": stored}, "$unset": {"reply": ""}, "$set": {"updatedAt": now()}}
+        update = {"$push": {"messages": stored}, "$unset": {"reply": ""}, "$max": {"updatedAt": now()}}
         if await self._finishes.ask(UpdateOne(condition, update)):
             return message
         async with self._call("finish"):
@@ -563,37 +564,41 @@ class Store:
         records = {each["_id"]: documents.record(each, older=each["count"]) for each in found}
         return [records.get(each) for each in ids]
 
-    async def summaries(self, limit: int, after: tuple[datetime, str] | None) -> Sequence[Summary]:
-        """Return up to `limit` conversations, newest first, older than `after` (creation time and id)."""
-        condition: dict[str, Any] = {}
-        if after is not None:
-            time, last = after
-            condition = {
-                "createdAt": {"$lte": time},
-                "$or": [{"createdAt": {"$lt": time}}, {"_id": {"$lt": ObjectId(last)}}],
-            }
-        found = await self._list(condition, [("createdAt", -1), ("_id", -1)], limit)
-        return [documents.summary(each) for each in found]
-
-    async def _list(self, condition: Document, order: Sequence[tuple[str, int]], limit: int) -> list[dict[str, Any]]:
-        # The API cannot name conversations of other ids. As an expression, so that no index on `_id` is chosen for it.
-        is_ours = {"$expr": {"$eq": [{"$type": "$_id"}, "objectId"]}}
-        condition = {**condition, **is_ours}
+    async def summaries(self, limit: int, after: Place | None) -> Sequence[Summary]:
+        """Return up to `limit` conversations that come after a place of the list (None: from its beginning)."""
         try:
-            return await self._find(condition, documents.SUMMARY, order, limit)
+            found = await self._list(limit, after, documents.SUMMARY)
         except DatabaseRefused:
             # One of them holds text that is not UTF-8, which MongoDB refuses to cut: it alone has no title.
-            found = await self._find(condition, {**documents.SUMMARY, "beginning": documents.literal("")}, order, limit)
+            found = await self._list(limit, after, {**documents.SUMMARY, "beginning": documents.literal("")})
             for each in found:
                 with suppress(DatabaseRefused):
-                    each.update(*await self._find({"_id": each["_id"]}, documents.SUMMARY, order, 1))
-            return found
+                    async with self._call("list"):
+                        titled = await self._conversations.find_one({"_id": each["_id"]}, documents.SUMMARY)
+                    each.update(titled or {})
+        return [documents.summary(each) for each in found]
+
+    async def _list(self, limit: int, after: Place | None, projection: Document) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        # One call, since the process may end between two.
+        async with self._call("list"):
+            if after is None or after.updated_ms is not None:
+                found = await self._find(_dated_after(after), projection, [("updatedAt", -1), ("_id", -1)], limit)
+                after = None
+            if len(found) < limit:
+                condition: dict[str, Any] = {"updatedAt": {"$not": {"$type": "date"}}}
+                if after is not None:
+                    condition["_id"] = {"$lt": ObjectId(after.id)}
+                found += await self._find(condition, projection, [("_id", -1)], limit - len(found))
+        return found
 
     async def _find(
         self, condition: Document, projection: Document, order: Sequence[tuple[str, int]], limit: int
     ) -> list[dict[str, Any]]:
-        async with self._call("list"):
-            return list(await self._conversations.find(condition, projection).sort(order).limit(limit).to_list(limit))
+        # The API cannot name conversations of other ids. As an expression, so that no index on `_id` is chosen for it.
+        is_ours = {"$expr": {"$eq": [{"$type": "$_id"}, "objectId"]}}
+        cursor = self._conversations.find({**condition, **is_ours}, projection)
+        return list(await cursor.sort(order).limit(limit).to_list(limit))
 
     async def delete(self, conversation_id: str) -> bool:
         """Delete a conversation; return whether there was one."""
@@ -678,6 +683,19 @@ def _begun(document: Document) -> Begun:
 
 def _reply_begins(reply_id: str, time: datetime) -> dict[str, Any]:
     return {
-        "$set": {"updatedAt": time, "reply._id": ObjectId(reply_id), "reply.createdAt": time, "reply.content": ""},
+        # `$max`: a clock that was put back would move a conversation down the list, and a walk would meet it twice.
+        "$max": {"updatedAt": time},
+        "$set": {"reply._id": ObjectId(reply_id), "reply.createdAt": time, "reply.content": ""},
         "$currentDate": {"reply.renewedAt": True},
+    }
+
+
+def _dated_after(place: Place | None) -> Document:
+    """Return the condition for the conversations with a date in `updatedAt` that come after a place of the list."""
+    if place is None or place.updated_ms is None:
+        return {"updatedAt": {"$type": "date"}}
+    time = DatetimeMS(place.updated_ms)
+    return {
+        "updatedAt": {"$lte": time},
+        "$or": [{"updatedAt": {"$lt": time}}, {"_id": {"$lt": ObjectId(place.id)}}],
     }

@@ -342,39 +342,7 @@ async def test_delete_spares_a_conversation_that_begins_anew_in_the_same_moment(
     assert str(messages[1]["_id"]) == new[0]["replyId"]
 
 
-# -- list and pages ------------------------------------------------------------------------------------------------
-
-
-async def test_list_pages_stay_right_while_conversations_are_added_and_touched(app: App) -> None:
-    ids = [(await app.client.say(f"Number {n}, and more than fits into a title of at most sixty characters"))[
-        "conversationId"
-    ] for n in range(7)]  # fmt: skip
-    await app.until_idle()
-    # The same creation time for some: the order must not depend on it alone.
-    time = document(app, ids[3])["createdAt"]
-    app.database.conversations.update_many(
-        {"_id": {"$in": [ObjectId(each) for each in ids[2:5]]}}, {"$set": {"createdAt": time}}
-    )
-    seen, cursor = [], None
-    while True:
-        query = {"limit": "2"} | ({"cursor": cursor} if cursor else {})
-        page = (await app.client.http.get("/chat", params=query)).json()
-        seen += [each["conversationId"] for each in page["conversations"]]
-        cursor = page.get("nextCursor")
-        if cursor is None:
-            break
-        await app.client.say("a new one")
-        await app.until_idle()
-        await app.client.turn("touched", ids[0])
-    assert len(seen) == 7 and set(seen) == set(ids)
-    first = (await app.client.http.get("/chat", params={"limit": "100"})).json()["conversations"]
-    assert [each["createdAt"] for each in first] == sorted((each["createdAt"] for each in first), reverse=True)
-    assert len(first) == 10
-    oldest = first[-1]
-    assert oldest["conversationId"] == ids[0] and oldest["status"] == "idle" and oldest["messageCount"] == 8
-    assert oldest["title"] == "Number 0, and more than fits into a title of at most sixty…"
-    for cursor in ("x", "1-2", f"-1-{ids[0]}", f"999999999999999-{ids[0]}", f"{1:014}-{ids[0]}\n"):
-        assert (await app.client.http.get("/chat", params={"cursor": cursor})).status_code == 400
+# -- pages of a history -------------------------------------------------------------------------------------------
 
 
 async def test_history_comes_in_pages_that_join(make_app: MakeApp) -> None:

@@ -1,14 +1,15 @@
 """Conversations over HTTP: JSON in, a use case, JSON out."""
 
-from datetime import UTC, datetime
 from typing import Any
 
 from chatserver.handlers.base import BaseHandler
-from chatserver.records import Message, Summary, Turn
+from chatserver.records import Message, Place, Summary, Turn
 from chatserver.replay import iso
 from chatserver.sse import Position
 
 TITLE_CHARS = 60
+_EARLIEST = 2**63
+"""Milliseconds before 1970 of the earliest date that MongoDB knows."""
 
 
 class ConversationsHandler(BaseHandler):
@@ -22,14 +23,14 @@ class ConversationsHandler(BaseHandler):
         _accept(self, turn)
 
     async def get(self) -> None:
-        """List the conversations, newest first."""
+        """List the conversations, the latest activity first."""
         query = self.query("list")
         limit = query.get("limit", 20)
         after = _parse_cursor(query["cursor"]) if "cursor" in query else None
         found = await self.chat.summaries(limit + 1, after)
         page: dict[str, Any] = {"conversations": [_summary(each) for each in found[:limit]]}
         if len(found) > limit:
-            page["nextCursor"] = _cursor(found[limit - 1])
+            page["nextCursor"] = _cursor(found[limit - 1].place)
         self.answer(page)
 
     head = get
@@ -127,11 +128,14 @@ def _summary(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _cursor(summary: Summary) -> str:
-    """Return the opaque place after a conversation: its creation time in milliseconds and its id."""
-    return f"{round(summary.created_at.timestamp() * 1000):014}-{summary.id}"
+def _cursor(place: Place) -> str:
+    """Return a place of the list as opaque text of a fixed length.
+
+    The letter distinguishes it from the cursors of earlier versions, which had another order.
+    """
+    time = 0 if place.updated_ms is None else place.updated_ms + _EARLIEST
+    return f"{'n' if place.updated_ms is None else 'u'}{time:016x}-{place.id}"
 
 
-def _parse_cursor(cursor: str) -> tuple[datetime, str]:
-    milliseconds, _, conversation_id = cursor.partition("-")
-    return datetime.fromtimestamp(int(milliseconds) / 1000, UTC), conversation_id
+def _parse_cursor(cursor: str) -> Place:
+    return Place(int(cursor[1:17], 16) - _EARLIEST if cursor[0] == "u" else None, cursor[18:])

@@ -78,6 +78,8 @@ def _fields(error: ValidationError) -> list[FieldError]:
             detail = "must not be empty or only white space"
         case "pattern" if limit == "^[0-9a-fA-F]{24}$":
             detail = "must be an id of 24 hex digits"
+        case "pattern" if limit.startswith("^[nu]"):
+            detail = "must be the nextCursor of a page of this list"
         case "pattern":
             detail = f"must match {limit}"
         case "not":

@@ -109,7 +109,7 @@ export class Api {
   }
 
   /**
-   * Return a page of the conversations, newest first.
+   * Return a page of the conversations, the latest activity first.
    * @param {string} [cursor]  the `nextCursor` of the page before
    * @param {number} [limit]
    * @returns {Promise<{conversations: Summary[], nextCursor?: string}>}

@@ -12,6 +12,8 @@ export class Sidebar {
   #conversations = [];
   /** @type {string|undefined} where the next page begins */
   #cursor;
+  /** @type {Set<string>} the conversations of the page that was fetched last by `refresh` */
+  #first = new Set();
   #current = "";
   #isFetched = false;
   #asked = 0;
@@ -59,7 +61,7 @@ export class Sidebar {
     this.#open(false);
   }
 
-  /** Fetch the newest conversations again; those further down stay as they are. */
+  /** Fetch the conversations of the latest activity again; those further down stay as they are. */
   async refresh() {
     this.#asked += 1;
     const asked = this.#asked;
@@ -71,9 +73,10 @@ export class Sidebar {
       this.#isFetched = true;
       const oldest = page.conversations.at(-1);
       const seen = new Set(page.conversations.map((each) => each.conversationId));
-      const older = page.nextCursor
-        ? this.#conversations.filter((each) => !seen.has(each.conversationId) && oldest && each.createdAt <= oldest.createdAt)
-        : [];
+      // What was on the first page and is not, has moved down or was deleted.
+      const isBelow = (/** @type {Summary} */ each) => oldest && (!this.#first.has(each.conversationId) || each.updatedAt <= oldest.updatedAt);
+      const older = page.nextCursor ? this.#conversations.filter((each) => !seen.has(each.conversationId) && isBelow(each)) : [];
+      this.#first = seen;
       this.#conversations = [...page.conversations, ...older];
       this.#cursor = older.length ? this.#cursor : page.nextCursor;
       this.#show();

@@ -101,6 +101,7 @@ async def _serve_on(
     give_up_idle_readers(sockets, settings.slow_client_timeout_s)
     store = Store(
         client,
+        uri,
         timeout_s=settings.database_timeout_s,
         lease_ms=settings.lease_ms,
         history=settings.history_messages,

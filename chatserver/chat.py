@@ -72,8 +72,9 @@ class Chat:
     # -- the process ---------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Make the indexes, finish lost replies, start to deliver, checkpoint and sweep."""
+        """Build indexes in the background, finish lost replies, start to deliver, checkpoint and sweep."""
         await self._store.prepare()
+        self._replies.spawn(self._store.build_indexes())
         await self._replies.start(alone=self._alone)
 
     async def drain(self) -> None:

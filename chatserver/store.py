@@ -47,7 +47,7 @@ from pymongo.errors import (
     WriteConcernError,
 )
 
-from chatserver import documents
+from chatserver import documents, indexes
 from chatserver.documents import Document
 from chatserver.errors import (
     ChatError,
@@ -82,6 +82,8 @@ IngressRequestRateLimitExceeded: an operation is refused for now."""
 _OUT_OF_REACH = {6, 7, 89, 133, 134, 9001}
 """HostUnreachable, HostNotFound, NetworkTimeout, FailedToSatisfyReadPreference, ReadConcernMajorityNotAvailableYet,
 SocketException: what a `mongos` answers while it does not reach a shard."""
+_NO_SUCH_INDEX = 2
+"""BadValue: the hint names an index that does not exist, or is still being built."""
 _CONCURRENT_CALLS = 10
 """Motor runs each call on a thread of a pool of five a core: what waits shall wait here, where it can time out."""
 
@@ -179,13 +181,15 @@ class Store:
     """The conversations of one database.
 
     :param client: a Motor client, or PyMongo's AsyncMongoClient
+    :param uri: the same database's, for the connection that builds the indexes
     :param timeout_s: the longest that a call may take, in seconds
     :param lease_ms: how long after its last renewal a reply's server is taken for lost
     :param history: how many of the newest messages a turn brings along
     """
 
-    def __init__(self, client: Any, *, timeout_s: float, lease_ms: int, history: int) -> None:
+    def __init__(self, client: Any, uri: str, *, timeout_s: float, lease_ms: int, history: int) -> None:
         self._client = client
+        self._uri = uri
         self._conversations = client.get_default_database(DEFAULT_DATABASE).get_collection(
             "conversations",
             # Another application's date or text that Python cannot hold must not make a whole batch unreadable.
@@ -230,20 +234,23 @@ class Store:
         """All that a `Record` has but the messages."""
 
     async def prepare(self) -> None:
-        """Make the indexes: one for the list, one of the running replies.
+        """Check that the database takes writes from us.
 
         :raises SetupError: if the database refuses us
         """
         try:
             async with self._call("prepare"):
-                await self._conversations.create_index([("updatedAt", -1), ("_id", -1)])
-                await self._conversations.create_index("reply._id", sparse=True)
+                await self._conversations.update_one({"_id": ObjectId()}, {"$unset": {"reply": ""}})
         except ConfigurationError as error:
             raise SetupError(f"MONGODB_URI cannot be resolved: {error}") from None
         except DatabaseRefused as error:
             assert isinstance(error.__cause__, OperationFailure)
             said = (error.__cause__.details or {}).get("errmsg", "unknown error")
             raise SetupError(f"MongoDB refused the connection (MONGODB_URI): {said}") from None
+
+    async def build_indexes(self) -> None:
+        """Build the indexes, however long it takes; see `indexes.build`."""
+        await indexes.build(self._uri, DEFAULT_DATABASE)
 
     async def ping(self) -> None:
         """Check that the database answers.
@@ -507,7 +514,14 @@ class Store:
         if not alone:
             condition["$expr"] = self._standing["expired"]
         async with self._call("find_lost"):
-            found = await self._conversations.find(condition, {"reply": 1}).to_list(1000)
+            cursor = self._conversations.find(condition, {"reply": 1}).hint(indexes.RUNNING_REPLIES)
+            try:
+                found = await cursor.to_list(1000)
+            except OperationFailure as error:
+                if error.code != _NO_SUCH_INDEX:
+                    raise
+                # A scan of all conversations would take longer than a call may; whoever reads one of them settles it.
+                return ()
         replies = ((str(each["_id"]), documents.reply(each, expired=True)) for each in found)
         return [(conversation_id, reply) for conversation_id, reply in replies if reply is not None]
 
@@ -583,7 +597,7 @@ class Store:
         # One call, since the process may end between two.
         async with self._call("list"):
             if after is None or after.updated_ms is not None:
-                found = await self._find(_dated_after(after), projection, [("updatedAt", -1), ("_id", -1)], limit)
+                found = await self._find(_dated_after(after), projection, indexes.LIST, limit)
                 after = None
             if len(found) < limit:
                 condition: dict[str, Any] = {"updatedAt": {"$not": {"$type": "date"}}}

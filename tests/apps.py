@@ -84,12 +84,15 @@ class App:
         settings = self.settings
         self.store = Store(
             connect(self.database.uri, settings.database_timeout_s),
+            self.database.uri,
             timeout_s=settings.database_timeout_s,
             lease_ms=settings.lease_ms,
             history=settings.history_messages,
         )
         self.hub, self.metrics = Hub(), Metrics()
         self.chat = Chat(settings, self.store, self.hub, self.source, self.metrics)
+        # A test may look for what is found by an index alone.
+        await self.store.build_indexes()
         await self.chat.start()
         self.streams = Streams(self.chat, settings, self.metrics)
         self._ticking = asyncio.create_task(self.streams.tick_for_ever())

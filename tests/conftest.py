@@ -15,7 +15,7 @@ import pymongo
 import pytest
 from tornado.ioloop import IOLoop
 
-from chatserver.mongod import Mongod
+from chatserver.mongod import Mongod, find_mongod
 from chatserver.store import initiate_replica_set
 from tests.apps import App, Database, MakeApp
 from tests.servers import Server
@@ -94,7 +94,7 @@ def no_unexpected_logs(request: pytest.FixtureRequest, caplog: pytest.LogCapture
 # -- MongoDB -------------------------------------------------------------------------------------------------------
 
 
-def _mongod(folder: Path, *, replica_set: bool) -> Iterator[str]:
+def _mongod(folder: Path, *, replica_set: bool, option: str = "") -> Iterator[str]:
     mongod = Mongod(folder, replica_set=replica_set)
 
     async def start() -> str:
@@ -103,7 +103,14 @@ def _mongod(folder: Path, *, replica_set: bool) -> Iterator[str]:
             await initiate_replica_set(uri, mongod.host)
         return uri
 
-    uri = asyncio.run(start())
+    with pytest.MonkeyPatch.context() as patch:
+        if option:
+            folder.mkdir(exist_ok=True)
+            wrapper = folder / "mongod"
+            wrapper.write_text(f'#!/bin/sh\nexec "{find_mongod()}" "$@" {option}\n')
+            wrapper.chmod(0o755)
+            patch.setattr("chatserver.mongod.find_mongod", lambda: str(wrapper))
+        uri = asyncio.run(start())
     yield uri
     mongod.kill()
     asyncio.run(mongod.stop())
@@ -120,6 +127,20 @@ def replica_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URI of a MongoDB server that is no member of a replica set."""
     yield from _mongod(tmp_path_factory.mktemp("standalone"), replica_set=False)
+
+
+@pytest.fixture(scope="session")
+def faulty_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URI of a MongoDB replica set of one that has fail points."""
+    yield from _mongod(
+        tmp_path_factory.mktemp("faulty"), replica_set=True, option="--setParameter enableTestCommands=1"
+    )
+
+
+@pytest.fixture
+def locked(tmp_path: Path) -> Iterator[str]:
+    """The URI of a MongoDB server that wants a password."""
+    yield from _mongod(tmp_path / "locked", replica_set=False, option="--auth")
 
 
 def _database(uri: str) -> Iterator[Database]:
@@ -140,6 +161,12 @@ def database(replica_set: str) -> Iterator[Database]:
 def standalone_database(standalone: str) -> Iterator[Database]:
     """A fresh database of the server that is no member of a replica set."""
     yield from _database(standalone)
+
+
+@pytest.fixture
+def faulty_database(faulty_set: str) -> Iterator[Database]:
+    """A fresh database of the server that has fail points."""
+    yield from _database(faulty_set)
 
 
 # -- servers -------------------------------------------------------------------------------------------------------

@@ -24,9 +24,11 @@ ALLOWED: dict[str, list[str]] = {
     "chatserver.records": [],
     "chatserver.joined": ["chatserver.errors"],
     "chatserver.documents": ["chatserver.records"],
+    "chatserver.indexes": [],
     "chatserver.store": [
         "chatserver.documents",
         "chatserver.errors",
+        "chatserver.indexes",
         "chatserver.joined",
         "chatserver.records",
     ],
@@ -65,7 +67,7 @@ ALLOWED: dict[str, list[str]] = {
 }
 ONLY = {
     "motor": {"chatserver.store"},
-    "pymongo": {"chatserver.store"},
+    "pymongo": {"chatserver.store", "chatserver.indexes"},
     "bson": {"chatserver.store", "chatserver.documents"},
     "openai": {"chatserver.sources.openai"},
     "httpx2": {"chatserver.sources.openai"},

@@ -17,7 +17,11 @@ from tests.clients import new_id, text_of
 from tests.proxy import CuttingProxy
 from tests.servers import Server, until
 
-pytestmark = [pytest.mark.gen_test(timeout=100), pytest.mark.expects_log("database does not answer")]
+pytestmark = [
+    pytest.mark.gen_test(timeout=100),
+    pytest.mark.expects_log("database does not answer"),
+    pytest.mark.expects_log("the indexes could not be built"),
+]
 
 
 @pytest.fixture

@@ -212,9 +212,11 @@ class Fed:
 
 
 class GatedStore(Store):
-    """A store that takes checkpoints only when it is told to."""
+    """A store that takes checkpoints only when it is told to, and whose indexes were built before."""
 
     taken: asyncio.Event | None = None
+
+    async def build_indexes(self) -> None: ...
 
     async def checkpoint(self, replies: Any) -> Any:
         if (taken := self.taken) is None:
@@ -231,7 +233,7 @@ class Server:
         settings = Settings(checkpoint_ms=10, drain_s=0.0)
         self.source = Fed()
         self.hub = Hub()
-        self.store = GatedStore(client, timeout_s=5.0, lease_ms=settings.lease_ms, history=50)
+        self.store = GatedStore(client, "", timeout_s=5.0, lease_ms=settings.lease_ms, history=50)
         self.chat = Chat(settings, self.store, self.hub, self.source, Metrics())
         self.zombies = 0
         """Replies that it still writes although another server has ended them."""

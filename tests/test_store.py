@@ -38,8 +38,9 @@ class Stores:
     @asynccontextmanager
     async def open(self, **options: Any) -> AsyncIterator[Store]:
         client = CLIENTS[self._client](self.database.uri)
-        store = Store(client, **{"timeout_s": 4.0, "lease_ms": 10_000, "history": 50, **options})
+        store = Store(client, self.database.uri, **{"timeout_s": 4.0, "lease_ms": 10_000, "history": 50, **options})
         await store.prepare()
+        await store.build_indexes()
         try:
             yield store
         finally:
@@ -177,7 +178,7 @@ async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Da
     mark = "$$ROOT.mark"
     commands = Commands()
     client: Any = AsyncIOMotorClient(database.uri, event_listeners=[commands], **client_options(4.0))
-    store = Store(client, timeout_s=4.0, lease_ms=10_000, history=50)
+    store = Store(client, database.uri, timeout_s=4.0, lease_ms=10_000, history=50)
     calls: set[str] = set()
     store.observe = lambda operation, _seconds, _ok: calls.add(operation)
     first = turn()
@@ -510,8 +511,8 @@ async def test_uri_is_shown_without_secrets(uri: str, shown: str) -> None:
 
 @pytest.mark.expects_log("database does not answer")
 async def test_silent_database_is_told_in_time_and_then_at_once() -> None:
-    client = connect("mongodb://127.0.0.1:1/?directConnection=true", 1.0)
-    store = Store(client, timeout_s=1.0, lease_ms=1000, history=1)
+    uri = "mongodb://127.0.0.1:1/?directConnection=true"
+    store = Store(connect(uri, 1.0), uri, timeout_s=1.0, lease_ms=1000, history=1)
     loop = asyncio.get_running_loop()
     started = loop.time()
     results = await asyncio.gather(*(store.ping() for _ in range(100)), return_exceptions=True)

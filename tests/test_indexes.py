@@ -1,0 +1,114 @@
+"""The indexes: built in the background on a real MongoDB, however long it takes; tried again when they fail."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from chatserver import indexes
+from chatserver.errors import SetupError
+from chatserver.store import Store, connect
+from tests.apps import Database
+from tests.servers import Server, until
+
+BOTH = {"_id_", "reply._id_1", "updatedAt_-1__id_-1"}
+FORMER = "createdAt_-1__id_-1"
+
+
+@contextmanager
+def failing(database: Database, name: str, mode: Any = "alwaysOn", **data: Any) -> Iterator[None]:
+    """Have MongoDB fail inside the block (its own fail points)."""
+    admin = database.db.client.admin
+    admin.command("configureFailPoint", name, mode=mode, data=data)
+    try:
+        yield
+    finally:
+        admin.command("configureFailPoint", name, mode="off")
+
+
+def fill(database: Database) -> None:
+    """Store what an earlier version left: conversations, and its index for the list."""
+    database.conversations.insert_many([{"messages": [], "createdAt": None} for _ in range(10)])
+    database.conversations.create_index([("createdAt", -1), ("_id", -1)])
+
+
+def built(database: Database) -> set[str]:
+    return set(database.conversations.index_information())
+
+
+def test_server_serves_and_ends_while_an_index_is_built_for_longer_than_a_call_may_take(
+    faulty_database: Database, make_server: Callable[..., Server]
+) -> None:
+    fill(faulty_database)
+    server = make_server(MONGODB_URI=faulty_database.uri, DATABASE_TIMEOUT_S=1)
+    with failing(faulty_database, "hangAfterStartingIndexBuild"):
+        server.start()
+        started = time.monotonic()
+        until(lambda: "building the index reply._id_1" in server.output)
+        response = httpx.post(f"{server.url}/chat", json={"input": "Hello"}, trust_env=False)
+        assert response.status_code == 202
+        until(lambda: len(httpx.get(f"{server.url}/chat", trust_env=False).json()["conversations"]) == 11)
+        until(lambda: time.monotonic() > started + 1.2)
+        assert FORMER in built(faulty_database) and "built the index" not in server.output
+        assert server.stop() == 0
+        assert time.monotonic() < started + 6
+
+        server.start()
+        until(lambda: "building the index updatedAt" not in server.output)
+    until(lambda: "dropped the index createdAt_-1__id_-1" in server.output)
+    assert built(faulty_database) == BOTH
+    assert "built the index updatedAt_-1__id_-1 in " in server.output
+    assert "WARNING" not in server.output
+
+
+@pytest.mark.gen_test
+@pytest.mark.expects_log("the indexes could not be built \\(code 11601\\); next try in 0.01 s")
+async def test_build_that_fails_is_logged_and_tried_again(
+    faulty_database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(faulty_database)
+    monkeypatch.setattr(indexes, "_FIRST_WAIT_S", 0.01)
+    caplog.set_level(logging.INFO)
+    faults = {"failCommands": ["createIndexes"], "errorCode": 11601, "appName": "chatserver indexes"}
+    with failing(faulty_database, "failCommand", {"times": 1}, **faults):
+        await indexes.build(faulty_database.uri, "unused")
+    assert built(faulty_database) == BOTH
+    assert [each.levelname for each in caplog.records].count("WARNING") == 1
+
+
+@pytest.mark.gen_test
+@pytest.mark.expects_log("the index reply._id_1 exists with other options; it is left as it is")
+async def test_index_that_another_application_made_is_left_as_it_is(database: Database) -> None:
+    database.conversations.create_index("reply._id", name="reply._id_1")
+    await indexes.build(database.uri, "unused")
+    assert built(database) == BOTH
+
+
+@pytest.mark.gen_test
+@pytest.mark.parametrize("after_ms", [0, 1, 3, 10])
+async def test_build_is_given_up_at_once(faulty_database: Database, after_ms: int) -> None:
+    fill(faulty_database)
+    with failing(faulty_database, "hangAfterStartingIndexBuild"):
+        building = asyncio.create_task(indexes.build(faulty_database.uri, "unused"))
+        await asyncio.sleep(after_ms / 1000)
+        building.cancel()
+        await asyncio.wait({building}, timeout=3)
+        assert building.cancelled()
+
+
+@pytest.mark.gen_test
+@pytest.mark.expects_log("the database refuses \\(prepare\\): code 13 Unauthorized")
+async def test_database_that_refuses_us_is_an_error_of_the_start(locked: str) -> None:
+    store = Store(connect(locked, 4.0), locked, timeout_s=4.0, lease_ms=1000, history=1)
+    try:
+        with pytest.raises(
+            SetupError, match=r"MongoDB refused the connection \(MONGODB_URI\): not authorized on chat-db"
+        ):
+            await store.prepare()
+    finally:
+        await store.close()

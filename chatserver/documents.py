@@ -22,7 +22,7 @@ from chatserver.records import Message, Place, Record, ReplyError, Status, Store
 
 Document = Mapping[str, Any]
 
-BEGINNING_CHARS = 200
+BEGINNING_CHARS = 400
 """Code points of the first message that the list reads to make a title of."""
 _UNKNOWN = datetime(1970, 1, 1, tzinfo=UTC)
 _EARLIEST_ID = datetime(2010, 1, 1, tzinfo=UTC)
@@ -76,7 +76,7 @@ SUMMARY: Document = {
             "in": {
                 "$cond": [
                     {"$eq": [{"$type": "$$first.content"}, "string"]},
-                    {"$substrCP": ["$$first.content", 0, BEGINNING_CHARS]},
+                    {"$substrCP": ["$$first.content", 0, BEGINNING_CHARS + 1]},
                     "",
                 ]
             },
@@ -284,9 +284,11 @@ def summary(document: Document) -> Summary:
         case _:
             updated_ms = None
     streaming = reply(document, expired=False) is not None
+    beginning = document["beginning"]
     return Summary(
         id=str(document["_id"]),
-        beginning=document["beginning"],
+        beginning=beginning[:BEGINNING_CHARS],
+        is_cut=len(beginning) > BEGINNING_CHARS,
         created_at=time_of(document.get("createdAt"), document["_id"], updated_at),
         updated_at=time_of(updated_at, document.get("createdAt"), document["_id"]),
         message_count=document["count"] + streaming,

@@ -101,10 +101,14 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A conversation in the list; `beginning` is the beginning of its first user message."""
+    """A conversation in the list.
+
+    `beginning` is the beginning of its first user message; `is_cut` is whether that goes on.
+    """
 
     id: str
     beginning: str
+    is_cut: bool
     created_at: datetime
     updated_at: datetime
     message_count: int

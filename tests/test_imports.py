@@ -69,6 +69,7 @@ ONLY = {
     "motor": {"chatserver.store"},
     "pymongo": {"chatserver.store", "chatserver.indexes"},
     "bson": {"chatserver.store", "chatserver.documents"},
+    "regex": {"chatserver.handlers.chat"},
     "openai": {"chatserver.sources.openai"},
     "httpx2": {"chatserver.sources.openai"},
     "dotenv": {"chatserver.settings"},

@@ -126,3 +126,21 @@ async def test_cursor_of_another_order_is_refused_in_clear_words(app: App) -> No
         assert "/cursor must be the nextCursor of a page of this list" in response.json()["detail"]
     response = await app.client.http.get("/chat", params={"cursor": f"u{0:016}-{new_id()}\n"})
     assert response.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ("\U0001f469\u200d\U0001f469\u200d\U0001f467" * 61, "\U0001f469\u200d\U0001f469\u200d\U0001f467" * 60 + "…"),
+        ("e\u0301" * 61, "e\u0301" * 60 + "…"),
+        ("\U0001f1e9\U0001f1ea" * 60, "\U0001f1e9\U0001f1ea" * 60),
+        ("x" * 59 + " \U0001f44d\U0001f3fd" * 2, "x" * 59 + "…"),
+        ("a" + "\u0301" * 500, "…"),
+        ("  one\r\n two\t", "one two"),
+        ("x" * 400, "x" * 60 + "…"),
+    ],
+)
+async def test_title_is_cut_between_characters_as_people_see_them(app: App, text: str, title: str) -> None:
+    await app.client.say(text)
+    (only,) = (await app.client.http.get("/chat")).json()["conversations"]
+    assert only["title"] == title

@@ -565,6 +565,13 @@ def test_title_cannot_turn_around_the_words_beside_it(page: Page, make_site: Mak
     expect(page.locator("#delete-text")).to_have_text(f"“{title}” and all its messages are deleted for good.")
 
 
+def test_conversation_without_text_is_named_in_the_list(page: Page, make_site: MakeSite) -> None:
+    site = make_site(["Hi"])
+    site.app.database.conversations.insert_one({"messages": None})
+    open_page(page, site.url)
+    expect(page.get_by_role("link", name="Untitled")).to_be_visible()
+
+
 # -- tabs --------------------------------------------------------------------------------------------------------------
 
 

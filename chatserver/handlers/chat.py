@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import regex
+
 from chatserver.handlers.base import BaseHandler
 from chatserver.records import Message, Place, Summary, Turn
 from chatserver.replay import iso
@@ -114,18 +116,28 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _summary(summary: Summary) -> dict[str, Any]:
-    words = " ".join(summary.beginning.split())
-    if len(words) > TITLE_CHARS:
-        words = words[:TITLE_CHARS].rpartition(" ")[0] or words[:TITLE_CHARS]
-        words += "…"
     return {
         "conversationId": summary.id,
-        "title": words,
+        "title": _title(summary.beginning, summary.is_cut),
         "createdAt": iso(summary.created_at),
         "updatedAt": iso(summary.updated_at),
         "messageCount": summary.message_count,
         "status": "streaming" if summary.streaming else "idle",
     }
+
+
+def _title(text: str, is_cut: bool) -> str:
+    """Return the first words of a text, cut between characters as people see them (Unicode's grapheme clusters).
+
+    :param is_cut: whether the text goes on, so that its last character may not be whole
+    """
+    characters = regex.findall(r"\X", " ".join(text.split()))
+    if is_cut:
+        del characters[-1:]
+    elif len(characters) <= TITLE_CHARS:
+        return "".join(characters)
+    title = "".join(characters[:TITLE_CHARS])
+    return (title.rpartition(" ")[0] or title) + "…"
 
 
 def _cursor(place: Place) -> str:

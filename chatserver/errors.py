@@ -5,6 +5,7 @@ Exception
 ├── SourceError                a reply's source gave up; stored with the reply and streamed as `error`
 └── ChatError                  an answer to the client: problem+json (RFC 9457), rendered in handlers/base.py
     ├── InvalidRequest         400 invalid_request, invalid_json, invalid_id
+    ├── CrossSite              403 cross_site
     ├── NotFound               404 not_found
     │   └── NoSuchConversation the same to programs
     ├── MethodNotAllowed       405 method_not_allowed
@@ -95,6 +96,13 @@ class InvalidRequest(ChatError):
     title = "Invalid request"
     default_detail = "The request is malformed or does not fit its schema."
     code = "invalid_request"
+
+
+class CrossSite(ChatError):
+    status = 403
+    title = "Cross-site request"
+    default_detail = "Pages of this origin may not use this server; see CORS_ORIGINS."
+    code = "cross_site"
 
 
 class NotFound(ChatError):

@@ -6,9 +6,9 @@ import re
 import secrets
 import string
 from asyncio import Future
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from email.message import Message
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 from tornado.httputil import HTTPServerRequest
@@ -18,6 +18,7 @@ from chatserver import schemas
 from chatserver.chat import Chat
 from chatserver.errors import (
     ChatError,
+    CrossSite,
     HeadersTooLarge,
     HostNotAllowed,
     InvalidRequest,
@@ -26,7 +27,7 @@ from chatserver.errors import (
     PayloadTooLarge,
     UnsupportedMediaType,
 )
-from chatserver.handlers.access import client_address, cors_headers, host_is_allowed
+from chatserver.handlers.access import client_address, cors_headers, host_is_allowed, is_cross_site
 from chatserver.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ class BaseHandler(RequestHandler):
     Bodies are taken as they come. Of one that is too large, up to `_DISCARDED` bytes are read, not kept: a connection
     that is closed before all is read is reset, and the client may never see why.
     """
+
+    cross_site_methods: ClassVar[Collection[str]] = ("GET", "HEAD", "OPTIONS")
+    """The methods that pages of any site may use: without CORS they cannot read the answer, and nothing changes."""
 
     def initialize(self, chat: Chat, settings: Settings) -> None:
         self.chat = chat
@@ -91,6 +95,10 @@ class BaseHandler(RequestHandler):
             raise HeadersTooLarge
         if not host_is_allowed(self.request.host_name, self.config.allowed_hosts, self.config.host):
             raise HostNotAllowed
+        if self.request.method not in self.cross_site_methods and is_cross_site(
+            self.request.headers, self.request.host_name, self.config
+        ):
+            raise CrossSite
         length = self.request.headers.get("Content-Length", "0")
         # What is no number is refused where the body would be read.
         if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > self._most_body_bytes):

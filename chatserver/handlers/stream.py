@@ -372,6 +372,9 @@ def _finish_if_told(connection: Connection) -> None:
 class StreamHandler(BaseHandler):
     """`/chat/stream/:conversationId`"""
 
+    # An open stream counts against the limits, also for a page that cannot read it.
+    cross_site_methods = ("HEAD", "OPTIONS")
+
     def initialize(self, chat: Chat, settings: Settings, streams: Streams) -> None:  # type: ignore[override]
         super().initialize(chat, settings)
         self.streams = streams

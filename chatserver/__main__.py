@@ -105,6 +105,7 @@ async def _serve_on(
         timeout_s=settings.database_timeout_s,
         lease_ms=settings.lease_ms,
         history=settings.history_messages,
+        history_chars=settings.openai_history_chars,
     )
     metrics = Metrics()
     try:

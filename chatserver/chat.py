@@ -1,18 +1,19 @@
 """The use cases: say, retry, stop, delete, history, list, subscribe."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from typing import NamedTuple
 
 from chatserver import sse, store
 from chatserver.errors import DatabaseUnavailable, Draining, KeyReused, NoSuchConversation, NotFound
 from chatserver.hub import Hub, Live, Subscriber
 from chatserver.metrics import Metrics
-from chatserver.records import Message, Place, Record, Summary, Turn
-from chatserver.replay import PAGE_MESSAGES, Page, missed
+from chatserver.records import PAGE_SIZE, Before, Message, Newest, Place, Record, Span, Summary, Turn
+from chatserver.replay import Page, missed, span_after
 from chatserver.replies import STOPPED, Replies
 from chatserver.settings import Settings
 from chatserver.sources import Source
@@ -26,18 +27,31 @@ _STOP_PATIENCE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """A conversation as it stands, a running reply included as the last of `messages`, its status "streaming".
+    """A conversation as it stands, a running reply included as the last message, its status "streaming".
 
-    `streaming` is whether a reply runs, be it among `messages` or not; `position` is where the stream goes on from;
-    `has_more` is whether older messages were left out.
+    `streaming` is whether a reply runs, be it among the messages or not; `has_more` is whether older messages were left
+    out. `parts` are the messages, at least one part: the later ones are read when they are asked for, which raises
+    `NoSuchConversation` if the conversation was deleted meanwhile.
     """
 
     created_at: datetime
     updated_at: datetime
-    messages: Sequence[Message]
     streaming: bool
-    position: Position
     has_more: bool
+    parts: AsyncIterator["Part"]
+
+
+class Part(NamedTuple):
+    """Some messages of a history, as many as may be in memory at once.
+
+    `position` is the one right after them. With `continues`, the first message is the rest of the last one of the part
+    before, or some of it; with `breaks_off`, the next part continues the last message.
+    """
+
+    messages: Sequence[Message]
+    position: Position
+    continues: bool = False
+    breaks_off: bool = False
 
 
 class Chat:
@@ -180,35 +194,52 @@ class Chat:
         :raises NotFound: if there is no such conversation, or `before` is none of its messages
         """
         with self._hub.hold(conversation_id) as live:
-            record = await self._replies.read(live, partial(self._store.read, before=before, last=limit))
-            if record is not None and record.reply is not None and record.reply.id == before:
-                # Before the reply in flight are all that are stored.
-                record = await self._replies.read(live, partial(self._store.read, last=limit))
-            # No await from here on, so that text and position are of one moment.
+            span: Span = Newest(limit) if before is None else Before(before, limit)
+            record = await self._replies.read(live, partial(self._store.read, span=span))
+            # No await from here on: the stored messages and the running reply's text belong together. Stored messages
+            # do not change, so that most of them can be read later.
             if record is None:
                 raise NoSuchConversation
             if not record.found:
                 raise NotFound("The parameter before names no message of this conversation.")
-            messages = list(record.messages)
-            older = record.older
-            position = sse.after(messages[-1].id if messages else None, conversation_id)
-            if (running := record.reply) is not None and before is None:
-                content = running.content
-                if live.reply is not None and live.reply.message_id == running.id:
+            running = None
+            if (reply := record.reply) is not None and before is None:
+                content = reply.content
+                if live.reply is not None and live.reply.message_id == reply.id:
                     content = max(content, live.reply.content, key=len)
-                messages.append(Message(running.id, "assistant", content, running.created_at, "streaming"))
-                position = Position(running.id, len(content))
-                if limit is not None and len(messages) > limit:
-                    del messages[0]
-                    older += 1
+                running = Message(reply.id, "assistant", content, reply.created_at, "streaming")
             return History(
                 created_at=record.created_at,
                 updated_at=record.updated_at,
-                messages=messages,
-                streaming=running is not None,
-                position=position,
-                has_more=older > 0,
+                streaming=reply is not None,
+                has_more=record.older > 0,
+                parts=self._parts(conversation_id, record, running),
             )
+
+    async def _parts(self, conversation_id: str, record: Record, running: Message | None) -> AsyncIterator[Part]:
+        """Yield the messages of a record, those that follow, and the running reply."""
+        created_at, continues = record.created_at, False
+        position = sse.start(conversation_id)
+        while True:
+            rest = record.following
+            breaks_off = rest is not None and rest.chars > 0
+            if record.messages:
+                last = record.messages[-1]
+                position = Position(last.id, rest.chars if rest is not None and breaks_off else None)
+            yield Part(record.messages, position, continues, breaks_off)
+            if rest is None:
+                break
+            continues = breaks_off
+            found = await self._store.read(conversation_id, rest)
+            if found is None or found.created_at != created_at or not found.messages:
+                raise NoSuchConversation
+            record = found
+        if running is not None:
+            chars = len(running.content)
+            for begin in range(0, chars or 1, PAGE_SIZE):
+                end = min(begin + PAGE_SIZE, chars)
+                part = replace(running, content=running.content[begin:end])
+                yield Part([part], Position(running.id, end), continues=begin > 0, breaks_off=end < chars)
 
     async def summaries(self, limit: int, after: Place | None = None) -> Sequence[Summary]:
         """Return up to `limit` conversations that come after a place of the list, the latest activity first."""
@@ -277,8 +308,7 @@ class Chat:
         """Return how to read what is needed of the record to go on from a position: no messages if there is none."""
         if at is None:
             return self._store.peek
-        since = None if at == sse.start(conversation_id) else at.message_id
-        return partial(self._store.read, since=since, first=PAGE_MESSAGES)
+        return partial(self._store.read, span=span_after(at, conversation_id), divided="replies")
 
 
 def _where_a_stream_begins(live: Live) -> Position | None:

@@ -12,16 +12,35 @@ An expression evaluates a string that begins with `$` as a path, so text from a 
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from bson import ObjectId, json_util
 from bson.datetime_ms import DatetimeMS
 
-from chatserver.records import Message, Place, Record, ReplyError, Status, StoredReply, Summary
+from chatserver.records import (
+    PAGE_SIZE,
+    After,
+    Before,
+    Between,
+    Message,
+    Newest,
+    Place,
+    Record,
+    ReplyError,
+    Span,
+    Status,
+    StoredReply,
+    Summary,
+)
 
 Document = Mapping[str, Any]
+Divided = Literal["all", "replies", "none"]
+"""Which messages of a page may be read in parts if they are long."""
 
+PAGE_MESSAGES = 2000
+"""The most messages that are read at once; see `records.PAGE_SIZE`."""
 BEGINNING_CHARS = 400
 """Code points of the first message that the list reads to make a title of."""
 _UNKNOWN = datetime(1970, 1, 1, tzinfo=UTC)
@@ -132,17 +151,104 @@ def messages_from(at: Document | int, count: int) -> Document:
     }
 
 
-def messages_before(at: Document, count: int) -> Document:
-    """Return the expression for the newest messages before an index; for none if it is negative."""
-    first = {"$max": [0, {"$subtract": ["$$at", count]}]}
-    return {
-        "$let": {
-            "vars": {"at": at},
+def page(conversation: ObjectId, span: Span, divided: Divided) -> Any:
+    """Return the expression for the first messages of a span, which `record_with_page` reads."""
+    at: Any = 0
+    begin: Any = 0
+    end: Any = COUNT
+    match span:
+        case Newest(limit):
+            if limit is not None:
+                running = {"$cond": [{"$eq": [{"$type": "$reply._id"}, "objectId"]}, 1, 0]}
+                begin = {"$add": [{"$subtract": [end, limit]}, running]}
+        case Before(message_id, limit):
+            at = {"$cond": [{"$eq": ["$reply._id", ObjectId(message_id)]}, end, index_of(conversation, message_id)]}
+            end = "$$at"
+            if limit is not None:
+                begin = {"$subtract": ["$$at", limit]}
+        case After(message_id, chars):
+            at = index_of(conversation, message_id)
+            begin = {"$add": ["$$at", 1]} if chars is None else "$$at"
+        case Between():
+            begin, end = span.begin, span.end
+    skipped = _chars(span)
+    most = 1 if skipped else PAGE_MESSAGES
+    number = {"$max": [0, {"$min": [most, {"$subtract": ["$$end", "$$begin"]}]}]}
+    candidates = {"$cond": [{"$gt": ["$$count", 0]}, {"$slice": [MESSAGES, "$$begin", "$$count"]}, []]}
+
+    def is_divided(message: str) -> Any:
+        is_text = {"$eq": [{"$type": f"{message}.content"}, "string"]}
+        if skipped or divided == "none":
+            return is_text if skipped else False
+        is_long = {"$gt": [{"$bsonSize": {"message": message}}, PAGE_SIZE]}
+        return {"$and": [is_text, is_long, divided == "all" or {"$eq": [f"{message}.role", "assistant"]}]}
+
+    part = {"$substrCP": ["$$this.content", skipped, PAGE_SIZE]}
+    return _let(
+        {"at": at},
+        {"begin": {"$max": [0, begin]}, "end": {"$cond": [{"$lt": ["$$at", 0]}, 0, end]}},
+        {"count": number},
+        {"candidates": candidates},
+        {"chosen": {"$slice": ["$$candidates", _fitting("$$candidates", _SIZE, PAGE_SIZE)]}},
+        {"last": {"$last": "$$chosen"}},
+        result={
+            "begin": "$$begin",
+            "end": "$$end",
+            "found": {"$gte": ["$$at", 0]},
+            "messages": {
+                "$map": {
+                    "input": "$$chosen",
+                    "in": {"$cond": [is_divided("$$this"), {"$mergeObjects": ["$$this", {"content": part}]}, "$$this"]},
+                }
+            },
+            "length": {"$cond": [is_divided("$$last"), {"$strLenCP": "$$last.content"}, None]},
+        },
+    )
+
+
+def newest_within(messages: Document, most_bytes: int) -> Any:
+    """Return the expression for the newest of some messages: the last, and those before until they have so many bytes.
+
+    A turn keeps them while its reply runs, so that a long conversation would cost all its text for each.
+    """
+    fitting = _fitting({"$reverseArray": "$$messages"}, _SIZE, most_bytes)
+    return _let({"messages": messages}, result={"$slice": ["$$messages", {"$multiply": [-1, fitting]}]})
+
+
+_SIZE: Document = {"$bsonSize": {"message": "$$this"}}
+
+
+def _chars(span: Span) -> int:
+    """Return how many code points of its first message a span leaves out."""
+    return (span.chars or 0) if isinstance(span, After | Between) else 0
+
+
+def _let(*steps: Document, result: Any) -> Any:
+    """Return the expression for a result, made of variables of which each may use those before it."""
+    for variables in reversed(steps):
+        result = {"$let": {"vars": variables, "in": result}}
+    return result
+
+
+def _fitting(messages: Any, size: Document, most_bytes: int) -> Document:
+    """Return the expression for how many messages begin within so many bytes; at least 1.
+
+    :param size: the expression for the bytes of `$$this`
+    """
+    counted = {
+        "$reduce": {
+            "input": messages,
+            "initialValue": {"count": 0, "bytes": 0},
             "in": {
-                "$cond": [{"$lt": ["$$at", 1]}, [], {"$slice": [MESSAGES, first, {"$min": ["$$at", count]}]}],
+                "$cond": [
+                    {"$gt": ["$$value.bytes", most_bytes]},
+                    "$$value",
+                    {"count": {"$add": ["$$value.count", 1]}, "bytes": {"$add": ["$$value.bytes", size]}},
+                ]
             },
         }
     }
+    return {"$max": [1, _let({"counted": counted}, result="$$counted.count")]}
 
 
 def last_ids(count: int) -> Document:
@@ -267,6 +373,22 @@ def record(document: Document, *, older: int) -> Record:
         older=older,
         found=document.get("at", 0) >= 0,
     )
+
+
+def record_with_page(document: Document, span: Span) -> Record:
+    """Return a conversation with the first messages of a span.
+
+    :param document: with the fields of `STANDING`, `expired`, and `page` as the expression of that name makes it
+    """
+    page = document["page"]
+    begin, end, length = page["begin"], page["end"], page["length"]
+    at = 0 if page["found"] else -1
+    found = record({**document, "messages": page["messages"], "at": at}, older=begin)
+    read = begin + len(found.messages)
+    following = Between(read, end) if read < end else None
+    if length is not None and (chars := _chars(span) + len(found.messages[-1].content)) < length:
+        following = Between(read - 1, end, chars)
+    return replace(found, following=following, length=length)
 
 
 def _list(value: object) -> Sequence[object]:

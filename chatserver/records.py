@@ -44,11 +44,51 @@ class StoredReply:
     expired: bool
 
 
+PAGE_SIZE = 128 * 1024
+"""What is read of a conversation at once: no message that begins beyond this many bytes, and of a message that is
+larger, this many code points. Decoding more would hold the interpreter, and with it the event loop, for too long. One
+size for both, so that a message of which a part is read is always the last of its page."""
+
+
+class Newest(NamedTuple):
+    """The newest messages, a running reply counted as one of them; without a `limit`, all."""
+
+    limit: int | None = None
+
+
+class Before(NamedTuple):
+    """The newest messages before one, which may be the running reply; without a `limit`, all of them."""
+
+    message_id: str
+    limit: int | None = None
+
+
+class After(NamedTuple):
+    """What follows the first `chars` code points of a message, or (None) what follows the message."""
+
+    message_id: str
+    chars: int | None
+
+
+class Between(NamedTuple):
+    """The messages with the indexes `begin` to `end` - 1, without the first `chars` code points of the first one."""
+
+    begin: int
+    end: int
+    chars: int = 0
+
+
+Span = Newest | Before | After | Between
+"""Which messages of a conversation to read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A conversation, or its messages from one on.
+    """A conversation, and of the messages asked for the first ones, as many as may be in memory at once.
 
-    `older` is the number of messages before `messages`; `last_id` is the conversation's last message, whether it is
+    `older` is the number of messages before `messages`; `following` are those asked for that are not in `messages`: if
+    it has `chars`, the last message is only a part of itself, which ends there. `length` is how many code points the
+    last message has if `messages` has only a part of it. `last_id` is the conversation's last message, whether it is
     among them or not; `found` is whether the message asked for is there.
     """
 
@@ -58,7 +98,9 @@ class Record:
     reply: StoredReply | None
     last_id: str | None
     older: int
-    found: bool
+    found: bool = True
+    following: Between | None = None
+    length: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,8 @@ from datetime import datetime
 from typing import NamedTuple
 
 from chatserver import sse
-from chatserver.records import Message, Record
+from chatserver.records import After, Message, Newest, Record, Span
 from chatserver.sse import Position
-
-PAGE_MESSAGES = 100
-PAGE_BYTES = 128 * 1024
-"""Of stored text that waits for a client at once; a message more may begin below it."""
 
 
 def iso(time: datetime) -> str:
@@ -18,10 +14,10 @@ def iso(time: datetime) -> str:
 
 
 class Page(NamedTuple):
-    """What stored messages say after a position, as events: all of it, or as much as may wait for a client at once.
+    """What stored messages say after a position, as events: all of it, or as much as was read at once.
 
-    `position` is the one after them; `more` is whether messages follow that are not in it; `ends` is whether the
-    stream ends with it.
+    `position` is the one after them; `more` is whether text or messages follow that are not in it; `ends` is whether
+    the stream ends with it.
     """
 
     frames: list[bytes]
@@ -33,35 +29,39 @@ class Page(NamedTuple):
 def missed(record: Record, at: Position, until_done: bool) -> Page | None:
     """Return what the messages of a record say after a position; None if the position does not exist.
 
+    :param record: as read by `span_after` the position, users' messages whole
     :param until_done: whether the stream ends after the first `done` or `error`
     """
     if not record.found:
         return None
     frames: list[bytes] = []
-    size = 0
     position = at
+    rest = record.following
     for message in record.messages:
-        if size > PAGE_BYTES:
-            break
-        seen = at.chars if message.id == at.message_id else 0
-        if seen is None:
-            continue
+        seen = at.chars or 0 if message.id == at.message_id else 0
         position = Position(message.id, None)
         if message.role != "assistant":
             if seen:
                 return None
             frames.append(input_frame(message) if message.role == "user" else message_frame(message))
-        else:
-            if seen > len(message.content) and message.error is None:
-                # It has ended with less than this client saw, and a `done` would be a lie to it.
-                return None
-            if text := message.content[seen:]:
-                frames.append(sse.token_frame(message.id, len(message.content), text))
-            frames.append(end_frame(message))
-            if until_done:
-                return Page(frames, position, ends=True)
-        size += len(message.content)
-    return Page(frames, position, more=record.last_id not in (None, position.message_id))
+            continue
+        if seen and record.length is not None and seen > record.length and message.error is None:
+            # It has ended with less than this client saw, and a `done` would be a lie to it.
+            return None
+        chars = seen + len(message.content)
+        if message.content:
+            frames.append(sse.token_frame(message.id, chars, message.content))
+        if rest is not None and rest.chars and message is record.messages[-1]:
+            return Page(frames, Position(message.id, chars), more=True)
+        frames.append(end_frame(message))
+        if until_done:
+            return Page(frames, position, ends=True)
+    return Page(frames, position, more=rest is not None)
+
+
+def span_after(position: Position, conversation_id: str) -> Span:
+    """Return which messages follow a position."""
+    return Newest() if position == sse.start(conversation_id) else After(*position)
 
 
 def input_frame(message: Message) -> bytes:

@@ -27,7 +27,7 @@ from chatserver.errors import (
 )
 from chatserver.hub import Hub, Live, LiveReply
 from chatserver.metrics import Metrics
-from chatserver.records import INTERRUPTED, Begun, Message, Record, ReplyError, Status, StoredReply, Turn
+from chatserver.records import INTERRUPTED, After, Begun, Message, Record, ReplyError, Status, StoredReply, Turn
 from chatserver.replay import end_frame, input_frame
 from chatserver.settings import Settings
 from chatserver.store import Store
@@ -166,7 +166,7 @@ class Replies:
         """Publish the next checkpoint, or the end; return whether there is nothing more to follow."""
         conversation_id = live.conversation_id
         await asyncio.sleep(self._settings.checkpoint_ms / 1000)
-        record = await self._store.read(conversation_id, since=reply.message_id)
+        record = await self._store.read(conversation_id, After(reply.message_id, 0), divided="none")
         stored = record.reply if record else None
         if stored is not None and stored.id == reply.message_id and stored.expired:
             await self.finish_checkpointed(conversation_id, stored, _INTERRUPTED)

@@ -48,7 +48,7 @@ from pymongo.errors import (
 )
 
 from chatserver import documents, indexes
-from chatserver.documents import Document
+from chatserver.documents import Divided, Document
 from chatserver.errors import (
     ChatError,
     ConversationFull,
@@ -63,7 +63,7 @@ from chatserver.errors import (
     UnsupportedConversation,
 )
 from chatserver.joined import Joined
-from chatserver.records import Begun, Message, Place, Record, StoredReply, Summary, Turn
+from chatserver.records import Begun, Message, Place, Record, Span, StoredReply, Summary, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +73,6 @@ REPLY_ROOM = 1024 * 1024
 """Bytes kept free for a reply: a turn that would leave less is refused before it starts."""
 _MARGIN = 4096
 """Bytes for the fields around two messages, an error and the document's own."""
-_ALL = 2**31 - 1
-"""More messages than a document can hold."""
 _PROBE_S = 0.5
 _BUSY = {24, 112, 262, 365, 388, 462}
 """LockTimeout, WriteConflict, ExceededTimeLimit, TemporarilyUnavailable, TransactionTooLargeForCache,
@@ -185,9 +183,12 @@ class Store:
     :param timeout_s: the longest that a call may take, in seconds
     :param lease_ms: how long after its last renewal a reply's server is taken for lost
     :param history: how many of the newest messages a turn brings along
+    :param history_chars: how much of them a source uses: older messages than these code points may be left out
     """
 
-    def __init__(self, client: Any, uri: str, *, timeout_s: float, lease_ms: int, history: int) -> None:
+    def __init__(
+        self, client: Any, uri: str, *, timeout_s: float, lease_ms: int, history: int, history_chars: int = 48_000
+    ) -> None:
         self._client = client
         self._uri = uri
         self._conversations = client.get_default_database(DEFAULT_DATABASE).get_collection(
@@ -218,7 +219,7 @@ class Store:
                 "$let": {
                     "vars": {"prompt": documents.PROMPT},
                     "in": {
-                        "messages": {"$slice": ["$$prompt", -history]},
+                        "messages": documents.newest_within({"$slice": ["$$prompt", -history]}, 4 * history_chars),
                         "asked": documents.asked_index("$$prompt"),
                     },
                 }
@@ -530,40 +531,23 @@ class Store:
     async def read(
         self,
         conversation_id: str,
+        span: Span,
         *,
-        since: str | None = None,
-        first: int | None = None,
-        before: str | None = None,
-        last: int | None = None,
+        divided: Divided = "all",
     ) -> Record | None:
-        """Return a conversation (None if unknown): all messages, the first ones (from one on) or the last (before one).
+        """Return a conversation (None if unknown) and the first of some messages; see `Record`.
 
-        :param since: a message's id
-        :param first: how many
-        :param before: a message's id
-        :param last: how many
+        Messages are only ever appended, so that what `Record.following` says can be read later, unless the conversation
+        is deleted meanwhile; another one with the same id has another `created_at`.
+
+        :param span: which messages
+        :param divided: which of them are read in parts if they are long
         """
         conversation = ObjectId(conversation_id)
-        projection: dict[str, Any] = dict(self._standing)
-        if since:
-            projection["at"] = documents.index_of(conversation, since)
-            projection["messages"] = documents.messages_from(projection["at"], first or _ALL)
-        elif before:
-            projection["at"] = documents.index_of(conversation, before)
-            projection["messages"] = documents.messages_before(projection["at"], last or _ALL)
-        elif last or first:
-            projection["messages"] = {"$slice": [documents.MESSAGES, first or -(last or 0)]}
-        else:
-            projection["messages"] = 1
+        projection = {**self._standing, "page": documents.page(conversation, span, divided)}
         async with self._call("read"):
             document = await self._conversations.find_one({"_id": conversation}, projection)
-        if document is None:
-            return None
-        if since or first:
-            return documents.record(document, older=max(0, document.get("at", 0)))
-        end = document["at"] if before else document["count"]
-        read = len(document["messages"]) if last or before else document["count"]
-        return documents.record(document, older=max(0, end - read))
+        return documents.record_with_page(document, span) if document else None
 
     async def peek(self, conversation_id: str) -> Record | None:
         """Return a conversation without its messages (None if unknown): where it stands, and the reply that runs.

@@ -13,7 +13,7 @@ from bson import ObjectId
 
 from chatserver import sse
 from chatserver.hub import MAX_WRITE
-from chatserver.replay import PAGE_BYTES, PAGE_MESSAGES
+from chatserver.records import PAGE_SIZE
 from tests.apps import Database, MakeApp, Script
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
 from tests.servers import Server, until
@@ -219,7 +219,7 @@ async def test_missed_messages_are_told_page_by_page_as_the_client_takes_them(ma
     (slow,) = app.streams._open
     await app.until(lambda: slow._paused)
     longest = max(map(len, texts))
-    assert len(slow._backlog) < PAGE_BYTES + 2 * longest
+    assert len(slow._backlog) < PAGE_SIZE + 2 * longest
 
     # Time goes by: no keep-alive lands inside the frame at which the client has stopped.
     def untouched() -> bool:
@@ -236,7 +236,7 @@ async def test_missed_messages_are_told_page_by_page_as_the_client_takes_them(ma
         if last in seen.ended:
             break
     assert list(seen.said.values()) == texts and seen.order == [str(each["_id"]) for each in messages]
-    assert reads.count("read") >= 250 / PAGE_MESSAGES
+    assert reads.count("read") >= sum(map(len, texts)) / (PAGE_SIZE + longest)
     stalled.close()
     await app.until_idle()
 

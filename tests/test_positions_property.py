@@ -336,15 +336,17 @@ class Conversation(RuleBasedStateMachine):
 
     async def begin_with_history(self, client: Client, server: Server) -> None:
         history = await server.chat.history(self.id)
-        said = {message.id: message.content for message in history.messages}
+        parts = [part async for part in history.parts]
+        messages = [message for part in parts for message in part.messages]
+        said = {message.id: message.content for message in messages}
         ended = {
             message.id: end_of(message.status, message.error and message.error.code)
-            for message in history.messages
+            for message in messages
             if message.role == "assistant"
         }
-        if history.messages and history.messages[-1].status == "streaming":
-            del ended[history.messages[-1].id]
-        client.begin_with(said, ended, str(history.position))
+        if messages and messages[-1].status == "streaming":
+            del ended[messages[-1].id]
+        client.begin_with(said, ended, str(parts[-1].position))
 
     def stored(self) -> list[tuple[str, str, str, str]]:
         document = self.world.conversations.find_one({"_id": ObjectId(self.id)}) or {"messages": []}
@@ -427,6 +429,8 @@ class Conversation(RuleBasedStateMachine):
         assert turn is not None and turn.server is not None
         server = turn.server
         other = self.servers[server is self.servers[0]]
+        if how == "complete" and not turn.said.strip():
+            how = "failed"  # a reply without a word is never complete
         self.shortened |= how == "stopped elsewhere" and turn.saved != turn.said
 
         async def end() -> None:

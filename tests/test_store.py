@@ -17,7 +17,7 @@ from pymongo.monitoring import CommandListener
 
 from chatserver import store as store_module
 from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
-from chatserver.records import INTERRUPTED, Message, ReplyError, Turn
+from chatserver.records import INTERRUPTED, After, Before, Between, Message, Newest, ReplyError, Span, Turn
 from chatserver.store import DOCUMENT_BYTES, REPLY_ROOM, Store, client_options, connect, describe_uri, new_id
 from tests.apps import Database
 
@@ -195,8 +195,8 @@ async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Da
     more = await store.begin(turn(first.conversation_id), mark, f"{mark} 2")
     assert await store.find_begun(first.conversation_id, more.turn.reply_id) is not None
     await store.find_lost([more.turn.reply_id])
-    for what in ({}, {"last": 1}, {"since": first.message_id}, {"before": first.message_id}):
-        await store.read(first.conversation_id, **what)
+    for span in (Newest(), Newest(1), After(first.message_id, 0), Before(first.message_id), Between(0, 1)):
+        await store.read(first.conversation_id, span)
     await store.peek(first.conversation_id)
     (summary,) = await store.summaries(1, None)
     await store.summaries(1, summary.place)
@@ -286,24 +286,27 @@ async def test_only_the_messages_asked_for_are_read(stores: Stores) -> None:
             await store.finish(conversation_id, reply_of(each, f"a{number}"))
             ids += [each.message_id, each.reply_id]
 
-        async def read(**what: Any) -> tuple[list[str], int, bool]:
-            record = await store.read(conversation_id, **what)
-            assert record is not None and record.last_id == ids[-1]
+        async def read(span: Span) -> tuple[list[str], int, bool]:
+            record = await store.read(conversation_id, span)
+            assert record is not None and record.following is None and record.length is None
+            assert record.last_id == ids[-1]
             return [message.content for message in record.messages], record.older, record.found
 
-        assert await read() == (["u0", "a0", "u1", "a1", "u2", "a2"], 0, True)
-        assert await read(first=2) == (["u0", "a0"], 0, True)
-        assert await read(since=ids[1], first=2) == (["a0", "u1"], 1, True)
-        assert await read(since=ids[3]) == (["a1", "u2", "a2"], 3, True)
-        assert await read(since=new_id()) == ([], 0, False)
-        assert await read(last=2) == (["u2", "a2"], 4, True)
-        assert await read(last=100) == (["u0", "a0", "u1", "a1", "u2", "a2"], 0, True)
-        assert await read(before=ids[3], last=2) == (["a0", "u1"], 1, True)
-        assert await read(before=ids[1], last=5) == (["u0"], 0, True)
-        assert await read(before=ids[0], last=5) == ([], 0, True)
-        assert await read(before=ids[3]) == (["u0", "a0", "u1"], 0, True)
-        assert (await read(before=new_id(), last=5))[2] is False
-        assert await store.read(new_id()) is None
+        assert await read(Newest()) == (["u0", "a0", "u1", "a1", "u2", "a2"], 0, True)
+        assert await read(After(ids[1], 0)) == (["a0", "u1", "a1", "u2", "a2"], 1, True)
+        assert await read(After(ids[3], None)) == (["u2", "a2"], 4, True)
+        assert await read(After(ids[5], None)) == ([], 6, True)
+        assert await read(After(new_id(), 0)) == ([], 0, False)
+        assert await read(After(new_id(), None)) == ([], 0, False)
+        assert await read(Newest(2)) == (["u2", "a2"], 4, True)
+        assert await read(Newest(100)) == (["u0", "a0", "u1", "a1", "u2", "a2"], 0, True)
+        assert await read(Before(ids[3], 2)) == (["a0", "u1"], 1, True)
+        assert await read(Before(ids[1], 5)) == (["u0"], 0, True)
+        assert await read(Before(ids[0], 5)) == ([], 0, True)
+        assert await read(Before(ids[3])) == (["u0", "a0", "u1"], 0, True)
+        assert (await read(Before(new_id(), 5)))[2] is False
+        assert await read(Between(1, 3)) == (["a0", "u1"], 1, True)
+        assert await store.read(new_id(), Newest()) is None
 
 
 async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_query(stores: Stores) -> None:
@@ -319,7 +322,7 @@ async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_qu
         assert [record is None for record in records[:150]] == [False] * 120 + [True] * 30
         first, second = records[:2]
         assert first is not None and first.reply is None and first.last_id == turns[0].reply_id
-        assert first.messages == [] and first.older == 2
+        assert not first.messages and first.older == 2
         assert second is not None and second.reply is not None and second.reply.id == turns[1].reply_id
         # Whoever asks while a query is on its way is answered by one that was sent after that.
         early = asyncio.create_task(store.peek(turns[1].conversation_id))
@@ -452,7 +455,7 @@ async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:
     conversation = {"_id": ObjectId(), "createdAt": time, "updatedAt": time, "messages": [message], "__v": 0}
     stores.database.conversations.insert_one(conversation)
     async with stores.open() as store:
-        record = await store.read(str(conversation["_id"]))
+        record = await store.read(str(conversation["_id"]), Newest())
         assert record is not None and record.messages[0].content == "from Node" and record.created_at == time
         begun = await store.begin(turn(str(conversation["_id"])), "from Python", None)
         assert begun.number == 2
@@ -471,7 +474,7 @@ async def test_what_is_looked_for_is_found_by_an_index(database: Database) -> No
         await store.find_lost([each.reply_id for each in turns])
         await store.find_keyed(turns[0].conversation_id, "k", "Hello")
         await store.peek(turns[0].conversation_id)
-        await store.read(turns[0].conversation_id)
+        await store.read(turns[0].conversation_id, Newest())
         database.db.command("profile", 0)
     profile = list(database.db["system.profile"].find({"op": "query"}))
     assert len(profile) == 6

@@ -73,6 +73,11 @@ def our_tasks() -> list[str]:
     return sorted(name for name in names if "_server_request_loop" not in name)
 
 
+def indexes_are_built() -> bool:
+    """Return whether the job that builds the indexes, and its client, have ended."""
+    return not any(name.startswith(("Store.build_indexes", "AsyncPeriodicExecutor")) for name in our_tasks())
+
+
 def stored(history: dict[str, Any]) -> dict[str, str]:
     return {message["id"]: message["content"] for message in history["messages"]}
 
@@ -453,6 +458,7 @@ async def test_reply_is_generated_and_stored_with_nobody_connected(app: App) -> 
 
 async def test_client_that_goes_away_leaves_nothing_behind(make_app: MakeApp) -> None:
     app = await make_app(simulated_token_delay_ms=2)
+    await app.until(indexes_are_built)
     tasks = our_tasks()
     answer = await app.client.say("hi")
     streams = [await RawStream(app.port, f"/chat/stream/{answer['conversationId']}").open() for _ in range(10)]

@@ -1,17 +1,20 @@
 """What all handlers share: JSON in, JSON out, and the one place where errors become answers."""
 
+import asyncio
 import json
 import logging
 import re
 import secrets
 import string
+import sys
 from asyncio import Future
-from collections.abc import Awaitable, Collection
+from collections.abc import AsyncIterator, Awaitable, Collection
 from email.message import Message
 from typing import Any, ClassVar
 from urllib.parse import quote
 
 from tornado.httputil import HTTPServerRequest
+from tornado.iostream import IOStream, StreamClosedError
 from tornado.web import HTTPError, RequestHandler, stream_request_body
 
 from chatserver import schemas
@@ -33,6 +36,8 @@ from chatserver.settings import Settings
 logger = logging.getLogger(__name__)
 
 _DISCARDED = 16 * 1024 * 1024
+_PIECE = 64 * 1024
+"""Bytes of a long answer that are sent at once; a shorter one is sent whole."""
 _ID = re.compile(r"[0-9a-fA-F]{24}\Z", re.ASCII)
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z", re.ASCII)
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z", re.ASCII)
@@ -194,6 +199,63 @@ class BaseHandler(RequestHandler):
         self.set_header("Content-Type", "application/json")
         self.set_header("Cache-Control", "no-store")
         self.finish(json.dumps(value, ensure_ascii=False) + "\n")
+
+    async def answer_in_pieces(self, parts: AsyncIterator[bytes]) -> None:
+        """Send JSON text as it is made: whole if it is short, else piece by piece, as fast as the client reads.
+
+        A failure after the first piece aborts the connection, as does a client that has not taken a piece after
+        `SLOW_CLIENT_TIMEOUT_S`: an answer that ended in order would seem complete.
+        """
+        self.set_header("Content-Type", "application/json")
+        self.set_header("Cache-Control", "no-store")
+        waiting = 0
+        try:
+            async for part in parts:
+                for begin in range(0, len(part), _PIECE):
+                    piece = part[begin : begin + _PIECE]
+                    if waiting + len(piece) > _PIECE:
+                        await self._send_piece()
+                        if self.request.method == "HEAD":
+                            return
+                        waiting = 0
+                    self.write(piece)
+                    waiting += len(piece)
+            if self._headers_written:
+                await self._send_piece()
+        except Exception as failure:
+            if not self._headers_written:
+                raise
+            if isinstance(failure, TimeoutError):
+                logger.info("slow client cut", extra={"request": self.request_id})
+            elif isinstance(failure, ChatError):
+                self.logged["code"] = failure.code
+            elif not isinstance(failure, StreamClosedError):
+                self.log_exception(*sys.exc_info())
+            self.detach().close()
+            return
+        if self._headers_written and self.request.version == "HTTP/1.0":
+            self.detach().close()  # its end is the connection's
+        else:
+            self.finish()
+
+    async def _send_piece(self) -> None:
+        """Send what has been written, and wait until the kernel has taken it.
+
+        :raises TimeoutError: if it has not after `SLOW_CLIENT_TIMEOUT_S`
+        :raises StreamClosedError: if the connection is closed
+        """
+        if self.request.version == "HTTP/1.0":
+            # Tornado would promise to keep the connection, whose end is the answer's.
+            self.request.headers.pop("Connection", None)
+        async with asyncio.timeout(self.config.slow_client_timeout_s):
+            await self.flush()
+
+    def detach(self) -> IOStream:
+        """Take the connection over from Tornado, which is done with this request."""
+        stream = super().detach()
+        self.application.log_request(self)
+        self.ui.clear()  # the one cycle by which a handler that never finishes would outlive its socket
+        return stream
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Render every error of every route as problem+json (RFC 9457)."""

@@ -1,9 +1,12 @@
 """Conversations over HTTP: JSON in, a use case, JSON out."""
 
+import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import regex
 
+from chatserver.chat import History, Part
 from chatserver.handlers.base import BaseHandler
 from chatserver.records import Message, Place, Summary, Turn
 from chatserver.replay import iso
@@ -12,6 +15,7 @@ from chatserver.sse import Position
 TITLE_CHARS = 60
 _EARLIEST = 2**63
 """Milliseconds before 1970 of the earliest date that MongoDB knows."""
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class ConversationsHandler(BaseHandler):
@@ -47,18 +51,7 @@ class ConversationHandler(BaseHandler):
         query = self.query("history")
         before = query.get("before")
         history = await self.chat.history(conversation_id, query.get("limit"), before.lower() if before else None)
-        messages = [_message(each) for each in history.messages]
-        value: dict[str, Any] = {
-            "conversationId": conversation_id,
-            "createdAt": iso(history.created_at),
-            "updatedAt": iso(history.updated_at),
-            "status": "streaming" if history.streaming else "idle",
-            "messages": messages,
-            "lastEventId": str(history.position),
-        }
-        if query:
-            value["hasMore"] = history.has_more
-        self.answer(value)
+        await self.answer_in_pieces(_history(conversation_id, history, paged=bool(query)))
 
     head = get
 
@@ -100,6 +93,40 @@ def _accept(handler: BaseHandler, turn: Turn) -> None:
         "lastEventId": str(Position(turn.reply_id, 0)),
     }
     handler.answer(value, 202)
+
+
+async def _history(conversation_id: str, history: History, *, paged: bool) -> AsyncIterator[bytes]:
+    """Yield a history's JSON text, part by part."""
+    head = {
+        "conversationId": conversation_id,
+        "createdAt": iso(history.created_at),
+        "updatedAt": iso(history.updated_at),
+        "status": "streaming" if history.streaming else "idle",
+    }
+    yield f'{_encode(head)[:-1]}, "messages": ['.encode()
+    position, separator = None, ""
+    async for part in history.parts:
+        yield _part(part, separator)
+        position = part.position
+        separator = ", " if part.messages else separator
+    tail: dict[str, Any] = {"lastEventId": str(position)}
+    if paged:
+        tail["hasMore"] = history.has_more
+    yield f"], {_encode(tail)[1:]}\n".encode()
+
+
+def _part(part: Part, separator: str) -> bytes:
+    """Return the JSON text of some messages.
+
+    :param separator: what comes between the part before and this one, unless that broke off in a message
+    """
+    texts = [_encode(_message(each)) for each in part.messages]
+    # Neither is found in a message's text, where quotation marks are escaped.
+    if part.continues:
+        separator, texts[0] = "", texts[0].partition('"content": "')[2]
+    if part.breaks_off:
+        texts[-1] = texts[-1].rpartition('", "createdAt"')[0]
+    return f"{separator if texts else ''}{', '.join(texts)}".encode()
 
 
 def _message(message: Message) -> dict[str, Any]:

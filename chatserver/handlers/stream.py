@@ -433,8 +433,6 @@ class StreamHandler(BaseHandler):
     async def _hand_over(self, connection: Connection) -> None:
         """Give the socket to a transport of the loop; Tornado, and this handler, are done with it."""
         stream = self.detach()
-        self.application.log_request(self)
-        self.ui.clear()  # the one cycle by which a handler that never finishes would outlive its socket
         if stream.closed():
             connection.leave()
             return

@@ -182,7 +182,7 @@ async def _answer_refused(connection: socket.socket) -> None:
     """Answer the first request of a connection with 503, and close it once the client has."""
     loop = asyncio.get_running_loop()
     connection.setblocking(False)
-    with connection, suppress(OSError, TimeoutError):  # the client is gone, or slow
+    with connection, suppress(OSError, TimeoutError):  # the client has disconnected, or is slow
         async with asyncio.timeout(_REFUSAL_S):
             await loop.sock_recv(connection, 65536)
             await loop.sock_sendall(connection, _refusal())

@@ -240,7 +240,7 @@ async def test_client_that_stops_reading_a_history_is_cut_off(make_app: MakeApp,
     conversation_id = insert(app.database, ["x" * 100_000] * 100)
     stalled = Stalled(app.port, f"/chat/{conversation_id}")
     with caplog.at_level("INFO", "chatserver"):
-        await app.until(lambda: "slow client cut" in caplog.messages)
+        await app.until(lambda: "slow client disconnected" in caplog.messages)
     stalled.close()
 
 

@@ -226,7 +226,7 @@ class BaseHandler(RequestHandler):
             if not self._headers_written:
                 raise
             if isinstance(failure, TimeoutError):
-                logger.info("slow client cut", extra={"request": self.request_id})
+                logger.info("slow client disconnected", extra={"request": self.request_id})
             elif isinstance(failure, ChatError):
                 self.logged["code"] = failure.code
             elif not isinstance(failure, StreamClosedError):

@@ -337,7 +337,7 @@ class Streams:
             if connection.tick(now, self._settings.keepalive_s, self._settings.slow_client_timeout_s):
                 self.metrics.slow_clients.inc()
                 conversation_id, _ = self._open[connection]
-                logger.info("slow client cut", extra={"conversation": conversation_id})
+                logger.info("slow client disconnected", extra={"conversation": conversation_id})
 
         self._for_each(tick)
 

@@ -521,7 +521,7 @@ class Store:
             except OperationFailure as error:
                 if error.code != _NO_SUCH_INDEX:
                     raise
-                # A scan of all conversations would take longer than a call may; the next read of such a conversation settles it.
+                # Scanning all conversations would exceed a call's time limit; the next read of one settles it.
                 return ()
         replies = ((str(each["_id"]), documents.reply(each, expired=True)) for each in found)
         return [(conversation_id, reply) for conversation_id, reply in replies if reply is not None]

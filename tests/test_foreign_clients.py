@@ -5,7 +5,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,13 @@ async ([url, turns]) => {
 """
 
 
+async def together(*jobs: Coroutine[Any, Any, Any]) -> list[Any]:
+    """Return the results of jobs; if one fails, the others are cancelled, so that no client's process is left."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(job) for job in jobs]
+    return [task.result() for task in tasks]
+
+
 async def run(*command: object) -> Any:
     """Run a program; return the JSON that it prints."""
     process = await asyncio.create_subprocess_exec(*map(str, command), cwd=ROOT, stdout=asyncio.subprocess.PIPE)
@@ -73,7 +80,7 @@ async def watch(client: str, *urls: str) -> list[dict[str, Any]]:
     if client in NODE_CLIENTS:
         seen: list[dict[str, Any]] = await run("node", NODE / "watch.mjs", client, TURNS, *urls)
     else:
-        found = await asyncio.gather(
+        found = await together(
             *(run(sys.executable, "-m", "tests.foreign_clients", client, TURNS, each) for each in urls)
         )
         seen = [stream for streams in found for stream in streams]
@@ -152,13 +159,13 @@ async def test_client_has_each_word_once_over_connections_that_are_cut(
         cuts = Cuts(3001)  # the frames of two replies are some 8 KB or more: each connection carries a part of them
         async with cutting(app, cuts, reset=reset) as proxy:
             watching = watch(client, f"http://127.0.0.1:{proxy.port}/chat/stream/{conversation_id}")
-            (seen,), _ = await asyncio.gather(watching, converse(app, conversation_id))
+            (seen,), _ = await together(watching, converse(app, conversation_id))
             assert proxy.cuts >= 1 and seen["opens"] >= 2, client
         difference = await compare(app, conversation_id, seen)
         if difference and not (client in EAGER_CLIENTS and cuts.is_between_id_and_dispatch):
             differing[client] = difference
 
-    await asyncio.gather(*map(check, clients))
+    await together(*map(check, clients))
     assert not differing
 
 
@@ -172,7 +179,7 @@ async def test_chromium_has_each_word_once_over_connections_that_are_cut(make_ap
         page = await browser.new_page()
         await page.goto(f"http://127.0.0.1:{proxy.port}/healthz")
         watching = page.evaluate(WATCH, [f"/chat/stream/{conversation_id}", TURNS])
-        seen, _ = await asyncio.gather(watching, converse(app, conversation_id))
+        seen, _ = await together(watching, converse(app, conversation_id))
         await browser.close()
         assert proxy.cuts >= 1 and seen["opens"] >= 2
     assert await compare(app, conversation_id, seen) == ""
@@ -199,8 +206,8 @@ async def test_cut_at_any_byte_of_a_frame_but_the_last_loses_nothing(
             f"http://127.0.0.1:{port}/chat/stream/{conversation}"
             for port, conversation in zip(ports, conversations, strict=True)
         ]
-        seen, *_ = await asyncio.gather(watch(client, *urls), *(converse(app, each) for each in conversations))
-    differences = await asyncio.gather(*(compare(app, *each) for each in zip(conversations, seen, strict=True)))
+        seen, *_ = await together(watch(client, *urls), *(converse(app, each) for each in conversations))
+    differences = await together(*(compare(app, *each) for each in zip(conversations, seen, strict=True)))
     harmed = [each for each, difference in zip(cuts, differences, strict=True) if difference]
     assert [each.offset for each in harmed if not each.is_between_id_and_dispatch] == []
     assert len(harmed) < 10
@@ -239,9 +246,7 @@ async def test_client_has_each_word_through_a_proxy(
     async with proxy as port:
         url = f"http://127.0.0.1:{port}/chat/stream/"
         watching = (watch(client, url + conversation) for client, conversation in conversations.items())
-        seen, *_ = await asyncio.gather(
-            asyncio.gather(*watching), *(converse(app, each) for each in conversations.values())
-        )
+        seen, *_ = await together(together(*watching), *(converse(app, each) for each in conversations.values()))
     for client, (streams, conversation) in zip(clients, zip(seen, conversations.values(), strict=True), strict=True):
         assert await compare(app, conversation, streams[0]) == "", client
         assert streams[0]["opens"] == 1, client
@@ -257,7 +262,7 @@ async def test_post_right_after_a_stream_has_ended_is_accepted(
     await asyncio.to_thread(server.start)
     python = (sys.executable, "-m", "tests.foreign_clients")
     async with nginx(tmp_path, DEPLOYED, server.port, read_timeout_s=60) as port:
-        accepted = await asyncio.gather(
+        accepted = await together(
             run(*python, "pooled-requests", turns, server.url),
             run(*python, "pooled-httpx", turns, server.url),
             run("node", NODE / "pooled.mjs", "agent", server.url, turns),

@@ -434,7 +434,8 @@ def test_conversation_that_is_listed_but_was_deleted_is_said_to_be(page: Page, m
     expect_idle(page)
     conversation_id = id_of(page)
     page.get_by_role("link", name="New conversation").click()
-    site.run(site.app.client.http.delete(f"/chat/{conversation_id}"))
+    expect(page.get_by_role("heading", name="What is on your mind?")).to_be_visible()
+    assert site.run(site.app.client.http.delete(f"/chat/{conversation_id}")).status_code == 204
     page.get_by_role("link", name="Hello").click()
     expect(page.get_by_role("alert")).to_have_text("That conversation has been deleted.")
     expect(page.locator("#no-conversations")).to_be_visible()

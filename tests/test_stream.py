@@ -264,6 +264,44 @@ async def test_connection_serves_another_request_after_a_stream_has_ended_in_ord
     await app.until(lambda: len(app.streams) == 0)
 
 
+async def test_stream_until_done_ends_once_though_another_turn_waits_behind_it(make_app: MakeApp) -> None:
+    """Guards: a client that lagged had the next turn's frames, and a second last chunk in its next response."""
+    app = await make_app(source=Script("a"))
+    cid = new_id()
+    reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
+    writer.write(f"GET /chat/stream/{cid}?until=done HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    await app.until(lambda: app.subscribers == 1)
+    (connection,) = app.hub.lives[0].subscribers
+    await app.until(lambda: connection.ready)
+    connection.pause_writing()  # type: ignore[attr-defined]
+    for _ in range(2):
+        await app.client.turn("hi", cid)
+    connection.resume_writing()  # type: ignore[attr-defined]
+    async with asyncio.timeout(5):
+        stream = (await reader.readuntil(b"\r\n0\r\n\r\n")).decode()
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        following = (await reader.read()).decode()
+    assert [stream.count(f"event: {name}\n") for name in ("input", "token", "done")] == [1, 1, 1]
+    assert following.startswith("HTTP/1.1 200 OK") and following.count("HTTP/1.1 ") == 1
+    writer.close()
+
+
+async def test_nothing_follows_a_reset(make_app: MakeApp) -> None:
+    app = await make_app(source=Script("a", gate=asyncio.Semaphore(0)))
+    cid = new_id()
+    raw = await RawStream(app.port, f"/chat/stream/{cid}").open()
+    await app.until(lambda: app.subscribers == 1)
+    await app.client.say("hi", cid)
+    (live,) = app.hub.lives
+    (connection,) = live.subscribers
+    await app.until(lambda: connection.ready and not live.has_news)
+    live.append("not yet delivered", 17)
+    live.reset()
+    assert [event.name async for event in raw.events()][-1] == "reset"
+    assert raw.reader.ended
+    raw.close()
+
+
 async def test_last_chunk_is_sent_only_if_the_client_has_everything(make_app: MakeApp) -> None:
     """Guards: a reply that was cut off by the end of its connection looked complete to curl, fetch() and their like."""
     gate = asyncio.Semaphore(0)

@@ -114,8 +114,9 @@ class Connection(asyncio.Protocol):
 
     def end(self, data: bytes = b"") -> None:
         if not self._ending:
+            # Not by `replay`: once that is written, the conversation's next frames would follow.
             if data:
-                self.replay(data)
+                self._backlog += sse.chunk(data) if self.chunked else data
             if self.chunked:
                 self._backlog += sse.LAST_CHUNK
             self._close()

@@ -166,6 +166,9 @@ class Line(asyncio.Transport):
     def close(self) -> None:
         self._closed = True
 
+    def is_closing(self) -> bool:
+        return self._closed
+
     def _send(self) -> None:
         room = self._window - len(self._network)
         self._network += self._unsent[:room]

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import httpx_sse
 import pytest
 
 from chatserver.errors import SourceError
+from chatserver.handlers.stream import Connection
 from chatserver.sources import Prompt
 from chatserver.sources.simulated import Simulated
 from tests.apps import App, Database, MakeApp, Script, running
@@ -300,6 +302,27 @@ async def test_nothing_follows_a_reset(make_app: MakeApp) -> None:
     assert [event.name async for event in raw.events()][-1] == "reset"
     assert raw.reader.ended
     raw.close()
+
+
+async def test_connection_that_ends_as_soon_as_it_is_made_is_passed_on_once() -> None:
+    """Guards: two readers of one socket, each of which took a part of the client's next requests."""
+    kept: list[socket.socket] = []
+    ended = asyncio.Event()
+
+    class Brief(Connection):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.end()
+
+    ours, theirs = socket.socketpair()
+    connection = Brief(b"", lambda _: ended.set(), chunked=True, reuse=kept.append)
+    with theirs:
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, ours)
+        await ended.wait()
+        await asyncio.sleep(0)
+        assert theirs.recv(100) == b"0\r\n\r\n" and len(kept) == 1
+    for each in kept:
+        each.close()
 
 
 async def test_last_chunk_is_sent_only_if_the_client_has_everything(make_app: MakeApp) -> None:

@@ -248,7 +248,8 @@ class Connection(asyncio.Protocol):
 
     def _release(self) -> None:
         """Close the transport; pass the socket on if it may be used again."""
-        if self._transport is None:
+        if self._transport is None or self._transport.is_closing():
+            # Lost, or released before: an end right after `connection_made` asks for it twice.
             return
         kept: socket.socket | None = None
         if self._reuse is not None:

@@ -108,7 +108,7 @@ class Connection(asyncio.Protocol):
     def replay(self, data: bytes, then: Callable[[], None] | None = None) -> None:
         if not self._ending:
             self.ready = False
-            self._backlog += sse.chunk(data) if self.chunked else data
+            self._backlog += self._wrap(data)
             self._then = then
             self._pump()
 
@@ -116,7 +116,7 @@ class Connection(asyncio.Protocol):
         if not self._ending:
             # Not by `replay`: once that is written, the conversation's next frames would follow.
             if data:
-                self._backlog += sse.chunk(data) if self.chunked else data
+                self._backlog += self._wrap(data)
             if self.chunked:
                 self._backlog += sse.LAST_CHUNK
             self._close()
@@ -132,6 +132,10 @@ class Connection(asyncio.Protocol):
             self.end()
         else:
             self.disconnect()
+
+    def _wrap(self, data: bytes) -> bytes:
+        """Return bytes of this stream alone as its body carries them; the hub wraps what it writes for all."""
+        return sse.chunk(data) if self.chunked else data
 
     def _close(self) -> None:
         """Write the backlog, then let go of the connection."""
@@ -207,8 +211,7 @@ class Connection(asyncio.Protocol):
         elif self.ready and now - self._since >= keepalive_s - _TICK_S:
             # Ready means that everything before was written to its last byte, so that it never lands inside a frame.
             self._since = now
-            ping = sse.ping(keepalive_s)
-            self.write(sse.chunk(ping) if self.chunked else ping)
+            self.write(self._wrap(sse.ping(keepalive_s)))
         if self.expires_at is not None and now >= self.expires_at:
             self.finish()
         return False

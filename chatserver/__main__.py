@@ -20,14 +20,14 @@ from chatserver import logs
 from chatserver.app import make_app
 from chatserver.chat import Chat
 from chatserver.errors import DatabaseUnavailable, SetupError
-from chatserver.handlers.stream import Streams
 from chatserver.hub import Hub
 from chatserver.listener import Listener
 from chatserver.metrics import Metrics
 from chatserver.mongod import Mongod
 from chatserver.settings import Settings, read_settings
 from chatserver.sources import make_source
-from chatserver.store import Store, connect, describe_uri, initiate_replica_set
+from chatserver.store import Store, connect, initiate_replica_set, redact_uri
+from chatserver.streams import Streams
 
 _new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 with suppress(ImportError):
@@ -80,7 +80,7 @@ async def serve(settings: Settings, *, connections: int, reload: bool = False) -
             await initiate_replica_set(uri, mongod.host)
             keeping = asyncio.create_task(mongod.keep_running())
         assert uri is not None
-        await _serve_on(settings, uri, stopping, connections, alone=mongod is not None, reload=reload)
+        await _serve_on(settings, uri, stopping, connections, sole_server=mongod is not None, reload=reload)
     finally:
         if keeping is not None:
             keeping.cancel()
@@ -89,16 +89,16 @@ async def serve(settings: Settings, *, connections: int, reload: bool = False) -
 
 
 async def _serve_on(
-    settings: Settings, uri: str, stopping: asyncio.Event, connections: int, *, alone: bool, reload: bool
+    settings: Settings, uri: str, stopping: asyncio.Event, connections: int, *, sole_server: bool, reload: bool
 ) -> None:
     client = connect(uri, settings.database_timeout_s)
-    address = describe_uri(uri)
+    address = redact_uri(uri)
     try:
         sockets = bind_sockets(settings.port, settings.host)
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "no host name"
         raise SetupError(f"{settings.host}:{settings.port} (HOST, PORT) cannot be listened on: {why}") from None
-    give_up_idle_readers(sockets, settings.slow_client_timeout_s)
+    set_tcp_user_timeout(sockets, settings.slow_client_timeout_s)
     store = Store(
         client,
         uri,
@@ -109,7 +109,7 @@ async def _serve_on(
     )
     metrics = Metrics()
     try:
-        chat = Chat(settings, store, Hub(), make_source(settings), metrics, alone=alone)
+        chat = Chat(settings, store, Hub(), make_source(settings), metrics, sole_server=sole_server)
         try:
             await chat.start()
         except DatabaseUnavailable:
@@ -149,7 +149,7 @@ async def _serve_on(
     await server.close_all_connections()
 
 
-def give_up_idle_readers(sockets: list[socket.socket], slow_client_timeout_s: float) -> None:
+def set_tcp_user_timeout(sockets: list[socket.socket], slow_client_timeout_s: float) -> None:
     """Have the kernel, where it can, cut a client that has vanished or takes nothing of its answer.
 
     What is accepted inherits it. A stream's own timer comes first, and counts those that it cuts.

@@ -8,9 +8,10 @@ from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, 
 from chatserver.handlers.docs import DocsHandler, OpenAPIHandler
 from chatserver.handlers.ops import HealthHandler, MetricsHandler, ReadyHandler
 from chatserver.handlers.pages import PageHandler
-from chatserver.handlers.stream import StreamHandler, Streams
+from chatserver.handlers.stream import StreamHandler
 from chatserver.metrics import Metrics
 from chatserver.settings import Settings
+from chatserver.streams import Streams
 
 
 def make_app(chat: Chat, streams: Streams, metrics: Metrics, settings: Settings) -> Application:

@@ -8,17 +8,18 @@ from datetime import datetime
 from functools import partial
 from typing import NamedTuple
 
-from chatserver import sse, store
+from chatserver import positions, store
 from chatserver.errors import DatabaseUnavailable, Draining, KeyReused, NoSuchConversation, NotFound
-from chatserver.hub import Hub, Live, Subscriber
+from chatserver.hub import Hub, LiveConversation, Subscriber
 from chatserver.metrics import Metrics
+from chatserver.positions import Position
 from chatserver.records import PAGE_SIZE, Before, Message, Newest, Place, Record, Span, Summary, Turn
-from chatserver.replay import Page, missed, span_after
 from chatserver.replies import STOPPED, Replies
 from chatserver.settings import Settings
 from chatserver.sources import Source
-from chatserver.sse import Position
 from chatserver.store import Store
+from chatserver.wire import sse
+from chatserver.wire.replay import Page, missed, span_after
 
 RETRY_MS = 1000
 """How soon a client shall reconnect."""
@@ -57,22 +58,22 @@ class Part(NamedTuple):
 class Chat:
     """The use cases, over one store, one hub and one source. Whatever reads or writes may raise `DatabaseUnavailable`.
 
-    :param alone: whether the database is private, so that a reply found running at start-up has lost its server
+    :param sole_server: whether the database is private, so that a reply found running at start-up has lost its server
     """
 
     def __init__(
-        self, settings: Settings, store: Store, hub: Hub, source: Source, metrics: Metrics, *, alone: bool = False
+        self, settings: Settings, store: Store, hub: Hub, source: Source, metrics: Metrics, *, sole_server: bool = False
     ) -> None:
         self._store = store
         self._hub = hub
         self._metrics = metrics
-        self._alone = alone
+        self._sole_server = sole_server
         self._ping = sse.ping(settings.keepalive_s)
         self._replies = Replies(settings, store, hub, source, metrics)
         counts = hub.counts
         store.observe = metrics.observe_store
         metrics.watch("chatserver_running_replies", "Replies that are being written.", lambda: self.running)
-        metrics.watch("chatserver_live_conversations", "Conversations in memory.", lambda: len(hub.lives))
+        metrics.watch("chatserver_live_conversations", "Conversations in memory.", lambda: len(hub.conversations))
         metrics.watch("chatserver_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         metrics.watch("chatserver_tokens", "Pieces that the sources said.", lambda: counts.tokens, counter=True)
         metrics.watch("chatserver_events_sent", "Events written to streams.", lambda: counts.events, counter=True)
@@ -89,7 +90,7 @@ class Chat:
         """Build indexes in the background, finish lost replies, start to deliver, checkpoint and sweep."""
         await self._store.prepare()
         self._replies.spawn(self._store.build_indexes())
-        await self._replies.start(alone=self._alone)
+        await self._replies.start(sole_server=self._sole_server)
 
     async def drain(self) -> None:
         """Refuse new turns, let replies end for `DRAIN_S`, finish the rest as interrupted with their text stored."""
@@ -119,14 +120,17 @@ class Chat:
         """
         new = conversation_id is None and key is None
         if key is not None:
-            conversation_id = conversation_id or store.keyed_id(key)
+            conversation_id = conversation_id or store.id_for_key(key)
         turn = Turn(conversation_id or store.new_id(), store.new_id(), store.new_id())
         while True:
-            if key is not None and (first := await self._store.find_keyed(turn.conversation_id, key, text)) is not None:
+            if (
+                key is not None
+                and (first := await self._store.find_by_key(turn.conversation_id, key, text)) is not None
+            ):
                 return first
             with suppress(KeyReused):
                 return await self._replies.begin(
-                    turn.conversation_id, turn.reply_id, lambda: self._store.begin(turn, text, key, new=new)
+                    turn.conversation_id, turn.reply_id, lambda: self._store.start_turn(turn, text, key, new=new)
                 )
             # Another attempt with this key was stored after our look: find it, or, if its conversation was deleted
             # since, begin again.
@@ -140,7 +144,7 @@ class Chat:
         """
         reply_id = store.new_id()
         return await self._replies.begin(
-            conversation_id, reply_id, partial(self._store.begin_retry, conversation_id, reply_id)
+            conversation_id, reply_id, partial(self._store.start_retry, conversation_id, reply_id)
         )
 
     async def stop(self, conversation_id: str) -> str | None:
@@ -166,7 +170,7 @@ class Chat:
                     return None
                 # It runs on another server, which will find its reply ended at its next checkpoint. One that was
                 # checkpointed since we looked is looked at again.
-                if await self._replies.finish_checkpointed(conversation_id, record.reply, STOPPED):
+                if await self._replies.finish_from_checkpoint(conversation_id, record.reply, STOPPED):
                     return record.reply.id
 
     async def delete(self, conversation_id: str) -> None:
@@ -179,7 +183,7 @@ class Chat:
             found = await self._store.delete(conversation_id)
             # Also if it was not found: an attempt that got no answer may have deleted it. But not if a new conversation
             # has begun under this id meanwhile, nor for those who wait for one to begin.
-            if live.reply in (None, reply) and live.position != sse.start(conversation_id):
+            if live.reply in (None, reply) and live.position != positions.start(conversation_id):
                 live.reset()
             if reply is not None and (running := self._replies.get(reply.message_id)):
                 self._replies.end(running, STOPPED)
@@ -219,7 +223,7 @@ class Chat:
     async def _parts(self, conversation_id: str, record: Record, running: Message | None) -> AsyncIterator[Part]:
         """Yield the messages of a record, those that follow, and the running reply."""
         created_at, continues = record.created_at, False
-        position = sse.start(conversation_id)
+        position = positions.start(conversation_id)
         while True:
             rest = record.following
             breaks_off = rest is not None and rest.chars > 0
@@ -254,7 +258,7 @@ class Chat:
         with self._hub.hold(conversation_id) as live:
             record = None
             # What is idle here may have gone on elsewhere.
-            if not _is_live(live, position) or (live.reply is None and not self._alone):
+            if not _is_live(live, position) or (live.reply is None and not self._sole_server):
                 try:
                     record = await self._replies.read(live, self._look(conversation_id, position))
                     self._replies.align(live, record)
@@ -264,7 +268,7 @@ class Chat:
             if subscriber.gone:
                 return
             # No await from here on: snapshot and cursor are of one moment, so that no token lands between them.
-            at = position or _where_a_stream_begins(live) or sse.start(conversation_id)
+            at = position or _where_a_stream_begins(live) or positions.start(conversation_id)
             page = Page([], at)
             if not live.covers(at):
                 found = missed(record, at, subscriber.until_done) if record else None
@@ -311,12 +315,12 @@ class Chat:
         return partial(self._store.read, span=span_after(at, conversation_id), divided="replies")
 
 
-def _where_a_stream_begins(live: Live) -> Position | None:
+def _where_a_stream_begins(live: LiveConversation) -> Position | None:
     """Return where a stream without a position begins: at the running reply's start, else at the end; None: unknown."""
     return Position(live.reply.message_id, 0) if live.reply else live.position
 
 
-def _is_live(live: Live, position: Position | None) -> bool:
+def _is_live(live: LiveConversation, position: Position | None) -> bool:
     """Return whether all that follows a position (None: where a stream begins) is in memory."""
     at = position or _where_a_stream_begins(live)
     return at is not None and live.covers(at)

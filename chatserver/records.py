@@ -113,7 +113,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class StartedTurn:
     """A turn that is stored and whose reply is to be written.
 
     `said` is the user's message if it is new, None at a retry; `messages` are the newest ones, the last being the

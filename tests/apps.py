@@ -11,10 +11,9 @@ from pymongo.database import Database as PyMongoDatabase
 from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 
-from chatserver.__main__ import give_up_idle_readers
+from chatserver.__main__ import set_tcp_user_timeout
 from chatserver.app import make_app
 from chatserver.chat import Chat
-from chatserver.handlers.stream import Streams
 from chatserver.hub import Hub
 from chatserver.listener import Listener
 from chatserver.metrics import Metrics
@@ -22,6 +21,7 @@ from chatserver.settings import Settings
 from chatserver.sources import Prompt, Source
 from chatserver.sources.simulated import Simulated
 from chatserver.store import Store, connect
+from chatserver.streams import Streams
 from tests.clients import Client
 
 
@@ -98,7 +98,7 @@ class App:
         self._ticking = asyncio.create_task(self.streams.tick_for_ever())
         self.server = HTTPServer(make_app(self.chat, self.streams, self.metrics, settings))
         sock, self.port = bind_unused_port()
-        give_up_idle_readers([sock], settings.slow_client_timeout_s)
+        set_tcp_user_timeout([sock], settings.slow_client_timeout_s)
         self.listener = Listener([sock], self.server, settings.max_connections or 20_000, self.metrics)
         self.streams.give_back_to(self.listener.serve)
         self.listener.start()
@@ -118,7 +118,7 @@ class App:
     @property
     def subscribers(self) -> int:
         """How many streams are being delivered to."""
-        return sum(len(live.subscribers) for live in self.hub.lives)
+        return sum(len(live.subscribers) for live in self.hub.conversations)
 
     async def until(self, condition: Any, seconds: float = 10.0) -> None:
         """Wait until a condition of this process holds."""
@@ -135,7 +135,7 @@ class App:
 
     async def until_idle(self) -> None:
         """Wait until no reply runs and every live conversation is forgotten."""
-        await self.until(lambda: not self.chat.running and not self.hub.lives)
+        await self.until(lambda: not self.chat.running and not self.hub.conversations)
 
 
 MakeApp = Callable[..., Awaitable[App]]

@@ -7,20 +7,20 @@ from collections.abc import Callable
 from typing import Any
 
 from chatserver import __main__ as server
-from chatserver import sse
-from chatserver.hub import Live, LiveReply, Place
+from chatserver.hub import LiveConversation, LiveReply, Place
 from chatserver.replies import Replies
 from chatserver.store import Store
+from chatserver.wire import sse
 
 
 def post_stored_twice() -> None:
     """A key is not kept, so that a post that is sent again is stored again."""
-    begin = Store.begin
+    begin = Store.start_turn
 
     async def without_key(self: Store, turn: Any, content: str, key: str | None, *, new: bool = False) -> Any:
         return await begin(self, turn, content, None, new=new)
 
-    Store.begin = without_key  # type: ignore[method-assign]
+    Store.start_turn = without_key  # type: ignore[method-assign]
 
 
 def done_before_the_write() -> None:
@@ -55,8 +55,8 @@ def lost_replies_left_alone() -> None:
         await asyncio.sleep(0.05)
         return False
 
-    Replies._finish_lost = nothing  # type: ignore[assignment, method-assign]
-    Replies.finish_checkpointed = nothing  # type: ignore[method-assign]
+    Replies._finish_expired = nothing  # type: ignore[assignment, method-assign]
+    Replies.finish_from_checkpoint = nothing  # type: ignore[method-assign]
 
 
 def seldom_checkpoints() -> None:
@@ -68,7 +68,7 @@ def end_untold_at_shutdown() -> None:
     """Streams end without a word of the replies that the shutdown interrupts."""
     publish_end = Replies._publish_end
 
-    def untold(self: Replies, live: Live, reply: LiveReply, message: Any) -> None:
+    def untold(self: Replies, live: LiveConversation, reply: LiveReply, message: Any) -> None:
         if not self._out_of_time:
             publish_end(self, live, reply, message)
 
@@ -77,7 +77,7 @@ def end_untold_at_shutdown() -> None:
 
 def deletion_untold() -> None:
     """A conversation that is deleted while a reply runs leaves its streams as they are."""
-    Live.reset = lambda self: None  # type: ignore[method-assign]
+    LiveConversation.reset = lambda self: None  # type: ignore[method-assign]
 
 
 def position_first() -> None:
@@ -95,7 +95,7 @@ def position_first() -> None:
 def last_chunk_in_mid_reply() -> None:
     """Streams that end without a word of the replies that the shutdown interrupts end in order nevertheless."""
     end_untold_at_shutdown()
-    Live.is_complete_for = lambda self, subscriber: True  # type: ignore[method-assign]
+    LiveConversation.is_complete_for = lambda self, subscriber: True  # type: ignore[method-assign]
 
 
 MUTANTS: dict[str, Callable[[], None]] = {

@@ -16,7 +16,8 @@ import httpx
 import pytest
 from bson import ObjectId
 
-from chatserver import sse
+from chatserver import positions
+from chatserver.wire import sse
 from scripts.chaos_lib.check import check, last_checkpoint
 from scripts.chaos_lib.clients import Conversation, Watcher
 from scripts.chaos_lib.cuts import KINDS, Cuts, Splitter
@@ -265,7 +266,7 @@ FRAMES = [
     f"retry: 1000\n: chatserver\nevent: stream\nid: {USER}-done\n\n".encode(),
     sse.ping(15),
     sse.token_frame(REPLY, 3, "Hel"),
-    sse.frame("done", sse.Position(REPLY, None), {"messageId": REPLY, "status": "complete"}),
+    sse.frame("done", positions.Position(REPLY, None), {"messageId": REPLY, "status": "complete"}),
 ]
 EVENTS = ["stream", "ping", "token", "done"]
 POSITIONS = ["", f"{USER}-done", f"{USER}-done", f"{REPLY}-3", f"{REPLY}-done"]

@@ -145,7 +145,7 @@ async def test_key_whose_conversation_is_deleted_between_write_and_look_is_tried
     app: App, monkeypatch: pytest.MonkeyPatch, deletions: int
 ) -> None:
     conversation_id = new_id()
-    begin, left = app.store.begin, deletions
+    begin, left = app.store.start_turn, deletions
 
     async def meet_another_attempt(*arguments: Any, **options: Any) -> Any:
         nonlocal left
@@ -154,7 +154,7 @@ async def test_key_whose_conversation_is_deleted_between_write_and_look_is_tried
             raise KeyReused  # by an attempt whose conversation is gone when it is looked for
         return await begin(*arguments, **options)
 
-    monkeypatch.setattr(app.store, "begin", meet_another_attempt)
+    monkeypatch.setattr(app.store, "start_turn", meet_another_attempt)
     answer = await app.client.say("Hello", conversation_id, key="k")
     await app.until_idle()
 
@@ -507,7 +507,7 @@ async def test_server_that_was_only_paused_notices_that_its_reply_was_taken_over
     await paused.until(lambda: document(paused, conversation_id)["reply"]["content"] == "one ")
     await paused.until(lambda: paused.subscribers == 1)
     # What another server does once the lease has run out.
-    ((_, reply),) = await paused.store.find_lost([], alone=True)
+    ((_, reply),) = await paused.store.find_expired([], sole_server=True)
     message = Message(reply.id, "assistant", "one ", reply.created_at, "interrupted", INTERRUPTED)
     release(source)
     await said(paused, conversation_id, 8)
@@ -740,16 +740,16 @@ async def test_reply_that_begins_when_the_time_to_drain_is_over_is_interrupted(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app(source=Simulated(0.05, 1000))
-    begin, held = app.store.begin, asyncio.Event()
+    begin, held = app.store.start_turn, asyncio.Event()
 
     async def late(*arguments: Any, **options: Any) -> Any:
         begun = await begin(*arguments, **options)
         await held.wait()
         return begun
 
-    monkeypatch.setattr(app.store, "begin", late)
+    monkeypatch.setattr(app.store, "start_turn", late)
     saying = asyncio.create_task(app.client.say("Hello"))
-    await app.until(lambda: app.chat._replies._beginning)
+    await app.until(lambda: app.chat._replies._pending)
     draining = asyncio.create_task(app.chat.drain())
     await app.until(lambda: app.chat._replies._out_of_time)
     held.set()
@@ -846,7 +846,7 @@ async def test_own_reply_is_not_taken_for_lost_however_long_the_database_was_awa
     conversation_id = answer["conversationId"]
     app.database.conversations.update_one({"_id": ObjectId(conversation_id)}, AGES_AGO)
     app.store.observe = lambda operation, _seconds, _ok: sweeps.append(operation)
-    await app.until(lambda: sweeps.count("find_lost") >= 2)
+    await app.until(lambda: sweeps.count("find_expired") >= 2)
     assert (await app.client.history(conversation_id))["status"] == "streaming"
     assert "reply" in document(app, conversation_id)
     release(source, 3)
@@ -859,7 +859,7 @@ async def test_begin_with_an_unknown_outcome_is_settled(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, done: bool
 ) -> None:
     app = await make_app()
-    begin = app.store.begin
+    begin = app.store.start_turn
 
     async def silent(*args: Any, **options: Any) -> Any:
         monkeypatch.undo()
@@ -867,7 +867,7 @@ async def test_begin_with_an_unknown_outcome_is_settled(
             await begin(*args, **options)
         raise OutcomeUnknown
 
-    monkeypatch.setattr(app.store, "begin", silent)
+    monkeypatch.setattr(app.store, "start_turn", silent)
     conversation_id = new_id()
     response = await app.client.post("Hello", conversation_id, "key")
     assert response.status_code == 503
@@ -876,18 +876,18 @@ async def test_begin_with_an_unknown_outcome_is_settled(
     assert [event.name for event in events][:: len(events) - 1] == ["input", "done"]
     messages = document(app, conversation_id)["messages"]
     assert [str(each["_id"]) for each in messages] == [first["messageId"], first["replyId"]]
-    await app.until(lambda: not app.chat._replies._beginning)
+    await app.until(lambda: not app.chat._replies._pending)
 
 
 async def test_begin_that_arrives_late_is_found(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     app = await make_app()
-    begin, begun = app.store.begin, []
+    begin, begun = app.store.start_turn, []
 
     async def late(*args: Any, **options: Any) -> Any:
         begun.append((args, options))
         raise OutcomeUnknown
 
-    monkeypatch.setattr(app.store, "begin", late)
+    monkeypatch.setattr(app.store, "start_turn", late)
     conversation_id = new_id()
     assert (await app.client.post("Hello", conversation_id)).status_code == 503
     args, options = begun[0]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from bson import ObjectId
 
-from chatserver import sse
 from chatserver.hub import MAX_WRITE
 from chatserver.records import PAGE_SIZE
+from chatserver.wire import sse
 from tests.apps import Database, MakeApp, Script
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
 from tests.servers import Server, until
@@ -90,7 +90,7 @@ async def test_pending_tokens_leave_in_one_write(make_app: MakeApp) -> None:
     answer = await app.client.say("hi")
     raw = await RawStream(app.port, f"/chat/stream/{answer['conversationId']}").open()
     await app.until(lambda: app.subscribers == 1)
-    live = app.hub.lives[0]
+    live = app.hub.conversations[0]
     (connection,) = live.subscribers
     # As if its last bytes were still in flight: it is passed over, and catches up when they are gone.
     connection.pause_writing()  # type: ignore[attr-defined]
@@ -113,13 +113,13 @@ async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(ma
     conversation_id = new_id()
     stalled = Stalled(app.port, f"/chat/stream/{conversation_id}")
     await app.until(lambda: app.subscribers == 1)
-    (slow,) = app.hub.lives[0].subscribers
+    (slow,) = app.hub.conversations[0].subscribers
     reader = asyncio.create_task(app.client.events(conversation_id))
     await app.until(lambda: app.subscribers == 2)
     answer = await app.client.say("hi", conversation_id)
     events = await reader
     # Whoever reads has all of it while the other one is stuck, with little of it kept for it.
-    assert events[-1].name == "done" and slow.cursor < app.hub.lives[0]._end
+    assert events[-1].name == "done" and slow.cursor < app.hub.conversations[0]._end
     assert slow._transport.get_write_buffer_size() <= MAX_WRITE  # type: ignore[attr-defined]
     await app.until(lambda: len(app.streams) == 0)
     stalled.close()
@@ -137,7 +137,7 @@ async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: MakeApp) -> N
     answer = await app.client.say("hi")
     raw = await RawStream(app.port, f"/chat/stream/{answer['conversationId']}").open()
     await app.until(lambda: app.subscribers == 1)
-    (live,) = app.hub.lives
+    (live,) = app.hub.conversations
     (connection,) = live.subscribers
     written: list[bytes] = []
     connection.write = written.append  # type: ignore[assignment, method-assign]
@@ -189,7 +189,7 @@ async def test_client_that_lags_a_whole_turn_behind_is_cut_and_resumes(make_app:
     stalled = Stalled(app.port, f"/chat/stream/{conversation_id}")
     await app.until(lambda: app.subscribers == 1)
     await app.client.turn("0", conversation_id)
-    live = app.hub.lives[0]
+    live = app.hub.conversations[0]
     turn = len(live._log)
     assert turn > 1_000_000
     await app.client.turn("1", conversation_id)
@@ -246,7 +246,7 @@ async def test_vanished_client_is_given_up_by_the_kernel(make_app: MakeApp) -> N
     app = await make_app(slow_client_timeout_s=7.0)
     raw = await RawStream(app.port, f"/chat/stream/{new_id()}").open()
     await app.until(lambda: app.subscribers == 1)
-    (connection,) = app.hub.lives[0].subscribers
+    (connection,) = app.hub.conversations[0].subscribers
     accepted = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]
     assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12_000
     raw.close()

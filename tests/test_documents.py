@@ -340,7 +340,7 @@ async def test_odd_fields_break_neither_their_conversation_nor_any_other(app: Ap
             response = await app.client.http.post(f"/chat/{name}/retry")
             assert response.status_code in (202, 409), (document, response.text)
         await app.until(lambda: not app.chat.running)
-        assert await app.store.find_lost([]) == []
+        assert await app.store.find_expired([]) == []
         assert await app.client.history(good["conversationId"]) == whole
         app.database.conversations.delete_many({"_id": {"$in": ids}})
 
@@ -351,7 +351,7 @@ async def test_conversation_whose_id_is_no_objectid_is_not_in_the_list(app: App,
     stored = {"_id": id_, "messages": [], "reply": {"_id": ObjectId()}}
     app.database.conversations.insert_many([{**stored, "updatedAt": TIME}, {"_id": ObjectId(), "messages": []}])
     assert len(await listed(app)) == 2
-    assert await app.store.find_lost([], alone=True) == []
+    assert await app.store.find_expired([], sole_server=True) == []
     assert (await app.client.http.get("/chat/" + "0" * 24)).status_code == 404
     await app.client.turn("More", good["conversationId"])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chatserver.handlers import stream as stream_module
+from chatserver import streams as streams_module
 from chatserver.handlers.base import _DISCARDED
 from tests.apps import App, MakeApp, Script
 from tests.clients import RawStream
@@ -492,7 +492,7 @@ async def test_health_readiness_and_metrics(app: App) -> None:
 
 
 async def test_metrics_count_what_happened(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_module, "_TICK_S", 0.01)
+    monkeypatch.setattr(streams_module, "_TICK_S", 0.01)
     app = await make_app()
     await app.client.turn("hi", ID)
     app.store._away_until = float("inf")

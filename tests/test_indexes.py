@@ -10,9 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from chatserver import indexes
 from chatserver.errors import SetupError
-from chatserver.store import Store, connect
+from chatserver.store import Store, connect, indexes
 from tests.apps import Database
 from tests.servers import Server, until
 

@@ -96,7 +96,7 @@ async def test_new_turns_are_refused_in_time_and_running_ones_go_on(mongod: Mong
 
         answers = await asyncio.gather(*(again(number) for number in range(100)))
         assert await asyncio.gather(*(again(number) for number in range(100))) == answers
-        await app.until(lambda: not app.chat.running and not app.chat._replies._beginning, 60)
+        await app.until(lambda: not app.chat.running and not app.chat._replies._pending, 60)
         assert db.conversations.count_documents({}) == 101
         for document in db.conversations.find():
             assert [message["role"] for message in document["messages"]] == ["user", "assistant"]

@@ -23,16 +23,17 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from chatserver import sse
+from chatserver import positions
 from chatserver.chat import Chat
 from chatserver.errors import DatabaseUnavailable, SourceError
-from chatserver.handlers.stream import Connection
-from chatserver.hub import Counts, Hub, Live, LiveReply
+from chatserver.hub import Counts, Hub, LiveConversation, LiveReply
 from chatserver.metrics import Metrics
+from chatserver.positions import Position
 from chatserver.settings import Settings
 from chatserver.sources import Prompt
-from chatserver.sse import Position
 from chatserver.store import Store, connect
+from chatserver.streams import Connection
+from chatserver.wire import sse
 from tests.apps import Database
 from tests.clients import Event, EventDecoder, Transcript, new_id
 
@@ -47,12 +48,12 @@ PIECES = st.text(min_size=1, max_size=12) | st.sampled_from(HARD)
 
 @given(POSITIONS)
 def test_any_position_comes_back_from_its_text(position: Position) -> None:
-    assert sse.parse_position(str(position)) == position
+    assert positions.parse_position(str(position)) == position
 
 
 @given(st.text() | st.from_regex(r"[0-9a-fA-F]{23,25}-+(done|[0-9]{1,11})\s?", fullmatch=True))
 def test_any_text_is_the_form_of_one_position_or_of_none(text: str) -> None:
-    position = sse.parse_position(text)
+    position = positions.parse_position(text)
     assert position is None or str(position) == text
 
 
@@ -82,10 +83,10 @@ def test_what_follows_any_position_of_a_reply_is_the_rest_of_it(pieces: list[str
 
 def test_reply_that_is_replaced_before_its_first_word_leaves_nothing_in_the_log() -> None:
     """Its entry stayed, and the second turn after it could not begin."""
-    live, time = Live("c" * 24, Counts(), lambda _live: None), datetime.now(UTC)
-    live.begin(sse.start("c" * 24), None, "1" * 24, time)
+    live, time = LiveConversation("c" * 24, Counts(), lambda _live: None), datetime.now(UTC)
+    live.open_turn(positions.start("c" * 24), None, "1" * 24, time)
     for turn in range(2, 5):
-        live.begin(Position(f"{turn - 1}" * 24, None), None, f"{turn}" * 24, time)
+        live.open_turn(Position(f"{turn - 1}" * 24, None), None, f"{turn}" * 24, time)
         assert live.locate(Position("1" * 24, 0)) is None
         live.finish(sse.frame("done", Position(f"{turn}" * 24, None), {}))
 
@@ -323,7 +324,7 @@ class Conversation(RuleBasedStateMachine):
     async def settle(self) -> None:
         calm = 0
         while calm < 3:
-            busy = any(live.has_news for server in self.servers for live in server.hub.lives)
+            busy = any(live.is_dirty for server in self.servers for live in server.hub.conversations)
             calm = 0 if busy else calm + 1
             for client in self.clients:
                 if client.line is not None and not client.line.stalled and not client.line.read(client):
@@ -523,7 +524,7 @@ class Conversation(RuleBasedStateMachine):
             if begins == "history" and self.record:
                 await self.begin_with_history(client, server)
             elif begins == "start":
-                client.begin_with({}, {}, str(sse.start(self.id)))
+                client.begin_with({}, {}, str(positions.start(self.id)))
             await self.connect(client, server, window)
 
         self.run(come())
@@ -531,7 +532,7 @@ class Conversation(RuleBasedStateMachine):
 
     async def connect(self, client: Client, server: Server, window: int) -> None:
         connection = Connection(b"", server.chat.unsubscribe, chunked=False)
-        await server.chat.subscribe(self.id, sse.parse_position(client.position), connection)
+        await server.chat.subscribe(self.id, positions.parse_position(client.position), connection)
         client.line, client.server = Line(connection, window), server
         connection.connection_made(client.line)
 
@@ -579,7 +580,7 @@ class Conversation(RuleBasedStateMachine):
 
     async def catch_up(self) -> None:
         """Whoever is still at the server of the last turn has all of it; the others resume."""
-        end = f"{self.record[-1][0]}-done" if self.record else str(sse.start(self.id))
+        end = f"{self.record[-1][0]}-done" if self.record else str(positions.start(self.id))
         for client in self.clients:
             if client.line is not None and client.server is self.ended_at:
                 assert client.position == end, "a client was left behind"
@@ -615,7 +616,7 @@ class Conversation(RuleBasedStateMachine):
                 client.line.cut(client, 0.0)
                 client.lose_line()
         try:
-            while any(server.hub.lives for server in self.servers):
+            while any(server.hub.conversations for server in self.servers):
                 await asyncio.sleep(0.001)
         finally:
             for server in self.servers:

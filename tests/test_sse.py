@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from chatserver import sse
-from chatserver.sse import Position
+from chatserver import positions
+from chatserver.positions import Position
+from chatserver.wire import sse
 
 ID = "0123456789abcdef01234567"
 
@@ -19,7 +20,7 @@ ID = "0123456789abcdef01234567"
     ],
 )
 def test_position_and_its_text_are_each_other(text: str, position: Position) -> None:
-    assert sse.parse_position(text) == position
+    assert positions.parse_position(text) == position
     assert str(position) == text
 
 
@@ -44,7 +45,7 @@ def test_position_and_its_text_are_each_other(text: str, position: Position) -> 
     ],
 )
 def test_text_that_is_no_position_is_refused(text: str) -> None:
-    assert sse.parse_position(text) is None
+    assert positions.parse_position(text) is None
 
 
 @pytest.mark.parametrize(

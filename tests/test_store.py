@@ -18,7 +18,7 @@ from pymongo.monitoring import CommandListener
 from chatserver import store as store_module
 from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
 from chatserver.records import INTERRUPTED, After, Before, Between, Message, Newest, ReplyError, Span, Turn
-from chatserver.store import DOCUMENT_BYTES, REPLY_ROOM, Store, client_options, connect, describe_uri, new_id
+from chatserver.store import DOCUMENT_BYTES, REPLY_ROOM, Store, client_options, connect, new_id, redact_uri
 from tests.apps import Database
 
 pytestmark = pytest.mark.gen_test
@@ -70,7 +70,7 @@ async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
         assert store._conversations.write_concern.document == {"w": "majority", "j": True}
         assert store._conversations.read_concern.level == "majority"
         first = turn()
-        begun = await store.begin(first, "Hello", None, new=True)
+        begun = await store.start_turn(first, "Hello", None, new=True)
         assert (begun.number, begun.previous_id, begun.turn) == (1, None, first)
         document = stores.database.conversations.find_one()
         assert set(document) == {"_id", "createdAt", "updatedAt", "messages", "reply"}
@@ -91,7 +91,7 @@ async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
             assert isinstance(each["_id"], ObjectId) and isinstance(each["createdAt"], datetime)
         assert (user["role"], reply["role"], reply["content"]) == ("user", "assistant", "Hey")
         second = turn(first.conversation_id)
-        begun = await store.begin(second, "More", None)
+        begun = await store.start_turn(second, "More", None)
         assert (begun.number, begun.previous_id) == (2, first.reply_id)
         assert [each.content for each in begun.messages] == ["Hello", "Hey", "More"]
 
@@ -99,7 +99,7 @@ async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
 async def test_finish_may_be_repeated_and_is_done_once(stores: Stores) -> None:
     async with stores.open() as store:
         begun = turn()
-        await store.begin(begun, "Hello", None)
+        await store.start_turn(begun, "Hello", None)
         message = reply_of(begun, "Hey")
         await store.finish(begun.conversation_id, message)
         other = reply_of(begun, "Other", status="interrupted", error=INTERRUPTED)
@@ -116,10 +116,10 @@ async def test_of_many_posts_at_one_moment_one_is_begun(stores: Stores, known: b
         conversation_id = new_id()
         if known:
             first = turn(conversation_id)
-            await store.begin(first, "Hello", None)
+            await store.start_turn(first, "Hello", None)
             await store.finish(conversation_id, reply_of(first, "Hey"))
         results = await asyncio.gather(
-            *(store.begin(turn(conversation_id), f"{n}", None) for n in range(10)), return_exceptions=True
+            *(store.start_turn(turn(conversation_id), f"{n}", None) for n in range(10)), return_exceptions=True
         )
         assert sum(isinstance(each, ReplyInProgress) for each in results) == 9
         messages = stores.database.conversations.find_one()["messages"]
@@ -129,21 +129,21 @@ async def test_of_many_posts_at_one_moment_one_is_begun(stores: Stores, known: b
 async def test_key_is_found_with_the_first_answer_and_never_used_twice(stores: Stores) -> None:
     async with stores.open() as store:
         first = turn()
-        await store.begin(first, "Hello", "k")
-        assert await store.find_keyed(first.conversation_id, "k", "Hello") == first
+        await store.start_turn(first, "Hello", "k")
+        assert await store.find_by_key(first.conversation_id, "k", "Hello") == first
         with pytest.raises(KeyReused):
-            await store.find_keyed(first.conversation_id, "k", "Other")
+            await store.find_by_key(first.conversation_id, "k", "Other")
         await store.finish(first.conversation_id, reply_of(first, "Hey", status="failed"))
-        retried = await store.begin_retry(first.conversation_id, new_id())
-        assert await store.find_keyed(first.conversation_id, "k", "Hello") == first
+        retried = await store.start_retry(first.conversation_id, new_id())
+        assert await store.find_by_key(first.conversation_id, "k", "Hello") == first
         await store.finish(first.conversation_id, reply_of(retried.turn, "Hey again"))
         with pytest.raises(KeyReused):
-            await store.begin(turn(first.conversation_id), "Hello", "k")
-        assert await store.find_keyed(first.conversation_id, "other", "Hello") is None
-        assert await store.find_keyed(new_id(), "k", "Hello") is None
+            await store.start_turn(turn(first.conversation_id), "Hello", "k")
+        assert await store.find_by_key(first.conversation_id, "other", "Hello") is None
+        assert await store.find_by_key(new_id(), "k", "Hello") is None
         elsewhere = turn()
-        await store.begin(elsewhere, "Hello", "k")
-        assert await store.find_keyed(elsewhere.conversation_id, "k", "Hello") == elsewhere
+        await store.start_turn(elsewhere, "Hello", "k")
+        assert await store.find_by_key(elsewhere.conversation_id, "k", "Hello") == elsewhere
 
 
 class Commands(CommandListener):
@@ -183,18 +183,18 @@ async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Da
     store.observe = lambda operation, _seconds, _ok: calls.add(operation)
     first = turn()
     await store.prepare()
-    await store.begin(first, mark, mark)
+    await store.start_turn(first, mark, mark)
     await store.checkpoint({first.reply_id: (first.conversation_id, mark)})
     await store.finish(first.conversation_id, reply_of(first, mark, status="failed", error=ReplyError(mark, mark)))
-    retried = await store.begin_retry(first.conversation_id, new_id())
+    retried = await store.start_retry(first.conversation_id, new_id())
     await store.finish(first.conversation_id, reply_of(retried.turn, mark))
     await store.finish(first.conversation_id, reply_of(retried.turn, mark))
-    assert await store.find_keyed(first.conversation_id, mark, mark) == first
+    assert await store.find_by_key(first.conversation_id, mark, mark) == first
     with pytest.raises(KeyReused):
-        await store.begin(turn(first.conversation_id), mark, mark)
-    more = await store.begin(turn(first.conversation_id), mark, f"{mark} 2")
-    assert await store.find_begun(first.conversation_id, more.turn.reply_id) is not None
-    await store.find_lost([more.turn.reply_id])
+        await store.start_turn(turn(first.conversation_id), mark, mark)
+    more = await store.start_turn(turn(first.conversation_id), mark, f"{mark} 2")
+    assert await store.find_started(first.conversation_id, more.turn.reply_id) is not None
+    await store.find_expired([more.turn.reply_id])
     for span in (Newest(), Newest(1), After(first.message_id, 0), Before(first.message_id), Between(0, 1)):
         await store.read(first.conversation_id, span)
     await store.peek(first.conversation_id)
@@ -211,20 +211,20 @@ async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Da
 async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: Stores) -> None:
     async with stores.open(history=1) as store:
         first = turn()
-        await store.begin(first, "Hello", None)
+        await store.start_turn(first, "Hello", None)
         for status in ("failed", "stopped", "interrupted"):
             current = stores.database.conversations.find_one()["reply"]["_id"]
             last = Message(str(current), "assistant", "x", datetime.now(UTC), status)
             await store.finish(first.conversation_id, last)
-            begun = await store.begin_retry(first.conversation_id, new_id())
+            begun = await store.start_retry(first.conversation_id, new_id())
             assert begun.said is None and begun.number == 1 and begun.previous_id == str(current)
             assert [(each.role, each.content) for each in begun.messages] == [("user", "Hello")]
             assert begun.turn.message_id == first.message_id
         with pytest.raises(ReplyInProgress):
-            await store.begin_retry(first.conversation_id, new_id())
+            await store.start_retry(first.conversation_id, new_id())
         await store.finish(first.conversation_id, reply_of(begun.turn, "done"))
         with pytest.raises(NothingToRetry):
-            await store.begin_retry(first.conversation_id, new_id())
+            await store.start_retry(first.conversation_id, new_id())
         statuses = [each.get("status") for each in stores.database.conversations.find_one()["messages"]]
         assert statuses == [None, "superseded", "superseded", "superseded", None]
 
@@ -233,11 +233,11 @@ async def test_lost_replies_are_those_whose_lease_has_run_out_but_for_our_own(st
     async with stores.open(lease_ms=1000) as store:
         ours, theirs, alive = turn(), turn(), turn()
         for each in (ours, theirs, alive):
-            await store.begin(each, "Hello", None)
-        assert await store.find_lost([]) == []
-        assert len(await store.find_lost([], alone=True)) == 3
+            await store.start_turn(each, "Hello", None)
+        assert await store.find_expired([]) == []
+        assert len(await store.find_expired([], sole_server=True)) == 3
         async with asyncio.timeout(5):
-            while not (lost := await store.find_lost([ours.reply_id])):
+            while not (lost := await store.find_expired([ours.reply_id])):
                 await store.checkpoint({alive.reply_id: (alive.conversation_id, "alive")})
                 await asyncio.sleep(0.02)
         assert [conversation_id for conversation_id, _ in lost] == [theirs.conversation_id]
@@ -251,7 +251,7 @@ async def test_checkpoint_says_which_replies_are_no_longer_ours(stores: Stores) 
     async with stores.open() as store:
         kept, lost = turn(), turn()
         for each in (kept, lost):
-            await store.begin(each, "Hello", None)
+            await store.start_turn(each, "Hello", None)
         await store.finish(lost.conversation_id, reply_of(lost, "taken over"))
         replies = {each.reply_id: (each.conversation_id, "text") for each in (kept, lost)}
         assert set(await store.checkpoint(replies)) == {lost.reply_id}
@@ -260,19 +260,19 @@ async def test_checkpoint_says_which_replies_are_no_longer_ours(stores: Stores) 
 async def test_conversation_without_room_is_refused_before_the_turn(stores: Stores) -> None:
     async with stores.open() as store:
         first = turn()
-        await store.begin(first, "Hello", None)
+        await store.start_turn(first, "Hello", None)
         await store.finish(first.conversation_id, reply_of(first, "x" * (DOCUMENT_BYTES - REPLY_ROOM - 20_000)))
         second = turn(first.conversation_id)
-        begun = await store.begin(second, "fits", None)
+        begun = await store.start_turn(second, "fits", None)
         assert REPLY_ROOM <= begun.reply_room < REPLY_ROOM + 20_000
         # The room is real: a reply of just that size is checkpointed and stored.
         await store.checkpoint({second.reply_id: (second.conversation_id, "y" * begun.reply_room)})
         failed = reply_of(second, "y" * begun.reply_room, status="failed", error=INTERRUPTED)
         assert await store.finish(second.conversation_id, failed) == failed
         with pytest.raises(ConversationFull):
-            await store.begin(turn(first.conversation_id), "no more", None)
+            await store.start_turn(turn(first.conversation_id), "no more", None)
         with pytest.raises(ConversationFull):
-            await store.begin_retry(first.conversation_id, new_id())
+            await store.start_retry(first.conversation_id, new_id())
         assert len(stores.database.conversations.find_one()["messages"]) == 4
 
 
@@ -282,7 +282,7 @@ async def test_only_the_messages_asked_for_are_read(stores: Stores) -> None:
         ids = []
         for number in range(3):
             each = turn(conversation_id)
-            await store.begin(each, f"u{number}", None)
+            await store.start_turn(each, f"u{number}", None)
             await store.finish(conversation_id, reply_of(each, f"a{number}"))
             ids += [each.message_id, each.reply_id]
 
@@ -313,7 +313,7 @@ async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_qu
     async with stores.open() as store:
         turns = [turn() for _ in range(150)]
         for each in turns[:120]:
-            await store.begin(each, "hello", None, new=True)
+            await store.start_turn(each, "hello", None, new=True)
         await store.finish(turns[0].conversation_id, reply_of(turns[0], "hi"))
         queries: list[str] = []
         store.observe = lambda operation, _seconds, _ok: queries.append(operation)
@@ -339,7 +339,7 @@ async def test_replies_that_end_in_one_moment_are_stored_by_one_write(stores: St
     async with stores.open() as store:
         turns = [turn() for _ in range(90)]
         for each in turns:
-            await store.begin(each, "hello", None, new=True)
+            await store.start_turn(each, "hello", None, new=True)
         writes: list[str] = []
         store.observe = lambda operation, _seconds, _ok: writes.append(operation)
         whole, lost, full = turns[:30], turns[30:60], turns[60:]
@@ -372,7 +372,7 @@ async def test_reply_that_cannot_be_encoded_fails_none_of_those_that_end_with_it
     async with stores.open() as store:
         turns = [turn() for _ in range(3)]
         for each in turns:
-            await store.begin(each, "hello", None, new=True)
+            await store.start_turn(each, "hello", None, new=True)
         texts = ["one", "half \ud83d", "three"]
         messages = [(each.conversation_id, reply_of(each, text)) for each, text in zip(turns, texts, strict=True)]
         first, bad, third = await asyncio.gather(*(store.finish(*each) for each in messages), return_exceptions=True)
@@ -393,11 +393,11 @@ async def test_lease_is_set_and_judged_by_the_clock_of_the_database(
     async with stores.open() as store:
         for new in (True, False):
             mine = turn()
-            await store.begin(mine, "hello", None, new=new)
+            await store.start_turn(mine, "hello", None, new=new)
             assert abs(stores.database.conversations.find_one({})["updatedAt"] - datetime.now(UTC)).seconds > 3600
-            assert await store.find_lost([]) == []
+            assert await store.find_expired([]) == []
             await store.checkpoint({mine.reply_id: (mine.conversation_id, "hel")})
-            assert await store.find_lost([]) == []
+            assert await store.find_expired([]) == []
             record = await store.peek(mine.conversation_id)
             assert record is not None and record.reply is not None and not record.reply.expired
 
@@ -406,11 +406,11 @@ async def test_lease_that_lies_in_the_future_has_run_out(stores: Stores) -> None
     """The database's clock was put back after the last renewal."""
     async with stores.open() as store:
         mine = turn()
-        await store.begin(mine, "hello", None, new=True)
-        assert await store.find_lost([]) == []
+        await store.start_turn(mine, "hello", None, new=True)
+        assert await store.find_expired([]) == []
         ahead = {"$set": {"reply.renewedAt": datetime.now(UTC) + timedelta(hours=1)}}
         stores.database.conversations.update_one({"_id": ObjectId(mine.conversation_id)}, ahead)
-        ((found, _),) = await store.find_lost([])
+        ((found, _),) = await store.find_expired([])
         record = await store.peek(mine.conversation_id)
         assert found == mine.conversation_id and record is not None and record.reply is not None
         assert record.reply.expired
@@ -435,7 +435,7 @@ async def test_write_refused_for_now_is_not_refused_for_good(stores: Stores, mon
     """The storage engine's cache was full, say; it may be asked again, and others need not wait."""
     async with stores.open() as store:
         mine = turn()
-        await store.begin(mine, "hello", None, new=True)
+        await store.start_turn(mine, "hello", None, new=True)
         reply = reply_of(mine, "hi")
 
         async def refuse(*_: Any, **__: Any) -> None:
@@ -457,7 +457,7 @@ async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:
     async with stores.open() as store:
         record = await store.read(str(conversation["_id"]), Newest())
         assert record is not None and record.messages[0].content == "from Node" and record.created_at == time
-        begun = await store.begin(turn(str(conversation["_id"])), "from Python", None)
+        begun = await store.start_turn(turn(str(conversation["_id"])), "from Python", None)
         assert begun.number == 2
 
 
@@ -466,13 +466,13 @@ async def test_what_is_looked_for_is_found_by_an_index(database: Database) -> No
     async with Stores(database, "motor").open() as store:
         turns = [turn() for _ in range(30)]
         for each in turns:
-            await store.begin(each, "Hello", "k")
+            await store.start_turn(each, "Hello", "k")
         *_, middle = await store.summaries(15, None)
         database.db.command("profile", 2)
         await store.summaries(2, None)
         await store.summaries(2, middle.place)
-        await store.find_lost([each.reply_id for each in turns])
-        await store.find_keyed(turns[0].conversation_id, "k", "Hello")
+        await store.find_expired([each.reply_id for each in turns])
+        await store.find_by_key(turns[0].conversation_id, "k", "Hello")
         await store.peek(turns[0].conversation_id)
         await store.read(turns[0].conversation_id, Newest())
         database.db.command("profile", 0)
@@ -493,9 +493,9 @@ async def test_database_that_refuses_is_unavailable(database: Database, monkeypa
 
         monkeypatch.setattr(type(store._conversations), "update_one", refuse)
         with pytest.raises(DatabaseUnavailable):
-            await store.begin(turn(), "hello", None, new=True)
+            await store.start_turn(turn(), "hello", None, new=True)
         monkeypatch.undo()
-        await store.begin(turn(), "hello", None, new=True)
+        await store.start_turn(turn(), "hello", None, new=True)
 
 
 @pytest.mark.parametrize(
@@ -509,7 +509,7 @@ async def test_database_that_refuses_is_unavailable(database: Database, monkeypa
     ],
 )
 async def test_uri_is_shown_without_secrets(uri: str, shown: str) -> None:
-    assert describe_uri(uri) == shown
+    assert redact_uri(uri) == shown
 
 
 @pytest.mark.expects_log("database does not answer")

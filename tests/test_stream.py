@@ -11,9 +11,9 @@ import httpx_sse
 import pytest
 
 from chatserver.errors import SourceError
-from chatserver.handlers.stream import Connection
 from chatserver.sources import Prompt
 from chatserver.sources.simulated import Simulated
+from chatserver.streams import Connection
 from tests.apps import App, Database, MakeApp, Script, running
 from tests.clients import Client, Event, RawStream, Transcript, new_id, text_of
 
@@ -273,7 +273,7 @@ async def test_stream_until_done_ends_once_though_another_turn_waits_behind_it(m
     reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
     writer.write(f"GET /chat/stream/{cid}?until=done HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     await app.until(lambda: app.subscribers == 1)
-    (connection,) = app.hub.lives[0].subscribers
+    (connection,) = app.hub.conversations[0].subscribers
     await app.until(lambda: connection.ready)
     connection.pause_writing()  # type: ignore[attr-defined]
     for _ in range(2):
@@ -294,9 +294,9 @@ async def test_nothing_follows_a_reset(make_app: MakeApp) -> None:
     raw = await RawStream(app.port, f"/chat/stream/{cid}").open()
     await app.until(lambda: app.subscribers == 1)
     await app.client.say("hi", cid)
-    (live,) = app.hub.lives
+    (live,) = app.hub.conversations
     (connection,) = live.subscribers
-    await app.until(lambda: connection.ready and not live.has_news)
+    await app.until(lambda: connection.ready and not live.is_dirty)
     live.append("not yet delivered", 17)
     live.reset()
     assert [event.name async for event in raw.events()][-1] == "reset"
@@ -346,7 +346,7 @@ async def test_last_chunk_is_sent_only_if_the_client_has_everything(make_app: Ma
     gate.release()
     for stream in (aged, aborted):
         await stream.reader.readuntil(b'{"text":"a"}')
-    first, second = (each for each in app.hub.lives[0].subscribers if not each.until_done)
+    first, second = (each for each in app.hub.conversations[0].subscribers if not each.until_done)
     first.expires_at = 0.0  # type: ignore[attr-defined]
     second.abort()
     assert not await has_last_chunk(aged) and not await has_last_chunk(aborted)

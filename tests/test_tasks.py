@@ -14,9 +14,9 @@ from bson import ObjectId
 from chatserver import hub as hub_module
 from chatserver import tasks
 from chatserver.errors import DatabaseUnavailable, OutcomeUnknown
-from chatserver.handlers.stream import Connection
-from chatserver.joined import Joined
 from chatserver.mongod import Mongod
+from chatserver.store.batcher import Batcher
+from chatserver.streams import Connection
 from tests.apps import App, MakeApp, Script
 from tests.clients import RawStream, new_id, text_of
 
@@ -121,7 +121,7 @@ async def test_subscriber_that_fails_does_not_stop_the_delivery_to_others(make_a
     path = f"/chat/stream/{answer['conversationId']}?lastEventId={answer['lastEventId']}"
     broken = await RawStream(app.port, path).open()
     await app.until(lambda: app.subscribers == 1)
-    (subscriber,) = app.hub.lives[0].subscribers
+    (subscriber,) = app.hub.conversations[0].subscribers
     events = asyncio.create_task(app.client.events(answer["conversationId"], answer["lastEventId"]))
     await app.until(lambda: app.subscribers == 2)
     subscriber.write = Broken(subscriber.write)  # type: ignore[method-assign]
@@ -139,16 +139,16 @@ async def test_conversation_that_fails_does_not_stop_the_delivery_of_others(
 ) -> None:
     app = await make_app()
     bad, good = new_id(), new_id()
-    deliver = hub_module.Live.deliver
+    deliver = hub_module.LiveConversation.deliver
     broken = Broken(deliver, lambda live: live.conversation_id == bad)
-    monkeypatch.setattr(hub_module.Live, "deliver", lambda live: broken(live))
+    monkeypatch.setattr(hub_module.LiveConversation, "deliver", lambda live: broken(live))
     # Of the delivery itself, too.
     monkeypatch.setattr(hub_module, "monotonic", Broken(time.monotonic))
     stream = await RawStream(app.port, f"/chat/stream/{bad}").open()
     await app.client.say("hi", bad)
     _, events = await app.client.turn("hi", good)
     assert events[-1].name == "done"
-    await app.until(lambda: all(each.conversation_id != bad or not each.subscribers for each in app.hub.lives))
+    await app.until(lambda: all(each.conversation_id != bad or not each.subscribers for each in app.hub.conversations))
     stream.close()
 
 
@@ -197,7 +197,7 @@ async def test_lost_replies_are_finished(make_app: MakeApp, monkeypatch: pytest.
     answers = [await lost.client.say("hi") for _ in range(3)]
     other = await make_app(lease_ms=200, checkpoint_ms=20)
     bad = answers[0]["conversationId"]
-    monkeypatch.setattr(other.store, "find_lost", Broken(other.store.find_lost))
+    monkeypatch.setattr(other.store, "find_expired", Broken(other.store.find_expired))
     finish = Broken(other.store.finish, lambda conversation_id, _: conversation_id == bad)
     monkeypatch.setattr(other.store, "finish", finish)
     for answer in answers[1:]:
@@ -224,14 +224,14 @@ async def test_reply_of_another_server_is_followed(make_app: MakeApp, monkeypatc
 
 async def test_turn_with_an_unknown_outcome_is_settled(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     app = await make_app()
-    begin = app.store.begin
+    begin = app.store.start_turn
 
     async def silent(*arguments: Any, **options: Any) -> Any:
         await begin(*arguments, **options)
         raise OutcomeUnknown
 
-    monkeypatch.setattr(app.store, "begin", silent)
-    monkeypatch.setattr(app.store, "find_begun", Broken(app.store.find_begun))
+    monkeypatch.setattr(app.store, "start_turn", silent)
+    monkeypatch.setattr(app.store, "find_started", Broken(app.store.find_started))
     conversation_id = new_id()
     assert (await app.client.post("hi", conversation_id)).status_code == 503
     events = await app.client.events(conversation_id, f"{conversation_id}-0")
@@ -242,8 +242,8 @@ async def test_call_for_many_that_answers_only_some_is_an_error_to_all() -> None
     async def one_answer(_: Any) -> list[int]:
         return [1]
 
-    joined: Joined[int, int] = Joined(one_answer)
+    joined: Batcher[int, int] = Batcher(one_answer)
     async with asyncio.timeout(5):
-        assert await joined.ask(0) == 1
-        answers = await asyncio.gather(joined.ask(1), joined.ask(2))
+        assert await joined.submit(0) == 1
+        answers = await asyncio.gather(joined.submit(1), joined.submit(2))
     assert list(answers) == [1, 1]  # asked again, one by one

@@ -8,9 +8,9 @@ import regex
 
 from chatserver.chat import History, Part
 from chatserver.handlers.base import BaseHandler
+from chatserver.positions import Position
 from chatserver.records import Message, Place, Summary, Turn
-from chatserver.replay import iso
-from chatserver.sse import Position
+from chatserver.wire.replay import iso
 
 TITLE_CHARS = 60
 _EARLIEST = 2**63

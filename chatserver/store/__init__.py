@@ -47,8 +47,6 @@ from pymongo.errors import (
     WriteConcernError,
 )
 
-from chatserver import documents, indexes
-from chatserver.documents import Divided, Document
 from chatserver.errors import (
     ChatError,
     ConversationFull,
@@ -62,8 +60,10 @@ from chatserver.errors import (
     SetupError,
     UnsupportedConversation,
 )
-from chatserver.joined import Joined
-from chatserver.records import Begun, Message, Place, Record, Span, StoredReply, Summary, Turn
+from chatserver.records import Message, Place, Record, Span, StartedTurn, StoredReply, Summary, Turn
+from chatserver.store import documents, indexes
+from chatserver.store.batcher import Batcher
+from chatserver.store.documents import Divided, Document
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def new_id() -> str:
     return str(ObjectId())
 
 
-def keyed_id(key: str) -> str:
+def id_for_key(key: str) -> str:
     """Return the id of the conversation that an idempotency key without a conversation stands for.
 
     So two attempts meet at one document, by the index on `_id`, even at the same moment.
@@ -108,7 +108,7 @@ def now() -> datetime:
     return time.replace(microsecond=time.microsecond // 1000 * 1000)
 
 
-def describe_uri(uri: str) -> str:
+def redact_uri(uri: str) -> str:
     """Return a valid MongoDB URI with the database's name and without secrets, as it may be shown and pasted."""
     scheme, _, rest = uri.partition("://")
     address, _, query = rest.partition("?")
@@ -204,8 +204,8 @@ class Store:
         self._timeout_s = timeout_s
         self._slots = asyncio.Semaphore(_CONCURRENT_CALLS)
         self._away_until = 0.0
-        self._peeks = Joined(self._peek_at)
-        self._finishes = Joined(self._finish_all)
+        self._peeks = Batcher(self._peek_at)
+        self._finishes = Batcher(self._finish_all)
         self.observe: Callable[[str, float, bool], None] = lambda _operation, _seconds, _ok: None
         """Called after each call: its name, its duration in seconds, whether the database answered."""
         self._turn_projection = {
@@ -271,14 +271,14 @@ class Store:
 
     # -- a turn --------------------------------------------------------------------------------------------------
 
-    async def begin(self, turn: Turn, content: str, key: str | None, *, new: bool = False) -> Begun:
+    async def start_turn(self, turn: Turn, content: str, key: str | None, *, new: bool = False) -> StartedTurn:
         """Store what the user said and that a reply to it runs.
 
         :param new: whether the conversation's id was just made, so that it need not be looked for
         :raises ReplyInProgress, ConversationFull: and nothing is stored
-        :raises KeyReused: if a message with this key exists already; see `find_keyed`
+        :raises KeyReused: if a message with this key exists already; see `find_by_key`
         :raises UnsupportedConversation: if another application stored what a turn cannot be appended to
-        :raises OutcomeUnknown: if the database fell silent in the middle; see `find_begun`
+        :raises OutcomeUnknown: if the database fell silent in the middle; see `find_started`
         """
         time = now()
         message = {"_id": ObjectId(turn.message_id), "role": "user", "content": content, "createdAt": time}
@@ -289,12 +289,12 @@ class Store:
         update = {
             "$push": {"messages": message},
             "$setOnInsert": {"createdAt": time},
-            **_reply_begins(turn.reply_id, time),
+            **_reply_starts(turn.reply_id, time),
         }
         needed = len(content.encode()) + _MARGIN + REPLY_ROOM
         async with self._call("begin", write=True):
             for _ in range(3):
-                if not new and (begun := await self._begin(condition, update, needed)):
+                if not new and (begun := await self._insert_turn(condition, update, needed)):
                     return begun
                 try:
                     unknown = {"_id": condition["_id"], "messages": {"$exists": False}, "reply": {"$exists": False}}
@@ -304,7 +304,7 @@ class Store:
                     await self._refuse(condition["_id"], key, needed)
                     continue
                 said = Message(turn.message_id, "user", content, time)
-                return Begun(
+                return StartedTurn(
                     turn=turn,
                     said=said,
                     messages=[said],
@@ -315,7 +315,7 @@ class Store:
                 )
             raise ReplyInProgress
 
-    async def begin_retry(self, conversation_id: str, reply_id: str) -> Begun:
+    async def start_retry(self, conversation_id: str, reply_id: str) -> StartedTurn:
         """Supersede a stopped, failed or interrupted reply at the conversation's end by a new one.
 
         :raises NotFound, NothingToRetry, ReplyInProgress, ConversationFull, OutcomeUnknown: as `begin`
@@ -347,23 +347,25 @@ class Store:
                 raise NothingToRetry
             at = f"messages.{document['count'] - 1}"
             condition = {"_id": conversation, "reply": {"$exists": False}, f"{at}.status": last["status"]}
-            update = _reply_begins(reply_id, now())
+            update = _reply_starts(reply_id, now())
             update["$set"][f"{at}.status"] = "superseded"
             still_last = {"$eq": [documents.COUNT, document["count"]]}
-            if begun := await self._begin(condition, update, needed, still_last):
+            if begun := await self._insert_turn(condition, update, needed, still_last):
                 return begun
             await self._refuse(conversation, None, needed)
             raise ReplyInProgress
 
-    async def find_begun(self, conversation_id: str, reply_id: str) -> Begun | None:
+    async def find_started(self, conversation_id: str, reply_id: str) -> StartedTurn | None:
         """Return a turn whose begin had an unknown outcome, if it was done and its reply still runs."""
-        async with self._call("find_begun"):
+        async with self._call("find_started"):
             document = await self._conversations.find_one(
                 {"_id": ObjectId(conversation_id), "reply._id": ObjectId(reply_id)}, self._turn_projection
             )
-        return _begun(document) if document else None
+        return _started_turn(document) if document else None
 
-    async def _begin(self, condition: Document, update: Document, needed: int, *also: Document) -> Begun | None:
+    async def _insert_turn(
+        self, condition: Document, update: Document, needed: int, *also: Document
+    ) -> StartedTurn | None:
         fits = {"$lte": [{"$bsonSize": "$$ROOT"}, DOCUMENT_BYTES - needed]}
         document = await self._conversations.find_one_and_update(
             {**condition, "$expr": {"$and": [fits, documents.IS_SUPPORTED, *also]}},
@@ -378,7 +380,7 @@ class Store:
                 document = await self._conversations.find_one({"_id": condition["_id"]}, self._turn_projection)
             except (ServerSelectionTimeoutError, OperationFailure) as error:
                 raise AutoReconnect("after the turn was stored") from error
-        return _begun(document) if document else None
+        return _started_turn(document) if document else None
 
     async def _refuse(self, conversation: ObjectId, key: str | None, needed: int) -> None:
         """Raise why a turn could not begin; return if that no longer holds."""
@@ -407,14 +409,14 @@ class Store:
         elif document["size"] > DOCUMENT_BYTES - needed:
             raise ConversationFull
 
-    async def find_keyed(self, conversation_id: str, key: str, content: str) -> Turn | None:
+    async def find_by_key(self, conversation_id: str, key: str, content: str) -> Turn | None:
         """Return the turn that was begun with an idempotency key, or None.
 
         :raises KeyReused: if it was begun with another content
         """
         keys = {"$map": {"input": documents.MESSAGES, "in": {"$ifNull": ["$$this.key", None]}}}
         at = {"$indexOfArray": [keys, documents.literal(key)]}
-        async with self._call("find_keyed"):
+        async with self._call("find_by_key"):
             document = await self._conversations.find_one(
                 {"_id": ObjectId(conversation_id), "messages.key": key},
                 {"at": at, "messages": documents.messages_from(at, count=2), "reply._id": 1},
@@ -473,7 +475,7 @@ class Store:
         if if_renewed_at is not None:
             condition["reply.renewedAt"] = if_renewed_at
         update = {"$push": {"messages": stored}, "$unset": {"reply": ""}, "$max": {"updatedAt": now()}}
-        if await self._finishes.ask(UpdateOne(condition, update)):
+        if await self._finishes.submit(UpdateOne(condition, update)):
             return message
         async with self._call("finish"):
             document = await self._conversations.find_one(
@@ -505,16 +507,18 @@ class Store:
                 raise DatabaseUnavailable from error
             return int(details["nMatched"])
 
-    async def find_lost(self, own: Collection[str], *, alone: bool = False) -> Sequence[tuple[str, StoredReply]]:
+    async def find_expired(
+        self, own: Collection[str], *, sole_server: bool = False
+    ) -> Sequence[tuple[str, StoredReply]]:
         """Return conversation id and reply of up to 1,000 replies whose lease has run out, but for our `own`.
 
-        :param alone: whether no other server can be alive, so that every lease has run out
+        :param sole_server: whether no other server can be alive, so that every lease has run out
         """
         is_id = {"$type": "objectId"}
         condition: dict[str, Any] = {"_id": is_id, "reply._id": {**is_id, "$nin": [ObjectId(each) for each in own]}}
-        if not alone:
+        if not sole_server:
             condition["$expr"] = self._standing["expired"]
-        async with self._call("find_lost"):
+        async with self._call("find_expired"):
             cursor = self._conversations.find(condition, {"reply": 1}).hint(indexes.RUNNING_REPLIES)
             try:
                 found = await cursor.to_list(1000)
@@ -554,7 +558,7 @@ class Store:
 
         All that are asked for in one moment are read by one query.
         """
-        return await self._peeks.ask(ObjectId(conversation_id))
+        return await self._peeks.submit(ObjectId(conversation_id))
 
     async def _peek_at(self, ids: Sequence[ObjectId]) -> Sequence[Record | None]:
         async with self._call("peek"):
@@ -655,7 +659,7 @@ class Store:
             self.observe(operation, monotonic() - started, answered)
 
 
-def _begun(document: Document) -> Begun:
+def _started_turn(document: Document) -> StartedTurn:
     conversation, count = document["_id"], document["count"]
     messages = [documents.message(each, document, 0) for each in document["prompt"]["messages"]]
     if (asked_at := document["prompt"]["asked"]) is not None:
@@ -668,7 +672,7 @@ def _begun(document: Document) -> Begun:
     ]
     said = asked if last[-1] == asked.id else None
     before = last[:-1] if said else last
-    return Begun(
+    return StartedTurn(
         turn=Turn(str(conversation), asked.id, reply.id),
         said=said,
         messages=messages,
@@ -679,7 +683,7 @@ def _begun(document: Document) -> Begun:
     )
 
 
-def _reply_begins(reply_id: str, time: datetime) -> dict[str, Any]:
+def _reply_starts(reply_id: str, time: datetime) -> dict[str, Any]:
     return {
         # `$max`: a clock that was put back would move a conversation down the list, and a walk would meet it twice.
         "$max": {"updatedAt": time},

@@ -3,9 +3,10 @@
 from datetime import datetime
 from typing import NamedTuple
 
-from chatserver import sse
+from chatserver import positions
+from chatserver.positions import Position
 from chatserver.records import After, Message, Newest, Record, Span
-from chatserver.sse import Position
+from chatserver.wire import sse
 
 
 def iso(time: datetime) -> str:
@@ -61,7 +62,7 @@ def missed(record: Record, at: Position, until_done: bool) -> Page | None:
 
 def span_after(position: Position, conversation_id: str) -> Span:
     """Return which messages follow a position."""
-    return Newest() if position == sse.start(conversation_id) else After(*position)
+    return Newest() if position == positions.start(conversation_id) else After(*position)
 
 
 def input_frame(message: Message) -> bytes:

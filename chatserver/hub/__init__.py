@@ -21,8 +21,9 @@ from typing import NamedTuple, Protocol
 
 from tornado.locks import Condition
 
-from chatserver import sse, tasks
-from chatserver.sse import Position
+from chatserver import tasks
+from chatserver.positions import Position
+from chatserver.wire import sse
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ KEPT_TURN = 256 * 1024
 _DELIVERY_S = 0.005
 """After so long a delivery lets others run, requests above all; seconds."""
 _FRAME_END = b"\n\n"
-_AHEAD = sys.maxsize
+_EARLY = sys.maxsize
 """The cursor of a subscriber whose position the log has not reached."""
 
 
@@ -44,7 +45,7 @@ class Subscriber(Protocol):
     """Offset in the conversation's log of the first byte not yet written to this connection."""
     ready: bool
     """Whether a write would leave at once: the connection is up, not ending, and has no bytes in flight."""
-    live: "Live | None"
+    live: "LiveConversation | None"
     """The conversation that it watches; whenever the connection is ready again, it has that one `catch_up`."""
     until_done: bool
     """Whether the connection ends after the first `done` or `error`."""
@@ -152,24 +153,24 @@ class _Entry(NamedTuple):
     failed: bool = False
 
 
-class Live:
+class LiveConversation:
     """One live conversation: the log of the turn that runs, and who watches it.
 
     Every method is synchronous, so that whoever calls several of them without an `await` between sees one state.
 
-    :param on_news: called when there is something to deliver, once until it has been
+    :param on_dirty: called when there is something to deliver, once until it has been
     """
 
-    def __init__(self, conversation_id: str, counts: Counts, on_news: Callable[["Live"], None]) -> None:
+    def __init__(self, conversation_id: str, counts: Counts, on_dirty: Callable[["LiveConversation"], None]) -> None:
         self.conversation_id = conversation_id
         self.subscribers: set[Subscriber] = set()
         self.reply: LiveReply | None = None
         self.version = 0
         """Raised whenever a turn begins or ends: tells a reader of the database that what it read may be old."""
         self.holders = 0
-        self.has_news = False
+        self.is_dirty = False
         """Whether it waits to be delivered."""
-        self._on_news = on_news
+        self._schedule = on_dirty
         self._counts = counts
         self._tail: Position | None = None
         self._base = 0
@@ -177,7 +178,7 @@ class Live:
         """Always `_base + len(_log)`, which each delivery asks for several times."""
         self._log = bytearray()
         self._entries: list[_Entry] = []
-        self._ahead: dict[Subscriber, Position] = {}
+        self._early: dict[Subscriber, Position] = {}
         self._piece = _NO_PIECE
 
     # -- what the conversation says ------------------------------------------------------------------------------
@@ -197,17 +198,19 @@ class Live:
         if self.position == position:
             return
         if self.position is not None:
-            self.cut()
+            self.disconnect()
         self._drop(self._end, position)
 
-    def begin(self, previous: Position, said: tuple[str, bytes] | None, reply_id: str, created_at: datetime) -> None:
+    def open_turn(
+        self, previous: Position, said: tuple[str, bytes] | None, reply_id: str, created_at: datetime
+    ) -> None:
         """Publish what was said (message id and `input` frame; None at a retry) and start its reply.
 
         :param previous: the position right before, as the database has it
         """
         if self.reply is not None or self.position not in (None, previous):
             self.reply = None
-            self.cut()
+            self.disconnect()
             self._drop(self._end, previous)
         elif self._tail is None:
             self._tail = previous
@@ -217,22 +220,22 @@ class Live:
         if said is not None:
             message_id, frame = said
             self._entries.append(_Entry(message_id, self._end, self._end + len(frame), None))
-            self._say(frame)
+            self._append_frame(frame)
         self.reply = LiveReply(reply_id, created_at, self._end)
         self._entries.append(_Entry(reply_id, self._end, None, self.reply))
-        self._tell()
+        self._mark_dirty()
 
     def append(self, text: str, size: int) -> None:
         """Add the next characters of the running reply: `size` bytes in UTF-8."""
         reply = self.reply
         assert reply is not None
-        self._say(reply.append(text, size))
+        self._append_frame(reply.append(text, size))
         self._counts.tokens += 1
 
     def finish(self, frame: bytes, *, failed: bool = False) -> None:
         """End the running reply with its `done` frame, or with its `error` frame if it `failed`."""
         assert self.reply is not None
-        self._say(frame)
+        self._append_frame(frame)
         self._entries[-1] = self._entries[-1]._replace(end=self._end, failed=failed)
         self.reply = None
         self.version += 1
@@ -240,16 +243,16 @@ class Live:
     def reset(self) -> None:
         """Tell every subscriber that its position is gone, and end its stream."""
         self.reply = None
-        self._for_each([*self.subscribers, *self._ahead], self._reset_one)
+        self._for_each([*self.subscribers, *self._early], self._reset_one)
         self._drop(self._end, None)
 
-    def cut(self) -> None:
+    def disconnect(self) -> None:
         """End every stream after what there is for it: the clients resume from where they are."""
-        self._for_each([*self.subscribers, *self._ahead], self._cut_one)
+        self._for_each([*self.subscribers, *self._early], self._disconnect_one)
 
     def abort(self) -> None:
         """Abort every stream, after an unexpected failure: the clients resume, and the server goes on."""
-        for subscriber in [*self.subscribers, *self._ahead]:
+        for subscriber in [*self.subscribers, *self._early]:
             subscriber.ready = False
             subscriber.abort()
 
@@ -257,7 +260,7 @@ class Live:
         self._counts.events += 1
         subscriber.end(sse.RESET)
 
-    def _cut_one(self, subscriber: Subscriber) -> None:
+    def _disconnect_one(self, subscriber: Subscriber) -> None:
         self.catch_up(subscriber)
         subscriber.disconnect()
 
@@ -306,8 +309,8 @@ class Live:
         subscriber.live = self
         place = self.locate(position)
         if place is None:
-            subscriber.cursor = _AHEAD
-            self._ahead[subscriber] = position
+            subscriber.cursor = _EARLY
+            self._early[subscriber] = position
             return
         # The cursor first: a connection that takes the rest of a frame at once goes on from there.
         subscriber.cursor = place.offset
@@ -317,29 +320,29 @@ class Live:
             subscriber.replay(place.before)
         self.catch_up(subscriber)
 
-    def has_told(self, subscriber: Subscriber) -> bool:
+    def is_caught_up(self, subscriber: Subscriber) -> bool:
         """Return whether a subscriber was given all that there is for it."""
         return subscriber.cursor >= self._end
 
     def is_complete_for(self, subscriber: Subscriber) -> bool:
         """Return whether no reply runs and a subscriber was given everything: its response may end in order."""
-        return self.reply is None and subscriber in self.subscribers and self.has_told(subscriber)
+        return self.reply is None and subscriber in self.subscribers and self.is_caught_up(subscriber)
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Forget a subscriber, if it is one."""
         self.subscribers.discard(subscriber)
-        self._ahead.pop(subscriber, None)
+        self._early.pop(subscriber, None)
 
     @property
     def is_unused(self) -> bool:
         """Whether nobody watches it, and nothing is being said in it."""
-        return self.reply is None and not (self.holders or self.subscribers or self._ahead)
+        return self.reply is None and not (self.holders or self.subscribers or self._early)
 
     def deliver(self) -> None:
         """Write to every ready subscriber what lies after its cursor."""
-        self.has_news = False
-        if self._ahead:
-            self._place_the_ahead()
+        self.is_dirty = False
+        if self._early:
+            self._admit_early()
         self._for_each(self.subscribers, self.catch_up)
         end = self._end
         if self.reply is None and self._log and all(each.cursor == end for each in self.subscribers):
@@ -365,21 +368,21 @@ class Live:
 
     # -- the log -------------------------------------------------------------------------------------------------
 
-    def _say(self, frame: bytes) -> None:
+    def _append_frame(self, frame: bytes) -> None:
         begin = self._end
         self._log += frame
         self._end = end = begin + len(frame)
-        if self.has_news:
+        if self.is_dirty:
             self._piece = _NO_PIECE
         else:
             # Every up-to-date cursor is here, so this frame is the next piece.
             self._piece = _Piece(begin, end, frame, 1, sse.chunk(frame))
-            self._tell()
+            self._mark_dirty()
 
-    def _tell(self) -> None:
-        if not self.has_news:
-            self.has_news = True
-            self._on_news(self)
+    def _mark_dirty(self) -> None:
+        if not self.is_dirty:
+            self.is_dirty = True
+            self._schedule(self)
 
     def _end_of_reply_after(self, offset: int) -> int | None:
         return next((each.end for each in self._entries if each.reply and each.end and each.end > offset), None)
@@ -396,10 +399,10 @@ class Live:
         self._piece = _Piece(begin, self._base + last, data, data.count(_FRAME_END), sse.chunk(data))
         return self._piece
 
-    def _place_the_ahead(self) -> None:
-        for subscriber, position in list(self._ahead.items()):
+    def _admit_early(self) -> None:
+        for subscriber, position in list(self._early.items()):
             if self.locate(position) is not None:
-                del self._ahead[subscriber]
+                del self._early[subscriber]
                 self.subscribe(subscriber, position)
             elif self.reply is None:
                 subscriber.disconnect()
@@ -430,27 +433,27 @@ class Hub:
     """All live conversations of this process."""
 
     def __init__(self) -> None:
-        self._lives: dict[str, Live] = {}
-        self._news: deque[Live] = deque()
+        self._conversations: dict[str, LiveConversation] = {}
+        self._news: deque[LiveConversation] = deque()
         """To be delivered in this order: the first one that had news comes first, and then waits for all others."""
         self._wake = Condition()
         self.counts = Counts()
 
-    def get(self, conversation_id: str) -> Live | None:
+    def get(self, conversation_id: str) -> LiveConversation | None:
         """Return a live conversation, or None."""
-        return self._lives.get(conversation_id)
+        return self._conversations.get(conversation_id)
 
     @property
-    def lives(self) -> list[Live]:
+    def conversations(self) -> list[LiveConversation]:
         """Return all live conversations."""
-        return list(self._lives.values())
+        return list(self._conversations.values())
 
     @contextmanager
-    def hold(self, conversation_id: str) -> Iterator[Live]:
+    def hold(self, conversation_id: str) -> Iterator[LiveConversation]:
         """Give the live conversation, made if need be, which is not forgotten inside the block."""
-        live = self._lives.get(conversation_id)
+        live = self._conversations.get(conversation_id)
         if live is None:
-            live = self._lives[conversation_id] = Live(conversation_id, self.counts, self._on_news)
+            live = self._conversations[conversation_id] = LiveConversation(conversation_id, self.counts, self._schedule)
         live.holders += 1
         try:
             yield live
@@ -464,12 +467,12 @@ class Hub:
             live.unsubscribe(subscriber)
             self.release(live)
 
-    def release(self, live: Live) -> None:
+    def release(self, live: LiveConversation) -> None:
         """Forget a conversation if it is unused."""
-        if live.is_unused and self._lives.get(live.conversation_id) is live:
-            del self._lives[live.conversation_id]
+        if live.is_unused and self._conversations.get(live.conversation_id) is live:
+            del self._conversations[live.conversation_id]
 
-    def _on_news(self, live: Live) -> None:
+    def _schedule(self, live: LiveConversation) -> None:
         if not self._news:  # else it is awake already
             self._wake.notify()
         self._news.append(live)

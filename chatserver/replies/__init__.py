@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from tornado.locks import Condition
 
-from chatserver import sources, sse, tasks
+from chatserver import positions, sources, tasks
 from chatserver.errors import (
     DatabaseUnavailable,
     Draining,
@@ -25,12 +25,12 @@ from chatserver.errors import (
     SourceError,
     TooManyReplies,
 )
-from chatserver.hub import Hub, Live, LiveReply
+from chatserver.hub import Hub, LiveConversation, LiveReply
 from chatserver.metrics import Metrics
-from chatserver.records import INTERRUPTED, After, Begun, Message, Record, ReplyError, Status, StoredReply, Turn
-from chatserver.replay import end_frame, input_frame
+from chatserver.records import INTERRUPTED, After, Message, Record, ReplyError, StartedTurn, Status, StoredReply, Turn
 from chatserver.settings import Settings
 from chatserver.store import Store
+from chatserver.wire.replay import end_frame, input_frame
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ _SETTLE_PAUSE_S = 0.5
 class Running:
     """A reply that this process writes."""
 
-    begun: Begun
-    live: Live
+    begun: StartedTurn
+    live: LiveConversation
     reply: LiveReply
     started_at: float = field(default_factory=monotonic)
     started: bool = False
@@ -81,7 +81,7 @@ class Replies:
         self._source = source
         self._metrics = metrics
         self._running: dict[str, Running] = {}
-        self._beginning: dict[str, asyncio.Event] = {}
+        self._pending: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = Condition()
         self._out_of_time = False
@@ -97,9 +97,9 @@ class Replies:
 
     # -- the process ---------------------------------------------------------------------------------------------
 
-    async def start(self, *, alone: bool) -> None:
+    async def start(self, *, sole_server: bool) -> None:
         """Finish lost replies, start to deliver, checkpoint and sweep."""
-        await self._finish_lost(alone=alone)
+        await self._finish_expired(sole_server=sole_server)
         self.spawn(self._hub.deliver())
         self.spawn(tasks.repeat(self._checkpoint, expected=(DatabaseUnavailable,)))
         self.spawn(tasks.repeat(self._sweep, expected=(DatabaseUnavailable,)))
@@ -123,7 +123,7 @@ class Replies:
 
     # -- together with what is stored ----------------------------------------------------------------------------
 
-    async def read(self, live: Live, look: Callable[[str], Awaitable[Record | None]]) -> Record | None:
+    async def read(self, live: LiveConversation, look: Callable[[str], Awaitable[Record | None]]) -> Record | None:
         """Read a conversation while no turn begins or ends here, so that it can be put together with what is live.
 
         :param look: given its id; `Store.peek` or `Store.read`
@@ -133,43 +133,43 @@ class Replies:
             version = live.version
             record = await look(live.conversation_id)
             reply = record.reply if record else None
-            if reply is not None and (begun := self._beginning.get(reply.id)) is not None:
+            if reply is not None and (begun := self._pending.get(reply.id)) is not None:
                 # Stored, but not yet published: our own begin is about to return, or to be settled.
                 await begun.wait()
             elif reply is not None and reply.expired and reply.id not in self._running and reply != tried:
-                await self.finish_checkpointed(live.conversation_id, reply, _INTERRUPTED)
+                await self.finish_from_checkpoint(live.conversation_id, reply, _INTERRUPTED)
                 tried = reply
             elif live.version == version:
                 if record is None and live.reply is None:
                     # Deleted, perhaps by another server: whoever watches it shall know.
-                    live.adopt(sse.start(live.conversation_id))
+                    live.adopt(positions.start(live.conversation_id))
                 return record
 
-    def align(self, live: Live, record: Record | None) -> None:
+    def align(self, live: LiveConversation, record: Record | None) -> None:
         """Give a live conversation what only the database knows: where it stands, a reply of another server."""
-        end = sse.after(record.last_id if record else None, live.conversation_id)
+        end = positions.after(record.last_id if record else None, live.conversation_id)
         stored = record.reply if record else None
         if stored is None:
             if live.reply is None:
                 live.adopt(end)
         elif live.reply is None or live.reply.message_id != stored.id:
-            live.begin(end, None, stored.id, stored.created_at)
+            live.open_turn(end, None, stored.id, stored.created_at)
             assert live.reply is not None
             _append(live, live.reply, stored.content)
             self.spawn(self._follow(live, live.reply))
 
-    async def _follow(self, live: Live, reply: LiveReply) -> None:
+    async def _follow(self, live: LiveConversation, reply: LiveReply) -> None:
         """Publish a reply that another server writes, as its checkpoints tell, until it ends."""
         await tasks.repeat(lambda: self._follow_once(live, reply), expected=(DatabaseUnavailable,))
 
-    async def _follow_once(self, live: Live, reply: LiveReply) -> bool:
+    async def _follow_once(self, live: LiveConversation, reply: LiveReply) -> bool:
         """Publish the next checkpoint, or the end; return whether there is nothing more to follow."""
         conversation_id = live.conversation_id
         await asyncio.sleep(self._settings.checkpoint_ms / 1000)
         record = await self._store.read(conversation_id, After(reply.message_id, 0), divided="none")
         stored = record.reply if record else None
         if stored is not None and stored.id == reply.message_id and stored.expired:
-            await self.finish_checkpointed(conversation_id, stored, _INTERRUPTED)
+            await self.finish_from_checkpoint(conversation_id, stored, _INTERRUPTED)
             return False
         if live.reply is not reply:
             return True
@@ -187,18 +187,18 @@ class Replies:
 
     # -- a reply that runs ---------------------------------------------------------------------------------------
 
-    async def begin(self, conversation_id: str, reply_id: str, begin: Callable[[], Awaitable[Begun]]) -> Turn:
+    async def begin(self, conversation_id: str, reply_id: str, begin: Callable[[], Awaitable[StartedTurn]]) -> Turn:
         """Begin a turn and start its reply; one whose outcome is unknown is settled in the background.
 
-        :param begin: `Store.begin` or `Store.begin_retry`; called again if a lost reply stood in the way
+        :param begin: `Store.start_turn` or `Store.start_retry`; called again if a lost reply stood in the way
         :raises Draining, TooManyReplies: and nothing is stored
         """
         if self.draining:
             raise Draining
         with self._hub.hold(conversation_id) as live:
-            if len(self._running) + len(self._beginning) >= self._settings.max_replies:
+            if len(self._running) + len(self._pending) >= self._settings.max_replies:
                 raise ReplyInProgress if live.reply is not None else TooManyReplies
-            self._beginning[reply_id] = asyncio.Event()
+            self._pending[reply_id] = asyncio.Event()
             try:
                 try:
                     begun = await begin()
@@ -213,14 +213,14 @@ class Replies:
                 self.spawn(self._settle(conversation_id, reply_id))
                 raise
             except BaseException:
-                self._begun(reply_id)
+                self._release_readers(reply_id)
                 raise
-            self._begun(reply_id)
+            self._release_readers(reply_id)
             return begun.turn
 
-    def _begun(self, reply_id: str) -> None:
+    def _release_readers(self, reply_id: str) -> None:
         """Let those go on who wait for a begin."""
-        self._beginning.pop(reply_id).set()
+        self._pending.pop(reply_id).set()
         self._ended.notify_all()
 
     async def _settle(self, conversation_id: str, reply_id: str) -> None:
@@ -233,7 +233,7 @@ class Replies:
         async def look() -> bool:
             nonlocal looks
             await asyncio.sleep(_SETTLE_PAUSE_S)
-            begun = await self._store.find_begun(conversation_id, reply_id)
+            begun = await self._store.find_started(conversation_id, reply_id)
             looks += 1
             if begun is not None:
                 with self._hub.hold(conversation_id) as live:
@@ -243,13 +243,13 @@ class Replies:
         try:
             await tasks.repeat(look, expected=(DatabaseUnavailable,))
         finally:
-            self._begun(reply_id)
+            self._release_readers(reply_id)
 
-    def _start(self, live: Live, begun: Begun) -> None:
+    def _start(self, live: LiveConversation, begun: StartedTurn) -> None:
         """Publish what was said and write the reply."""
-        previous = sse.after(begun.previous_id, live.conversation_id)
+        previous = positions.after(begun.previous_id, live.conversation_id)
         said = (begun.said.id, input_frame(begun.said)) if begun.said else None
-        live.begin(previous, said, begun.turn.reply_id, begun.created_at)
+        live.open_turn(previous, said, begun.turn.reply_id, begun.created_at)
         assert live.reply is not None
         running = self._running[begun.turn.reply_id] = Running(begun, live, live.reply)
         running.task = self.spawn(self._answer(running))
@@ -356,7 +356,7 @@ class Replies:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, 2.0)
 
-    def _publish_end(self, live: Live, reply: LiveReply, message: Message | None) -> None:
+    def _publish_end(self, live: LiveConversation, reply: LiveReply, message: Message | None) -> None:
         """Tell the subscribers how a reply ended, as the database has it."""
         if message is None or (message.content != reply.content and message.error is None):
             # Deleted, or ended by another server with less than was seen here: only the history tells the truth.
@@ -406,14 +406,14 @@ class Replies:
     async def _sweep(self) -> None:
         """Finish, after a while, the replies whose servers were lost."""
         await asyncio.sleep(min(self._settings.lease_ms / 4000, 5.0))
-        await self._finish_lost()
+        await self._finish_expired()
 
-    async def _finish_lost(self, *, alone: bool = False) -> None:
+    async def _finish_expired(self, *, sole_server: bool = False) -> None:
         """Finish the replies whose servers were lost."""
-        own = [*self._running, *self._beginning]
-        for conversation_id, reply in await self._store.find_lost(own, alone=alone):
+        own = [*self._running, *self._pending]
+        for conversation_id, reply in await self._store.find_expired(own, sole_server=sole_server):
             try:
-                await self.finish_checkpointed(conversation_id, reply, _INTERRUPTED)
+                await self.finish_from_checkpoint(conversation_id, reply, _INTERRUPTED)
             except DatabaseUnavailable:
                 raise
             except Exception:
@@ -421,7 +421,7 @@ class Replies:
                 ids = {"conversation": conversation_id, "reply": reply.id}
                 logger.exception("a lost reply could not be finished", extra=ids)
 
-    async def finish_checkpointed(self, conversation_id: str, reply: StoredReply, ending: Ending) -> bool:
+    async def finish_from_checkpoint(self, conversation_id: str, reply: StoredReply, ending: Ending) -> bool:
         """Finish a reply of another server with what was checkpointed, unless it has been renewed since we looked.
 
         :return: whether this did it
@@ -437,7 +437,7 @@ class Replies:
         """Wait until no reply runs; return whether that came within so many seconds."""
         try:
             async with asyncio.timeout(seconds):
-                while self._running or self._beginning:
+                while self._running or self._pending:
                     await self._ended.wait()
         except TimeoutError:
             return False
@@ -461,7 +461,7 @@ def _too_long(max_chars: int) -> Ending:
     return Ending("failed", ReplyError("source_too_long", message))
 
 
-def _append(live: Live, reply: LiveReply, text: str, room: int | None = None) -> bool:
+def _append(live: LiveConversation, reply: LiveReply, text: str, room: int | None = None) -> bool:
     """Add text to a reply; return False if it was cut because only `room` bytes were left."""
     try:
         size = len(text.encode())

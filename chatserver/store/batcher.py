@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Joined(Generic[Item, Result]):
+class Batcher(Generic[Item, Result]):
     """One call for all that is asked for in one moment, or while the call before it is on its way.
 
     :param call: is given what was asked for, and returns an answer to each
@@ -21,7 +21,7 @@ class Joined(Generic[Item, Result]):
         self._asked: list[tuple[Item, asyncio.Future[Result]]] = []
         self._calling: asyncio.Task[None] | None = None
 
-    async def ask(self, item: Item) -> Result:
+    async def submit(self, item: Item) -> Result:
         """Return the answer to one."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Result] = loop.create_future()

@@ -1,4 +1,4 @@
-"""Positions in a conversation, and the bytes of a Server-Sent Events stream. Pure: no I/O, no clock.
+"""The bytes of a Server-Sent Events stream. Pure: no I/O, no clock.
 
 The format is the WHATWG HTML standard's, section "Server-sent events". An event's `id` is the position right after it.
 It is the last line of its frame: clients that store an `id` as soon as its line arrives (npm eventsource 2,
@@ -8,49 +8,16 @@ ends a line of the stream; U+0085, U+2028 and U+2029 are escaped, too, since som
 """
 
 import json
-import re
 from json.encoder import encode_basestring
-from typing import Any, NamedTuple
+from typing import Any
 
-_POSITION = re.compile(r"([0-9a-f]{24})-(done|0|[1-9][0-9]{0,8})\Z", re.ASCII)
+from chatserver.positions import Position
+
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 RESET = b"event: reset\ndata: {}\nid:\n\n"
 LAST_CHUNK = b"0\r\n\r\n"
 """The end of a chunked body (RFC 9112, 7.1). A body that ends without it was cut off."""
-
-
-class Position(NamedTuple):
-    """How much of a conversation a client has seen: all before a message, and so much of that message.
-
-    The position `start(conversation_id)` lies before the first message.
-    """
-
-    message_id: str
-    chars: int | None
-    """Code points of the message; None: all of it, and that it has ended."""
-
-    def __str__(self) -> str:
-        return f"{self.message_id}-{'done' if self.chars is None else self.chars}"
-
-
-def start(conversation_id: str) -> Position:
-    """Return the position before a conversation's first message."""
-    return Position(conversation_id, 0)
-
-
-def after(message_id: str | None, conversation_id: str) -> Position:
-    """Return the position at the end of a message; without one, the conversation's start."""
-    return Position(message_id, None) if message_id else start(conversation_id)
-
-
-def parse_position(text: str) -> Position | None:
-    """Return the position that `text` is the opaque form of; None if it is none."""
-    match = _POSITION.match(text)
-    if match is None:
-        return None
-    chars = match[2]
-    return Position(match[1], None if chars == "done" else int(chars))
 
 
 def preamble(retry_ms: int, position: Position) -> bytes:

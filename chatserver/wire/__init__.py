@@ -1,0 +1,1 @@
+"""Stream formats, pure: the bytes of events."""

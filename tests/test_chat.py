@@ -17,7 +17,7 @@ from chatserver.records import INTERRUPTED, Message
 from chatserver.replies import Replies
 from chatserver.sources.simulated import Simulated
 from tests.apps import App, Database, MakeApp, Script, running
-from tests.clients import Client, RawStream, Transcript, new_id, text_of
+from tests.clients import Client, Event, RawStream, Transcript, new_id, text_of
 from tests.servers import Server, until
 
 pytestmark = pytest.mark.gen_test
@@ -56,6 +56,13 @@ async def said(app: App, conversation_id: str, chars: int) -> None:
 async def _names(app: App, conversation_id: str) -> list[str]:
     """Return the events of a stream without a position, until the server ends it."""
     return [event.name async for event in app.client.stream(conversation_id)]
+
+
+async def _all_events(stream: RawStream) -> list[Event]:
+    """Return the events of a stream up to its end, and close it."""
+    events = [event async for event in stream.events()]
+    stream.close()
+    return events
 
 
 # -- posts ---------------------------------------------------------------------------------------------------------
@@ -974,24 +981,35 @@ async def test_reply_that_outgrows_the_room_is_ended_with_what_fits(
 async def test_signal_while_two_hundred_replies_stream_ends_each_reply_and_stream_in_order(
     make_server: Callable[..., Server], database: Database
 ) -> None:
-    server = await asyncio.to_thread(make_server(SIMULATED_TOKEN_DELAY_MS=200, DRAIN_S=0.5).start)
+    # No reply may end by itself before the last of the streams is open, however busy the machine is.
+    settings = {"SIMULATED_TOKEN_DELAY_MS": 200, "SIMULATED_TOKENS": 1_000, "DRAIN_S": 0.5}
+    server = await asyncio.to_thread(make_server(**settings).start)
     client = Client(server.url)
     answers = await asyncio.gather(*(client.say(f"n {n}") for n in range(200)))
-    watchers = [
-        [asyncio.create_task(client.events(each["conversationId"], each["lastEventId"])) for _ in range(5)]
-        for each in answers
-    ]
-    while (await client.http.get("/metrics")).text.find("chatserver_open_streams 1000.0") < 0:
-        await asyncio.sleep(0.1)
+    opened = await asyncio.gather(
+        *(
+            RawStream(
+                server.port,
+                f"/chat/stream/{each['conversationId']}?until=done",
+                headers=f"Last-Event-ID: {each['lastEventId']}\r\n",
+            ).open()
+            for each in answers
+            for _ in range(5)
+        )
+    )
+    assert {stream.head.split("\r\n")[0] for stream in opened} == {"HTTP/1.1 200 OK"}
+    readers = [asyncio.create_task(_all_events(stream)) for stream in opened]
+    assert "chatserver_open_streams 1000.0" in (await client.http.get("/metrics")).text
     began = asyncio.get_running_loop().time()
     server.signal(signal.SIGTERM)
     assert await asyncio.to_thread(server.wait) == 0
     # The time to drain, to store, and for the streams' last words; on a busy machine.
     assert asyncio.get_running_loop().time() - began < 10
-    for answer, watching in zip(answers, watchers, strict=True):
-        for events in await asyncio.gather(*watching):
-            found = database.conversations.find_one({"_id": ObjectId(answer["conversationId"])})
-            message = found["messages"][-1]
+    received = await asyncio.gather(*readers)
+    for number, answer in enumerate(answers):
+        found = database.conversations.find_one({"_id": ObjectId(answer["conversationId"])})
+        message = found["messages"][-1]
+        for events in received[5 * number : 5 * number + 5]:
             assert (message["status"], events[-1].name) == ("interrupted", "error")
             assert message["content"] == text_of(events) and "reply" not in found
     await client.close()

@@ -1865,6 +1865,9 @@ def test_page_of_the_readme(
     expect(trouble).to_have_text("")
     page.reload()
     expect(log).to_have_text(whole)
+    # The page shows the history before its stream is open.
+    site.until(lambda: proxy.streams >= 3)
+    site.until(lambda: site.open_streams() == 1)
     assert proxy.streams == 3
     assert [each["content"] for each in site.history(id_of(page))] == ["x" * 400, said(2), "Second", said(3)]
 

@@ -17,8 +17,8 @@ from bson import ObjectId
 
 from tests.apps import App, Database, MakeApp, Script
 from tests.clients import Transcript, text_of
+from tests.http.test_delivery import Stalled, peak_kib
 from tests.servers import Server
-from tests.test_delivery import Stalled, peak_kib
 
 pytestmark = pytest.mark.gen_test
 

@@ -17,9 +17,9 @@ from tests import proxy
 from tests.apps import App, MakeApp
 from tests.browser import FLAGS, chromium
 from tests.clients import new_id
+from tests.process.test_nginx import DEPLOYED, PLAIN, nginx
 from tests.proxy import CuttingProxy
 from tests.servers import ROOT, Server
-from tests.test_nginx import DEPLOYED, PLAIN, nginx
 
 pytestmark = pytest.mark.gen_test(timeout=110)
 

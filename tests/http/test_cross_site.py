@@ -17,8 +17,8 @@ from chatserver.settings import Settings
 from tests.apps import App, MakeApp
 from tests.browser import FLAGS, TIMEOUT_MS, chromium
 from tests.clients import RawStream, new_id
+from tests.http.test_http import assert_problem
 from tests.servers import ROOT, Server, until
-from tests.test_http import assert_problem
 
 EVIL = {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}
 

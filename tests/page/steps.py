@@ -1,0 +1,71 @@
+"""Steps that the tests of the page share."""
+
+import re
+from collections.abc import Callable
+
+from playwright.sync_api import Locator, Page, expect
+
+from tests.browser import Site
+from tests.servers import ROOT
+
+MakeSite = Callable[..., Site]
+NODE_MODULES = ROOT / "tests" / "node" / "node_modules"
+AXE = NODE_MODULES / "axe-core" / "axe.min.js"
+
+
+def words(count: int) -> list[str | BaseException]:
+    """Return the pieces of an answer that is one paragraph."""
+    return [f"{' ' if number else ''}word{number}" for number in range(count)]
+
+
+def said(count: int) -> str:
+    return " ".join(f"word{number}" for number in range(count))
+
+
+def said_by_user(page: Page) -> Locator:
+    return page.locator(".message.user .body")
+
+
+def answers(page: Page) -> Locator:
+    return page.locator(".message.assistant .body")
+
+
+def open_page(page: Page, url: str) -> Page:
+    """Go there and wait until the stream is open."""
+    page.goto(url)
+    expect(page.locator("#state")).to_have_text("Live")
+    return page
+
+
+def say(page: Page, text: str) -> None:
+    page.get_by_label("Message", exact=True).fill(text)
+    page.keyboard.press("Enter")
+
+
+def expect_idle(page: Page) -> None:
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+
+
+def id_of(page: Page) -> str:
+    """Return the id in the address bar, once what was said is taken."""
+    page.wait_for_url(re.compile("#[0-9a-f]{24}$"))
+    return page.url.partition("#")[2]
+
+
+def texts(locator: Locator) -> list[str]:
+    return [text.strip() for text in locator.all_text_contents()]
+
+
+def expect_stored(page: Page, site: Site) -> None:
+    """Check that the page shows exactly what is stored."""
+    stored = site.history(id_of(page))
+    expect(said_by_user(page)).to_have_text([each["content"] for each in stored if each["role"] == "user"])
+    assert texts(answers(page)) == [each["content"] for each in stored if each["role"] == "assistant"]
+
+
+def streams_of(page: Page) -> list[str]:
+    """Return a list to which the address of each stream is added that the page opens from now on."""
+    urls: list[str] = []
+    page.on("request", lambda request: urls.append(request.url) if "/chat/stream/" in request.url else None)
+    return urls

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -17,14 +16,15 @@ import pytest
 from chatserver.openapi import make_openapi
 from chatserver.settings import Settings, read_settings
 from tests.apps import App, MakeApp
-from tests.clients import EventDecoder, new_id
 from tests.servers import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
+PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
 REQUESTS = (ROOT / "requests.http").read_text()
 STATUSES = "200 200 202 200 200 200 200 200 202 422 202 202 204 404 400 400 415 405 200 204 200 200 200 200"
 """What the requests of requests.http are answered."""
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = {setting.name.upper(): setting for setting in fields(Settings)}
 
 
@@ -83,20 +83,54 @@ def test_every_route_is_in_the_readme_and_in_requests_http() -> None:
             )
 
 
-def test_file_tree_of_the_readme_is_the_one_there_is() -> None:
-    tree = README.partition("## How to work on it")[2].split("```")[1]
-    listed = set(re.findall(r"^  ([\w./]+)", tree, re.M))
-    there = {
-        path.name + ("/" if path.is_dir() else "")
-        for path in (ROOT / "chatserver").iterdir()
-        if path.name not in ("__init__.py", "__pycache__")
+def test_tree_of_the_architecture_is_the_real_one() -> None:
+    tree = (ROOT / "docs" / "architecture.md").read_text().partition("## The tree")[2].split("```")[1]
+    folder, listed = ROOT, set()
+    for indent, name in re.findall(r"^( *)([\w./]+)", tree, re.M):
+        folder = folder if indent else ROOT / name
+        listed.add(folder / name if indent else folder)
+        assert (folder / name if indent else folder).exists(), name
+    entries = set((ROOT / "chatserver").iterdir()) - {ROOT / "chatserver" / "__init__.py"}
+    assert {path for path in listed if path.parent == ROOT / "chatserver"} == {
+        path for path in entries if path.name != "__pycache__"
     }
-    assert listed == there
-    scripts = re.search(r"^scripts/ +(.*)$", tree, re.M)
-    assert scripts and all((ROOT / "scripts" / name).exists() for name in scripts[1].split(", "))
-    text = re.sub(r"^ *```.*?^ *```", "", README, flags=re.M | re.DOTALL)
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / link).exists(), link
+    for scripts in re.findall(r"^scripts/ +(.*)$", tree, re.M):
+        assert all((ROOT / "scripts" / name).exists() for name in scripts.split(", "))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_and_paths_in_the_documents_exist(page: Path) -> None:
+    text = _without_blocks(page)
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target), link
+    for code in re.findall(r"`([^`\n]+)`", text):
+        path = code.split(" ")[0]
+        if re.fullmatch(
+            r"(chatserver|docs|scripts|tests|\.ci)/[\w./-]*|[A-Z]+\.md|\.env\.example|requests\.http", path
+        ):
+            assert (ROOT / path).exists(), code
+
+
+def _without_blocks(page: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.DOTALL)
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that a page's headings have where Markdown is rendered."""
+    headings = re.findall(r"^#+ (.*)$", _without_blocks(page), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.gen_test
+async def test_every_metric_is_documented(app: App) -> None:
+    section = (ROOT / "docs" / "operating.md").read_text().partition("## Health and metrics")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| `(\w+)` \|", section, re.M)
+    text = (await app.client.http.get("/metrics")).text
+    kinds = dict(re.findall(r"^# TYPE (chatserver_\w+) (\w+)$", text, re.M))
+    assert sorted(documented) == sorted(kinds)
 
 
 @pytest.mark.needs("curl", "openssl")
@@ -180,47 +214,6 @@ async def test_requests_http_is_understood_by_the_rest_client(make_app: MakeApp)
     assert ["event: done" in stream.text for stream in streams] == [True, True, False]
 
 
-def _shape(value: Any, name: str = "") -> Any:
-    """Return an example with its values reduced to their kinds; lists have one kind of item here."""
-    match value:
-        case dict():
-            return {key: _shape(each, key) for key, each in value.items()}
-        case list():
-            return [_shape(each) for each in value]
-        case str() if name not in ("status", "role"):
-            kinds = {"id": "[0-9a-f]{24}", "position": r"[0-9a-f]{24}-(\d+|done)", "time": r"[\d-]+T[\d:.]+Z"}
-            return next((kind for kind, pattern in kinds.items() if re.fullmatch(pattern, value)), "text")
-        case _:
-            return value
-
-
-@pytest.mark.gen_test
-async def test_examples_of_answers_and_events_look_like_the_real_ones(app: App) -> None:
-    accepted, history = map(json.loads, re.findall(r"^```json\n(.*?)^```", README, re.M | re.DOTALL))
-    block = README.partition("Three events of the stream")[2].split("```")[1]
-    conversation_id = new_id()
-    answer = await app.client.say("Hello!", conversation_id)
-    events = await app.client.events(conversation_id, f"{conversation_id}-0")
-
-    assert _shape(accepted) == _shape(answer)
-    assert list(accepted) == list(answer)
-    assert _shape(history) == _shape(await app.client.history(conversation_id))
-    first = {event.name: event for event in reversed(events)}
-    decoder = EventDecoder()
-    shown = [event for line in [*block.strip().split("\n"), ""] if (event := decoder.feed(line))]
-    assert [event.name for event in shown] == ["input", "token", "done"]
-    for event in shown:
-        assert (_shape(event.id), _shape(event.data)) == (_shape(first[event.name].id), _shape(first[event.name].data))
-    # The examples belong together.
-    question, reply = history["messages"]
-    assert shown[0].data == {
-        "messageId": question["id"],
-        "text": question["content"],
-        "createdAt": question["createdAt"],
-    }
-    assert shown[2].id == history["lastEventId"] and shown[2].data["messageId"] == reply["id"] == accepted["replyId"]
-
-
 FOLLOWER = """
 import http from "node:http";
 
@@ -255,7 +248,7 @@ const proxy = http.createServer((request, answer) => {
 @pytest.mark.gen_test
 async def test_stream_is_read_by_fetch_with_a_token(make_app: MakeApp, tmp_path: Path) -> None:
     app = await make_app(keepalive_s=1.0, simulated_token_delay_ms=2)
-    [example] = re.findall(r"^```js\n(.*?)^```", README, re.M | re.DOTALL)
+    [example] = re.findall(r"^```js\n(.*?)^```", PROTOCOL, re.M | re.DOTALL)
     (tmp_path / "follow.mjs").write_text(example + FOLLOWER)
     answer = await app.client.say("Hello!")
     conversation_id = answer["conversationId"]

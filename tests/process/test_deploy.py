@@ -1,4 +1,4 @@
-"""The examples for deployment say what they must, and the tools that read them accept them."""
+"""The examples for deployment: their limits fit the settings, and the tools that read them accept them."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ def test_image_stops_within_the_grace_of_docker() -> None:
     variables = dict(
         word.split("=") for line in lines if line.startswith("ENV ") for word in line.removeprefix("ENV ").split()
     )
-    # `docker stop` kills after 10 s, and what has not ended by then still has to be stored.
+    # `docker stop` kills after 10 s, and the server needs time to store the replies that still run.
     assert float(variables["DRAIN_S"]) + Settings.database_timeout_s + 1 <= 10
     user = next(line for line in lines if line.startswith("USER "))
     assert re.fullmatch("USER [1-9][0-9]*:[1-9][0-9]*", user)
@@ -28,7 +28,7 @@ def test_image_stops_within_the_grace_of_docker() -> None:
 
 
 def test_image_is_made_of_what_the_context_holds() -> None:
-    """The context leaves out everything but what the image copies: no `.env` with its keys."""
+    """The context contains nothing but the files that the image copies: no `.env` with its keys."""
     rules = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith(("#", "**"))
     ]

@@ -1,4 +1,4 @@
-"""The documents say what the code does: settings, routes, files, and commands that can be pasted."""
+"""The documents match the code: settings, routes, metrics, links, the file tree; their commands run as they are."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
 REQUESTS = (ROOT / "requests.http").read_text()
 STATUSES = "200 200 202 200 200 200 200 200 202 422 202 202 204 404 400 400 415 405 200 204 200 200 200 200"
-"""What the requests of requests.http are answered."""
+"""The statuses of the answers to requests.http, in order."""
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = {setting.name.upper(): setting for setting in fields(Settings)}
 
@@ -52,7 +52,7 @@ def test_every_setting_is_in_the_example_and_in_the_readme_with_its_default() ->
             else str(default)
         )
         assert documented[name] == text, name
-        # The line that is there to be uncommented names the other source.
+        # The commented line, meant to be uncommented, names the other source.
         assert example[name] == ("openai" if name == "REPLY_SOURCE" else text), name
 
 
@@ -60,7 +60,7 @@ def test_example_is_a_valid_file_whose_settings_are_the_defaults(tmp_path: Path)
     (tmp_path / ".env").write_text(EXAMPLE)
     settings = read_settings({}, tmp_path / ".env")
     assert settings == Settings(openai_api_key="your_api_key_here")
-    # Each line that is commented out is valid, too, but for those that need another one.
+    # Each commented line is valid, too, once the key that the source needs is set.
     (tmp_path / ".env").write_text(
         re.sub(r"^# ([A-Z_]+=)", r"\1", EXAMPLE, flags=re.M).replace("your_api_key_here", "k")
     )
@@ -158,7 +158,7 @@ def test_health_check_of_the_container_finds_a_server_that_has_a_name_of_its_own
 
 
 def test_example_copied_to_env_unchanged_chats(tmp_path: Path) -> None:
-    """The port of the file is taken over by the environment, so that the test has one of its own."""
+    """The environment overrides the port of the file, so that the test has a free one."""
     (tmp_path / ".env").write_text(EXAMPLE)
     server = Server(tmp_path, {"SIMULATED_TOKEN_DELAY_MS": None, "PORT": 0}).start()
     try:
@@ -203,7 +203,7 @@ def _requests_of_the_rest_client(text: str) -> Iterator[httpx.Request]:
 
 
 @pytest.mark.gen_test
-async def test_requests_http_is_understood_by_the_rest_client(make_app: MakeApp) -> None:
+async def test_rest_client_understands_requests_http(make_app: MakeApp) -> None:
     app = await make_app(simulated_token_delay_ms=5)
     answers = [
         await app.client.http.send(request)
@@ -219,7 +219,7 @@ import http from "node:http";
 
 const [port, id] = process.argv.slice(2);
 let streams = 0;
-// Passes on what has the token; cuts the first stream in the middle of an event, and leaves the second one hanging.
+// Passes on requests with the token; aborts the first stream within an event, and stalls the second one.
 const proxy = http.createServer((request, answer) => {
   if (request.headers.authorization !== "Bearer right") return answer.writeHead(401).end();
   const to = { port, path: request.url, method: request.method, headers: request.headers };

@@ -99,6 +99,7 @@ async def _serve_on(
         why = error.strerror if isinstance(error, OSError) else "no host name"
         raise SetupError(f"{settings.host}:{settings.port} (HOST, PORT) cannot be listened on: {why}") from None
     set_tcp_user_timeout(sockets, settings.slow_client_timeout_s)
+    metrics = Metrics()
     store = Store(
         client,
         uri,
@@ -106,8 +107,8 @@ async def _serve_on(
         lease_ms=settings.lease_ms,
         history=settings.history_messages,
         history_chars=settings.openai_history_chars,
+        observe=metrics.observe_store,
     )
-    metrics = Metrics()
     try:
         chat = Chat(settings, store, Hub(), make_source(settings), metrics, sole_server=sole_server)
         try:

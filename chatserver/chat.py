@@ -71,7 +71,6 @@ class Chat:
         self._ping = sse.ping(settings.keepalive_s)
         self._replies = Replies(settings, store, hub, source, metrics)
         counts = hub.counts
-        store.observe = metrics.observe_store
         metrics.watch("chatserver_running_replies", "Replies that are being written.", lambda: self.running)
         metrics.watch("chatserver_live_conversations", "Conversations in memory.", lambda: len(hub.conversations))
         metrics.watch("chatserver_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))

@@ -82,14 +82,16 @@ class App:
 
     async def start(self) -> None:
         settings = self.settings
+        self.metrics = Metrics()
         self.store = Store(
             connect(self.database.uri, settings.database_timeout_s),
             self.database.uri,
             timeout_s=settings.database_timeout_s,
             lease_ms=settings.lease_ms,
             history=settings.history_messages,
+            observe=self.metrics.observe_store,
         )
-        self.hub, self.metrics = Hub(), Metrics()
+        self.hub = Hub()
         self.chat = Chat(settings, self.store, self.hub, self.source, self.metrics)
         # A test may look for what is found by an index alone.
         await self.store.build_indexes()

@@ -9,18 +9,18 @@ from typing import Any
 from chatserver import __main__ as server
 from chatserver.hub import LiveConversation, LiveReply, Place
 from chatserver.replies import Replies
-from chatserver.store import Store
+from chatserver.store.turns import Turns
 from chatserver.wire import sse
 
 
 def post_stored_twice() -> None:
     """A key is not kept, so that a post that is sent again is stored again."""
-    begin = Store.start_turn
+    begin = Turns.start_turn
 
-    async def without_key(self: Store, turn: Any, content: str, key: str | None, *, new: bool = False) -> Any:
+    async def without_key(self: Turns, turn: Any, content: str, key: str | None, *, new: bool = False) -> Any:
         return await begin(self, turn, content, None, new=new)
 
-    Store.start_turn = without_key  # type: ignore[method-assign]
+    Turns.start_turn = without_key  # type: ignore[method-assign]
 
 
 def done_before_the_write() -> None:

@@ -1,4 +1,4 @@
-"""Calls that are asked for in one moment, made as one."""
+"""Batching: concurrent calls become one."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
@@ -11,48 +11,61 @@ Result = TypeVar("Result")
 
 
 class Batcher(Generic[Item, Result]):
-    """One call for all that is asked for in one moment, or while the call before it is on its way.
+    """Makes one call for all items submitted in one turn of the event loop, or while the previous call is in progress.
 
-    :param call: is given what was asked for, and returns an answer to each
+    :param call: takes the items and returns one result for each, in their order
     """
 
     def __init__(self, call: Callable[[Sequence[Item]], Coroutine[Any, Any, Sequence[Result]]]) -> None:
         self._call = call
-        self._asked: list[tuple[Item, asyncio.Future[Result]]] = []
-        self._calling: asyncio.Task[None] | None = None
+        self._submitted: list[tuple[Item, asyncio.Future[Result]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def waiting(self) -> int:
+        """The number of items that wait for the call in progress to return."""
+        return len(self._submitted)
+
+    @property
+    def is_calling(self) -> bool:
+        """Whether a call is in progress."""
+        return self._task is not None
 
     async def submit(self, item: Item) -> Result:
-        """Return the answer to one."""
+        """Return the result for one item, or raise what the call raised."""
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Result] = loop.create_future()
-        self._asked.append((item, answer))
-        if self._calling is None:
-            self._calling = loop.create_task(self._answer_all())
-        return await answer
+        result: asyncio.Future[Result] = loop.create_future()
+        self._submitted.append((item, result))
+        if self._task is None:
+            self._task = loop.create_task(self._run())
+        return await result
 
-    async def _answer_all(self) -> None:
+    async def _run(self) -> None:
         try:
-            while self._asked:
-                asked, self._asked = self._asked, []
-                await self._answer(asked)
+            while self._submitted:
+                batch, self._submitted = self._submitted, []
+                await self._resolve(batch)
         finally:
-            self._calling = None
+            self._task = None
 
-    async def _answer(self, asked: Sequence[tuple[Item, asyncio.Future[Result]]]) -> None:
+    async def _resolve(self, batch: Sequence[tuple[Item, asyncio.Future[Result]]]) -> None:
+        """Make the call for some items and set their results."""
         results: Sequence[Result] | BaseException
-        (results,) = await asyncio.gather(self._call([item for item, _ in asked]), return_exceptions=True)
-        if not isinstance(results, BaseException) and len(results) != len(asked):
-            results = RuntimeError(f"{len(results)} answers to {len(asked)} questions")
+        # `gather` instead of `try`: a CancelledError that the call itself raises fails the items, or their submitters
+        # would wait for ever; a cancellation of this task is still raised here.
+        (results,) = await asyncio.gather(self._call([item for item, _ in batch]), return_exceptions=True)
+        if not isinstance(results, BaseException) and len(results) != len(batch):
+            results = RuntimeError(f"{len(results)} results for {len(batch)} items")
         if isinstance(results, BaseException):
-            is_silent = isinstance(results, DatabaseUnavailable) and not isinstance(results, DatabaseRefused)
-            if len(asked) > 1 and not is_silent:
-                # What is wrong may be wrong with one of them only.
-                await asyncio.gather(*(self._answer([each]) for each in asked))
+            is_away = isinstance(results, DatabaseUnavailable) and not isinstance(results, DatabaseRefused)
+            if len(batch) > 1 and not is_away:
+                # One item alone may have caused the failure.
+                await asyncio.gather(*(self._resolve([each]) for each in batch))
                 return
-            for _, answer in asked:
-                if not answer.done():  # whoever asked was cancelled
-                    answer.set_exception(results)
+            for _, result in batch:
+                if not result.done():  # else its submitter was cancelled
+                    result.set_exception(results)
         else:
-            for (_, answer), result in zip(asked, results, strict=True):
-                if not answer.done():
-                    answer.set_result(result)
+            for (_, result), value in zip(batch, results, strict=True):
+                if not result.done():
+                    result.set_result(value)

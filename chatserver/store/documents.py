@@ -1,279 +1,52 @@
-"""How a conversation looks in MongoDB: pure functions from documents to records, and the expressions that select parts.
+"""Documents and records: pure functions from BSON to the values of `chatserver.records`.
 
-Other applications may write the same collection. Whatever a document holds, reading it never fails:
+Other applications may write the same collection. Whatever a document contains, reading it never fails:
 
-- `messages` that is no array counts as empty;
-- a message whose `_id` is no ObjectId has an id derived from its conversation's id and its index;
-- a time that is missing or no date is taken from the document, else from an ObjectId;
-- content that is no string is shown as JSON.
-
-An expression evaluates a string that begins with `$` as a path, so text from a client always goes through `literal`.
+- `messages` counts as empty if it is not an array;
+- a message whose `_id` is not an ObjectId gets an id derived from its conversation's id and its index;
+- a missing or invalid time is taken from the document, else from an ObjectId;
+- content that is not a string is shown as JSON.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from bson import ObjectId, json_util
 from bson.datetime_ms import DatetimeMS
 
-from chatserver.records import (
-    PAGE_SIZE,
-    After,
-    Before,
-    Between,
-    Message,
-    Newest,
-    Place,
-    Record,
-    ReplyError,
-    Span,
-    Status,
-    StoredReply,
-    Summary,
-)
+from chatserver.records import Message, Place, Record, ReplyError, Status, StoredReply, Summary
 
 Document = Mapping[str, Any]
-Divided = Literal["all", "replies", "none"]
-"""Which messages of a page may be read in parts if they are long."""
 
-PAGE_MESSAGES = 2000
-"""The most messages that are read at once; see `records.PAGE_SIZE`."""
 BEGINNING_CHARS = 400
-"""Code points of the first message that the list reads to make a title of."""
+"""Code points of the first message that the list reads for the title."""
 _UNKNOWN = datetime(1970, 1, 1, tzinfo=UTC)
 _EARLIEST_ID = datetime(2010, 1, 1, tzinfo=UTC)
-"""No chat is older: an ObjectId that names an earlier or a future time was made of random bytes."""
+"""No chat is older. An ObjectId with an earlier or a future time was made of random bytes."""
 _STORED_STATUSES = frozenset(get_args(Status)) - {"streaming"}
 
-# -- expressions -------------------------------------------------------------------------------------------------------
-
-MESSAGES: Document = {"$cond": [{"$isArray": "$messages"}, "$messages", []]}
-COUNT: Document = {"$size": MESSAGES}
-PROMPT: Document = {
-    "$filter": {
-        "input": MESSAGES,
-        "cond": {"$and": [{"$in": ["$$this.role", ["user", "assistant"]]}, {"$ne": ["$$this.status", "superseded"]}]},
-    }
-}
-"""The messages that a source may be shown."""
-IS_SUPPORTED: Document = {
-    "$and": [
-        {"$in": [{"$type": "$messages"}, ["array", "missing"]]},
-        {"$allElementsTrue": {"$map": {"input": MESSAGES, "in": {"$eq": [{"$type": "$$this.content"}, "string"]}}}},
-    ]
-}
-"""Whether a turn can be appended: a source can be shown text only."""
-USERS_TURNS: Document = {"$size": {"$filter": {"input": MESSAGES, "cond": {"$eq": ["$$this.role", "user"]}}}}
-_LAST_ID: Document = {"$let": {"vars": {"last": {"$last": MESSAGES}}, "in": "$$last._id"}}
-STANDING: Document = {"createdAt": 1, "updatedAt": 1, "reply": 1, "count": COUNT, "last": _LAST_ID}
-"""All that `record` needs but `messages` and `expired`."""
-SUMMARY: Document = {
-    "createdAt": 1,
-    "updatedAt": 1,
-    "reply._id": 1,
-    "count": COUNT,
-    "beginning": {
-        "$let": {
-            "vars": {
-                "first": {
-                    "$ifNull": [
-                        {
-                            "$first": {
-                                "$filter": {
-                                    "input": {"$slice": [MESSAGES, 10]},
-                                    "cond": {"$eq": ["$$this.role", "user"]},
-                                }
-                            }
-                        },
-                        {"$first": MESSAGES},
-                    ]
-                }
-            },
-            "in": {
-                "$cond": [
-                    {"$eq": [{"$type": "$$first.content"}, "string"]},
-                    {"$substrCP": ["$$first.content", 0, BEGINNING_CHARS + 1]},
-                    "",
-                ]
-            },
-        }
-    },
-}
-
-
-def literal(text: str) -> Document:
-    """Return the expression for a text as it is, whatever it begins with."""
-    return {"$literal": text}
-
-
-def index_of(conversation: ObjectId, message_id: str) -> Document:
-    """Return the expression for a message's index, -1 if there is none with this id.
-
-    `$messages._id` leaves out messages without an `_id`, so an index into it may be too low: it is checked, and only
-    then looked for in a way that costs more.
-    """
-    wanted = ObjectId(message_id)
-    if (index := _derived_index(conversation, message_id)) is not None:
-        return {"$cond": [{"$eq": [_id_at(index), None]}, index, -1]}
-    with_gaps = {"$map": {"input": MESSAGES, "in": {"$ifNull": ["$$this._id", None]}}}
-    return {
-        "$let": {
-            "vars": {"at": {"$indexOfArray": [{"$let": {"vars": {"all": MESSAGES}, "in": "$$all._id"}}, wanted]}},
-            "in": {
-                "$cond": [
-                    {"$or": [{"$lt": ["$$at", 0]}, {"$eq": [_id_at("$$at"), wanted]}]},
-                    "$$at",
-                    {"$indexOfArray": [with_gaps, wanted]},
-                ]
-            },
-        }
-    }
-
-
-def _id_at(index: int | str) -> Document:
-    """Return the expression for the `_id` of the message at an index: null if no ObjectId, 0 if none is there."""
-    message = {"$arrayElemAt": [MESSAGES, index]}
-    of_message = {"$cond": [{"$eq": [{"$type": "$$message._id"}, "objectId"]}, "$$message._id", None]}
-    is_there = {"$lt": [index, COUNT]}
-    return {"$cond": [is_there, {"$let": {"vars": {"message": message}, "in": of_message}}, 0]}
-
-
-def messages_from(at: Document | int, count: int) -> Document:
-    """Return the expression for so many messages from an index on; for none if it is negative."""
-    return {
-        "$let": {
-            "vars": {"at": at},
-            "in": {"$cond": [{"$lt": ["$$at", 0]}, [], {"$slice": [MESSAGES, "$$at", count]}]},
-        }
-    }
-
-
-def page(conversation: ObjectId, span: Span, divided: Divided) -> Any:
-    """Return the expression for the first messages of a span, which `record_with_page` reads."""
-    at: Any = 0
-    begin: Any = 0
-    end: Any = COUNT
-    match span:
-        case Newest(limit):
-            if limit is not None:
-                running = {"$cond": [{"$eq": [{"$type": "$reply._id"}, "objectId"]}, 1, 0]}
-                begin = {"$add": [{"$subtract": [end, limit]}, running]}
-        case Before(message_id, limit):
-            at = {"$cond": [{"$eq": ["$reply._id", ObjectId(message_id)]}, end, index_of(conversation, message_id)]}
-            end = "$$at"
-            if limit is not None:
-                begin = {"$subtract": ["$$at", limit]}
-        case After(message_id, chars):
-            at = index_of(conversation, message_id)
-            begin = {"$add": ["$$at", 1]} if chars is None else "$$at"
-        case Between():
-            begin, end = span.begin, span.end
-    skipped = _chars(span)
-    most = 1 if skipped else PAGE_MESSAGES
-    number = {"$max": [0, {"$min": [most, {"$subtract": ["$$end", "$$begin"]}]}]}
-    candidates = {"$cond": [{"$gt": ["$$count", 0]}, {"$slice": [MESSAGES, "$$begin", "$$count"]}, []]}
-
-    def is_divided(message: str) -> Any:
-        is_text = {"$eq": [{"$type": f"{message}.content"}, "string"]}
-        if skipped or divided == "none":
-            return is_text if skipped else False
-        is_long = {"$gt": [{"$bsonSize": {"message": message}}, PAGE_SIZE]}
-        return {"$and": [is_text, is_long, divided == "all" or {"$eq": [f"{message}.role", "assistant"]}]}
-
-    part = {"$substrCP": ["$$this.content", skipped, PAGE_SIZE]}
-    return _let(
-        {"at": at},
-        {"begin": {"$max": [0, begin]}, "end": {"$cond": [{"$lt": ["$$at", 0]}, 0, end]}},
-        {"count": number},
-        {"candidates": candidates},
-        {"chosen": {"$slice": ["$$candidates", _fitting("$$candidates", _SIZE, PAGE_SIZE)]}},
-        {"last": {"$last": "$$chosen"}},
-        result={
-            "begin": "$$begin",
-            "end": "$$end",
-            "found": {"$gte": ["$$at", 0]},
-            "messages": {
-                "$map": {
-                    "input": "$$chosen",
-                    "in": {"$cond": [is_divided("$$this"), {"$mergeObjects": ["$$this", {"content": part}]}, "$$this"]},
-                }
-            },
-            "length": {"$cond": [is_divided("$$last"), {"$strLenCP": "$$last.content"}, None]},
-        },
-    )
-
-
-def newest_within(messages: Document, most_bytes: int) -> Any:
-    """Return the expression for the newest of some messages: the last, and those before until they have so many bytes.
-
-    A turn keeps them while its reply runs, so that a long conversation would cost all its text for each.
-    """
-    fitting = _fitting({"$reverseArray": "$$messages"}, _SIZE, most_bytes)
-    return _let({"messages": messages}, result={"$slice": ["$$messages", {"$multiply": [-1, fitting]}]})
-
-
-_SIZE: Document = {"$bsonSize": {"message": "$$this"}}
-
-
-def _chars(span: Span) -> int:
-    """Return how many code points of its first message a span leaves out."""
-    return (span.chars or 0) if isinstance(span, After | Between) else 0
-
-
-def _let(*steps: Document, result: Any) -> Any:
-    """Return the expression for a result, made of variables of which each may use those before it."""
-    for variables in reversed(steps):
-        result = {"$let": {"vars": variables, "in": result}}
-    return result
-
-
-def _fitting(messages: Any, size: Document, most_bytes: int) -> Document:
-    """Return the expression for how many messages begin within so many bytes; at least 1.
-
-    :param size: the expression for the bytes of `$$this`
-    """
-    counted = {
-        "$reduce": {
-            "input": messages,
-            "initialValue": {"count": 0, "bytes": 0},
-            "in": {
-                "$cond": [
-                    {"$gt": ["$$value.bytes", most_bytes]},
-                    "$$value",
-                    {"count": {"$add": ["$$value.count", 1]}, "bytes": {"$add": ["$$value.bytes", size]}},
-                ]
-            },
-        }
-    }
-    return {"$max": [1, _let({"counted": counted}, result="$$counted.count")]}
-
-
-def last_ids(count: int) -> Document:
-    """Return the expression for the `_id`s of the last messages, null for those that have none."""
-    return {"$map": {"input": {"$slice": [MESSAGES, -count]}, "in": {"$ifNull": ["$$this._id", None]}}}
-
-
-def asked_index(prompt: str) -> Document:
-    """Return the expression for the index of the last user message if its `_id` is no ObjectId, else null.
-
-    :param prompt: the variable that holds `PROMPT`
-    """
-    is_users = {
-        "$eq": [{"$let": {"vars": {"message": {"$arrayElemAt": [MESSAGES, "$$this"]}}, "in": "$$message.role"}}, "user"]
-    }
-    indexes = {"$filter": {"input": {"$range": [0, COUNT]}, "cond": is_users}}
-    return {
-        "$let": {
-            "vars": {"asked": {"$last": prompt}},
-            "in": {"$cond": [{"$eq": [{"$type": "$$asked._id"}, "objectId"]}, None, {"$max": indexes}]},
-        }
-    }
-
-
 # -- ids and times -----------------------------------------------------------------------------------------------------
+
+
+def new_id() -> str:
+    """Return a fresh id, 24 hex digits."""
+    return str(ObjectId())
+
+
+def id_for_key(key: str) -> str:
+    """Return the id of the conversation that a post with an idempotency key, but without a conversation, creates.
+
+    The id depends on the key alone, so that two attempts meet at one document, by the index on `_id`.
+    """
+    return hashlib.sha256(b"chatserver conversation\0" + key.encode()).hexdigest()[:24]
+
+
+def now() -> datetime:
+    """Return the time in UTC, in milliseconds, the precision of BSON."""
+    time = datetime.now(UTC)
+    return time.replace(microsecond=time.microsecond // 1000 * 1000)
 
 
 def message_id(conversation: ObjectId, index: int, stored: object) -> str:
@@ -285,8 +58,8 @@ def _derived_prefix(conversation: ObjectId) -> str:
     return hashlib.sha256(b"chatserver message\0" + conversation.binary).hexdigest()[:16]
 
 
-def _derived_index(conversation: ObjectId, message_id: str) -> int | None:
-    """Return the index that an id was derived from, or None if it was not derived."""
+def derived_index(conversation: ObjectId, message_id: str) -> int | None:
+    """Return the index in a derived id; None if the id was not derived."""
     index = int(message_id[16:], 16)
     return index if message_id.startswith(_derived_prefix(conversation)) and index < 2**31 else None
 
@@ -316,7 +89,7 @@ def message(value: object, document: Document, index: int) -> Message:
         time = time_of(document.get("createdAt"), id_, document["_id"], document.get("updatedAt"))
     return Message(
         str(id_) if isinstance(id_, ObjectId) else message_id(document["_id"], index, id_),
-        # Not `isinstance`: BSON's type for code is a subclass.
+        # Not `isinstance`: BSON's code type is a subclass of str.
         role if type(role) is str else "unknown",
         content if type(content) is str else _as_json(content),
         time,
@@ -330,7 +103,7 @@ def _status(value: object) -> Status:
 
 
 def _as_json(value: object) -> str:
-    """Return a BSON value as JSON, what JSON does not know as MongoDB's extended JSON."""
+    """Return a BSON value as JSON; types that JSON lacks become MongoDB's extended JSON."""
     return json_util.dumps(value, json_options=json_util.RELAXED_JSON_OPTIONS, ensure_ascii=False)
 
 
@@ -342,7 +115,7 @@ def _error(value: object) -> ReplyError | None:
 
 
 def reply(document: Document, *, expired: bool) -> StoredReply | None:
-    """Return the running reply, None if there is none of ours."""
+    """Return the running reply; None if there is none, or not one that a chatserver wrote."""
     stored = document.get("reply")
     if not isinstance(stored, dict) or not isinstance(stored.get("_id"), ObjectId):
         return None
@@ -359,7 +132,7 @@ def reply(document: Document, *, expired: bool) -> StoredReply | None:
 def record(document: Document, *, older: int) -> Record:
     """Return a conversation.
 
-    :param document: with the fields of `STANDING`, `expired`, and if need be `messages` and `at`
+    :param document: with the fields of `expressions.OVERVIEW`, `expired`, and if need be `messages` and `at`
     :param older: the index of the first message in `messages`
     """
     messages = document.get("messages")
@@ -375,28 +148,12 @@ def record(document: Document, *, older: int) -> Record:
     )
 
 
-def record_with_page(document: Document, span: Span) -> Record:
-    """Return a conversation with the first messages of a span.
-
-    :param document: with the fields of `STANDING`, `expired`, and `page` as the expression of that name makes it
-    """
-    page = document["page"]
-    begin, end, length = page["begin"], page["end"], page["length"]
-    at = 0 if page["found"] else -1
-    found = record({**document, "messages": page["messages"], "at": at}, older=begin)
-    read = begin + len(found.messages)
-    following = Between(read, end) if read < end else None
-    if length is not None and (chars := _chars(span) + len(found.messages[-1].content)) < length:
-        following = Between(read - 1, end, chars)
-    return replace(found, following=following, length=length)
-
-
 def _list(value: object) -> Sequence[object]:
     return value if isinstance(value, list) else ()
 
 
 def summary(document: Document) -> Summary:
-    """Return a conversation in the list, from the fields of `SUMMARY`."""
+    """Return a conversation in the list, from the fields of `expressions.SUMMARY`."""
     updated_at = document.get("updatedAt")
     match updated_at:
         case datetime():

@@ -64,7 +64,7 @@ async def test_reply_goes_on_while_the_database_is_away_and_ends_when_it_is_back
     conversation_id = answer["conversationId"]
     watcher = asyncio.create_task(app.client.events(conversation_id, answer["lastEventId"]))
     await app.until(lambda: app.subscribers == 1)
-    app.store._away_until = float("inf")
+    app.store.guard.away_until = float("inf")
     release(source, 5)
     await said(app, conversation_id, 2)
     late = asyncio.create_task(app.client.events(conversation_id, f"{answer['replyId']}-1"))
@@ -75,7 +75,7 @@ async def test_reply_goes_on_while_the_database_is_away_and_ends_when_it_is_back
     assert (await app.client.http.get("/readyz")).status_code == 503
     assert (await app.client.http.get("/healthz")).status_code == 200
     assert not watcher.done() and "reply" in document(app, conversation_id)
-    app.store._away_until = 0.0
+    app.store.guard.away_until = 0.0
     assert text_of(await watcher) == "ab" and text_of(await late) == "b"
     message = document(app, conversation_id)["messages"][-1]
     assert message["content"] == "ab" and "status" not in message
@@ -96,8 +96,8 @@ async def test_own_reply_is_not_taken_for_lost_however_long_the_database_was_awa
     answer = await app.client.say("Hello")
     conversation_id = answer["conversationId"]
     app.database.conversations.update_one({"_id": ObjectId(conversation_id)}, AGES_AGO)
-    app.store.observe = lambda operation, _seconds, _ok: sweeps.append(operation)
-    await app.until(lambda: sweeps.count("find_expired") >= 2)
+    app.store.guard.observe = lambda operation, _seconds, _ok: sweeps.append(operation)
+    await app.until(lambda: sweeps.count("find_lost") >= 2)
     assert (await app.client.history(conversation_id))["status"] == "streaming"
     assert "reply" in document(app, conversation_id)
     release(source, 3)

@@ -52,7 +52,7 @@ async def test_frame_is_encoded_once_for_all_and_nothing_is_done_for_each_token(
         return token_frame(message_id, chars, text)
 
     monkeypatch.setattr(sse, "token_frame", counted)
-    app.store.observe = lambda operation, _seconds, _ok: calls.append(operation)
+    app.store.guard.observe = lambda operation, _seconds, _ok: calls.append(operation)
     tasks, writes = len(asyncio.all_tasks()), app.hub.counts.writes
     for number in range(19):
         gate.release()
@@ -72,7 +72,7 @@ async def test_replies_that_run_are_checkpointed_by_one_write_a_tick(
 ) -> None:
     app = await make_app(source=Script("x", gate=asyncio.Semaphore(0)), checkpoint_ms=50)
     await asyncio.gather(*(app.client.say("hi") for _ in range(50)))
-    collection, sizes = type(app.store._conversations), list[int]()
+    collection, sizes = type(app.store.conversations.collection), list[int]()
     bulk_write = collection.bulk_write
 
     async def counted(self: Any, writes: Any, **options: Any) -> Any:
@@ -229,7 +229,7 @@ async def test_missed_messages_are_told_page_by_page_as_the_client_takes_them(ma
 
     await app.until(untouched)
     assert slow._paused and untouched()
-    app.store.observe = lambda operation, _seconds, _ok: reads.append(operation)
+    app.store.guard.observe = lambda operation, _seconds, _ok: reads.append(operation)
     seen, last = Transcript(), str(messages[-1]["_id"])
     async for event in app.client.stream(conversation_id, start):
         seen.take(event)

@@ -356,7 +356,7 @@ async def test_conversation_whose_id_is_no_objectid_is_not_in_the_list(app: App,
     await app.client.turn("More", good["conversationId"])
 
 
-@pytest.mark.expects_log("the database refuses \\(list\\)")
+@pytest.mark.expects_log("the database rejected a call \\(list\\)")
 async def test_text_that_is_no_utf8_breaks_nothing(app: App) -> None:
     good, _ = await app.client.turn("Hello")
     valid = {"_id": ObjectId(), "updatedAt": TIME, "messages": [message("user", "XXXX")]}
@@ -367,7 +367,7 @@ async def test_text_that_is_no_utf8_breaks_nothing(app: App) -> None:
     assert titles == {str(valid["_id"]): "", good["conversationId"]: "Hello"}
 
 
-@pytest.mark.expects_log("the database refuses \\(begin\\): code 121")
+@pytest.mark.expects_log("the database rejected a call \\(begin\\): code 121")
 async def test_refusal_by_the_database_is_an_error_of_ours_and_not_its_absence(app: App) -> None:
     conversations = app.database.db.create_collection
     app.database.db.drop_collection("conversations")

@@ -495,9 +495,9 @@ async def test_metrics_count_what_happened(make_app: MakeApp, monkeypatch: pytes
     monkeypatch.setattr(streams_module, "_TICK_S", 0.01)
     app = await make_app()
     await app.client.turn("hi", ID)
-    app.store._away_until = float("inf")
+    app.store.guard.away_until = float("inf")
     assert_problem(await app.client.http.get("/chat"), 503, "database_unavailable")
-    app.store._away_until = 0.0
+    app.store.guard.away_until = 0.0
     await app.until(lambda: app.metrics.loop_lag._sum.get() > 0)
     assert [event.name async for event in app.client.stream(ID, "gone")] == ["reset"]
     text = (await app.client.http.get("/metrics")).text

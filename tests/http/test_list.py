@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from bson import ObjectId, datetime_ms
 
-from chatserver import store as store_module
+from chatserver.store import documents
 from tests.apps import App, MakeApp, Script
 from tests.clients import new_id
 
@@ -96,7 +96,7 @@ async def test_conversation_does_not_move_down_when_the_clock_is_put_back(
     conversation_id = new_id()
     await app.client.turn("Hello", conversation_id)
     before = document(app, conversation_id)["updatedAt"]
-    monkeypatch.setattr(store_module, "now", lambda: before - timedelta(hours=1))
+    monkeypatch.setattr(documents, "now", lambda: before - timedelta(hours=1))
     await app.client.turn("More", conversation_id)
 
     assert len(document(app, conversation_id)["messages"]) == 4

@@ -2,7 +2,7 @@
 
 import pytest
 
-from chatserver import store as store_module
+from chatserver.store import turns
 from tests.apps import MakeApp, Script
 from tests.clients import text_of
 from tests.http.turns import document
@@ -37,12 +37,12 @@ async def test_reply_without_a_word_is_not_complete(make_app: MakeApp, pieces: t
 async def test_reply_that_outgrows_the_room_is_ended_with_what_fits(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "DOCUMENT_BYTES", store_module.REPLY_ROOM + 20_000)
+    monkeypatch.setattr(turns, "DOCUMENT_BYTES", turns.REPLY_ROOM + 20_000)
     app = await make_app(source=Script(*["é" * 9_999] * 200), max_reply_chars=10_000_000)
     answer, events = await app.client.turn("Hello")
     assert events[-1].data["code"] == "conversation_full"
     message = document(app, answer["conversationId"])["messages"][-1]
     assert text_of(events) == message["content"] and message["status"] == "failed"
-    assert 0 <= store_module.REPLY_ROOM + 20_000 - len(message["content"].encode()) < 20_000
+    assert 0 <= turns.REPLY_ROOM + 20_000 - len(message["content"].encode()) < 20_000
     response = await app.client.post("More", answer["conversationId"])
     assert (response.status_code, response.json()["code"]) == (409, "conversation_full")

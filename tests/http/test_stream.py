@@ -443,7 +443,7 @@ async def test_clients_that_resume_together_read_twice_each_at_the_most(app: App
     """After a restart, say: only the first one's look at the database makes the others' out of date."""
     answer, _ = await app.client.turn("hi")
     reads: list[str] = []
-    app.store.observe = lambda operation, _seconds, _ok: reads.append(operation)
+    app.store.guard.observe = lambda operation, _seconds, _ok: reads.append(operation)
     position = answer["replyId"] + "-5"
     several = await asyncio.gather(*(app.client.events(answer["conversationId"], position) for _ in range(60)))
     assert all(text_of(events) == text_of(several[0]) and events[-1].name == "done" for events in several)

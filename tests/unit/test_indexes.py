@@ -101,7 +101,7 @@ async def test_build_is_given_up_at_once(faulty_database: Database, after_ms: in
 
 
 @pytest.mark.gen_test
-@pytest.mark.expects_log("the database refuses \\(prepare\\): code 13 Unauthorized")
+@pytest.mark.expects_log("the database rejected a call \\(prepare\\): code 13 Unauthorized")
 async def test_database_that_refuses_us_is_an_error_of_the_start(locked: str) -> None:
     store = Store(connect(locked, 4.0), locked, timeout_s=4.0, lease_ms=1000, history=1)
     try:

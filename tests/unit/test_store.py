@@ -1,11 +1,11 @@
 """The store, with both clients and both kinds of server; the shape of what is in the database."""
 
 import asyncio
-import inspect
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pymongo
@@ -15,13 +15,16 @@ from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo.errors import BulkWriteError, OperationFailure
 from pymongo.monitoring import CommandListener
 
-from chatserver import store as store_module
+from chatserver import store as store_package
 from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
 from chatserver.records import INTERRUPTED, After, Before, Between, Message, Newest, ReplyError, Span, Turn
-from chatserver.store import DOCUMENT_BYTES, REPLY_ROOM, Store, client_options, connect, new_id, redact_uri
+from chatserver.store import Store, client_options, connect, documents, new_id, redact_uri
+from chatserver.store.turns import DOCUMENT_BYTES, REPLY_ROOM
 from tests.apps import Database
 
 pytestmark = pytest.mark.gen_test
+
+STORE = Path(store_package.__file__).parent
 
 CLIENTS: dict[str, Callable[[str], Any]] = {
     "motor": lambda uri: connect(uri, 4.0),
@@ -67,8 +70,8 @@ def reply_of(begun: Turn, content: str, **options: Any) -> Message:
 
 async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
     async with stores.open() as store:
-        assert store._conversations.write_concern.document == {"w": "majority", "j": True}
-        assert store._conversations.read_concern.level == "majority"
+        assert store.conversations.collection.write_concern.document == {"w": "majority", "j": True}
+        assert store.conversations.collection.read_concern.level == "majority"
         first = turn()
         begun = await store.start_turn(first, "Hello", None, new=True)
         assert (begun.number, begun.previous_id, begun.turn) == (1, None, first)
@@ -180,7 +183,7 @@ async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Da
     client: Any = AsyncIOMotorClient(database.uri, event_listeners=[commands], **client_options(4.0))
     store = Store(client, database.uri, timeout_s=4.0, lease_ms=10_000, history=50)
     calls: set[str] = set()
-    store.observe = lambda operation, _seconds, _ok: calls.add(operation)
+    store.guard.observe = lambda operation, _seconds, _ok: calls.add(operation)
     first = turn()
     await store.prepare()
     await store.start_turn(first, mark, mark)
@@ -203,7 +206,9 @@ async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Da
     await store.ping()
     await store.delete(first.conversation_id)
     await store.close()
-    assert calls == set(re.findall(r'_call\("(\w+)"', inspect.getsource(store_module)))  # none was left out
+    assert calls == set(
+        re.findall(r'\.call\("(\w+)"', "".join(path.read_text() for path in STORE.glob("*.py")))
+    )  # none was left out
     found = [(text, evaluated) for command in commands.sent for text, evaluated in texts(command) if mark in text]
     assert len(found) > 10 and not any(evaluated for _, evaluated in found)
 
@@ -316,7 +321,7 @@ async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_qu
             await store.start_turn(each, "hello", None, new=True)
         await store.finish(turns[0].conversation_id, reply_of(turns[0], "hi"))
         queries: list[str] = []
-        store.observe = lambda operation, _seconds, _ok: queries.append(operation)
+        store.guard.observe = lambda operation, _seconds, _ok: queries.append(operation)
         records = await asyncio.gather(*(store.peek(each.conversation_id) for each in [*turns, *turns]))
         assert queries == ["peek"] and records[:150] == records[150:]
         assert [record is None for record in records[:150]] == [False] * 120 + [True] * 30
@@ -324,9 +329,9 @@ async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_qu
         assert first is not None and first.reply is None and first.last_id == turns[0].reply_id
         assert not first.messages and first.older == 2
         assert second is not None and second.reply is not None and second.reply.id == turns[1].reply_id
-        # Whoever asks while a query is on its way is answered by one that was sent after that.
+        # A call during a query is answered by the next query.
         early = asyncio.create_task(store.peek(turns[1].conversation_id))
-        while store._peeks._asked or store._peeks._calling is None:
+        while store.peeks.waiting or not store.peeks.is_calling:
             await asyncio.sleep(0)
         await store.finish(turns[1].conversation_id, reply_of(turns[1], "hi"))
         late = await store.peek(turns[1].conversation_id)
@@ -334,14 +339,14 @@ async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_qu
         assert queries == ["peek", "peek", "finish", "peek"] or queries == ["peek", "finish", "peek", "peek"]
 
 
-@pytest.mark.expects_log("MongoDB refuses 1 of 30 writes")
+@pytest.mark.expects_log("MongoDB rejected 1 of 30 writes")
 async def test_replies_that_end_in_one_moment_are_stored_by_one_write(stores: Stores) -> None:
     async with stores.open() as store:
         turns = [turn() for _ in range(90)]
         for each in turns:
             await store.start_turn(each, "hello", None, new=True)
         writes: list[str] = []
-        store.observe = lambda operation, _seconds, _ok: writes.append(operation)
+        store.guard.observe = lambda operation, _seconds, _ok: writes.append(operation)
         whole, lost, full = turns[:30], turns[30:60], turns[60:]
 
         async def finish(turns: list[Turn]) -> list[Any]:
@@ -384,12 +389,8 @@ async def test_reply_that_cannot_be_encoded_fails_none_of_those_that_end_with_it
 async def test_lease_is_set_and_judged_by_the_clock_of_the_database(
     stores: Stores, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
-    class Wrong(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return datetime.now(tz) + timedelta(hours=hours)
-
-    monkeypatch.setattr(store_module, "datetime", Wrong)
+    now = documents.now
+    monkeypatch.setattr(documents, "now", lambda: now() + timedelta(hours=hours))
     async with stores.open() as store:
         for new in (True, False):
             mine = turn()
@@ -420,17 +421,17 @@ async def test_call_whose_time_is_up_before_it_begins_is_unavailable(database: D
     """The process was paused, say, between its wait for a place and its next step."""
     async with Stores(database, "motor").open() as store:
         for _ in range(10):
-            await store._slots.acquire()
+            await store.guard.slots.acquire()
         waiting = asyncio.create_task(store.ping())
         await asyncio.sleep(0.01)
         for _ in range(10):
-            store._slots.release()
-        store._timeout_s = 0.0
+            store.guard.slots.release()
+        store.guard.timeout_s = 0.0
         with pytest.raises(DatabaseUnavailable):
             await waiting
 
 
-@pytest.mark.expects_log("MongoDB refuses 1 of 1 writes: .388.")
+@pytest.mark.expects_log("MongoDB rejected 1 of 1 writes: .388.")
 async def test_write_refused_for_now_is_not_refused_for_good(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     """The storage engine's cache was full, say; it may be asked again, and others need not wait."""
     async with stores.open() as store:
@@ -441,7 +442,7 @@ async def test_write_refused_for_now_is_not_refused_for_good(stores: Stores, mon
         async def refuse(*_: Any, **__: Any) -> None:
             raise BulkWriteError({"writeErrors": [{"index": 0, "code": 388}], "nMatched": 0})
 
-        monkeypatch.setattr(type(store._conversations), "bulk_write", refuse)
+        monkeypatch.setattr(type(store.conversations.collection), "bulk_write", refuse)
         with pytest.raises(DatabaseUnavailable):
             await store.finish(mine.conversation_id, reply)
         monkeypatch.undo()
@@ -483,7 +484,7 @@ async def test_what_is_looked_for_is_found_by_an_index(database: Database) -> No
     assert all(query["docsExamined"] <= 3 for query in profile if "sort" in query["command"])
 
 
-@pytest.mark.expects_log("the database refuses \\(begin\\): code 8000")
+@pytest.mark.expects_log("the database rejected a call \\(begin\\): code 8000")
 async def test_database_that_refuses_is_unavailable(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quota or a rate limit, say: nobody's fault here, and it passes."""
     async with Stores(database, "motor").open() as store:
@@ -491,7 +492,7 @@ async def test_database_that_refuses_is_unavailable(database: Database, monkeypa
         async def refuse(*_: Any, **__: Any) -> None:
             raise OperationFailure("you are over your space quota", 8000)
 
-        monkeypatch.setattr(type(store._conversations), "update_one", refuse)
+        monkeypatch.setattr(type(store.conversations.collection), "update_one", refuse)
         with pytest.raises(DatabaseUnavailable):
             await store.start_turn(turn(), "hello", None, new=True)
         monkeypatch.undo()

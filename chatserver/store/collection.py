@@ -1,0 +1,112 @@
+"""The collection `conversations`, and the conditions that select documents of it.
+
+Every command takes a `Condition`, and only the functions here make one. A rule that must hold for every command, such
+as the conversation's owner, belongs into them.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from datetime import UTC
+from typing import Any, NewType
+
+from bson import ObjectId
+from bson.codec_options import CodecOptions, DatetimeConversion
+from pymongo import ReturnDocument, UpdateOne
+from pymongo.errors import BulkWriteError
+
+from chatserver.errors import DatabaseUnavailable
+from chatserver.store.connection import DEFAULT_DATABASE
+from chatserver.store.documents import Document
+from chatserver.store.guard import BUSY
+
+logger = logging.getLogger(__name__)
+
+Condition = NewType("Condition", Document)
+"""Selects documents of the collection; made by `one`, `several` and `every` alone."""
+
+
+def one(conversation_id: str, also: Document | None = None) -> Condition:
+    """Return the condition for one conversation.
+
+    :param also: further conditions
+    """
+    return Condition({"_id": ObjectId(conversation_id), **(also or {})})
+
+
+def several(conversation_ids: Iterable[str]) -> Condition:
+    """Return the condition for some conversations."""
+    return Condition({"_id": {"$in": [ObjectId(each) for each in conversation_ids]}})
+
+
+def every(also: Document, *expressions: Document) -> Condition:
+    """Return the condition for all conversations that the API can name; others have no ObjectId as `_id`.
+
+    The type is an expression, so that MongoDB does not choose the index on `_id` for it.
+
+    :param also: further conditions, without `$expr`
+    :param expressions: aggregation expressions that must be true
+    """
+    return Condition({**also, "$expr": {"$and": [{"$eq": [{"$type": "$_id"}, "objectId"]}, *expressions]}})
+
+
+class Conversations:
+    """The commands on the collection. Call them inside `Guard.call`; they raise the driver's errors.
+
+    :param client: a Motor client, or PyMongo's AsyncMongoClient
+    """
+
+    def __init__(self, client: Any) -> None:
+        self.collection = client.get_default_database(DEFAULT_DATABASE).get_collection(
+            "conversations",
+            # One date or text of another application that Python cannot hold must not make a whole batch unreadable.
+            codec_options=CodecOptions(
+                tz_aware=True,
+                tzinfo=UTC,
+                datetime_conversion=DatetimeConversion.DATETIME_AUTO,
+                unicode_decode_error_handler="replace",
+            ),
+        )
+        """The driver's collection."""
+
+    async def find_one(self, condition: Condition, projection: Document) -> dict[str, Any] | None:
+        """Return one document, or None."""
+        found: dict[str, Any] | None = await self.collection.find_one(condition, projection)
+        return found
+
+    def find(self, condition: Condition, projection: Document) -> Any:
+        """Return the driver's cursor over documents."""
+        return self.collection.find(condition, projection)
+
+    async def update_one(self, condition: Condition, change: Document, *, upsert: bool = False) -> None:
+        """Change one document, or insert it if there is none and `upsert` is set."""
+        await self.collection.update_one(condition, change, upsert=upsert)
+
+    async def find_changed(self, condition: Condition, change: Document, projection: Document) -> Any:
+        """Change one document and return it as it is then; None if there is none."""
+        return await self.collection.find_one_and_update(
+            condition, change, projection=projection, return_document=ReturnDocument.AFTER
+        )
+
+    async def update_all(self, changes: Sequence[tuple[Condition, Document]]) -> int:
+        """Change one document for each condition in one bulk write; return how many conditions selected one.
+
+        A change that MongoDB rejects does not prevent the others.
+
+        :raises DatabaseUnavailable: if MongoDB rejects one for now
+        """
+        writes = [UpdateOne(condition, change) for condition, change in changes]
+        try:
+            return int((await self.collection.bulk_write(writes, ordered=False)).matched_count)
+        except BulkWriteError as error:
+            details: Any = error.details
+            if not details["writeErrors"]:
+                raise
+            codes = {each["code"] for each in details["writeErrors"]}
+            logger.error("MongoDB rejected %d of %d writes: %s", len(details["writeErrors"]), len(writes), codes)
+            if codes & BUSY:
+                raise DatabaseUnavailable from error
+            return int(details["nMatched"])
+
+    async def delete_one(self, condition: Condition) -> bool:
+        """Delete one document; return whether there was one."""
+        return bool((await self.collection.delete_one(condition)).deleted_count)

@@ -1,0 +1,208 @@
+"""Aggregation expressions over a conversation's document; pure.
+
+MongoDB evaluates a string that begins with `$` as a path, so text from a client always goes through `literal`.
+"""
+
+from typing import Any
+
+from bson import ObjectId
+
+from chatserver.store.documents import BEGINNING_CHARS, Document, derived_index
+
+SIZE: Document = {"$bsonSize": {"message": "$$this"}}
+"""The bytes of the message `$$this`."""
+MESSAGES: Document = {"$cond": [{"$isArray": "$messages"}, "$messages", []]}
+COUNT: Document = {"$size": MESSAGES}
+PROMPT: Document = {
+    "$filter": {
+        "input": MESSAGES,
+        "cond": {"$and": [{"$in": ["$$this.role", ["user", "assistant"]]}, {"$ne": ["$$this.status", "superseded"]}]},
+    }
+}
+"""The messages that may be part of a prompt."""
+IS_SUPPORTED: Document = {
+    "$and": [
+        {"$in": [{"$type": "$messages"}, ["array", "missing"]]},
+        {"$allElementsTrue": {"$map": {"input": MESSAGES, "in": {"$eq": [{"$type": "$$this.content"}, "string"]}}}},
+    ]
+}
+"""Whether a turn can be appended: a prompt can contain text only."""
+USER_TURNS: Document = {"$size": {"$filter": {"input": MESSAGES, "cond": {"$eq": ["$$this.role", "user"]}}}}
+_LAST_ID: Document = {"$let": {"vars": {"last": {"$last": MESSAGES}}, "in": "$$last._id"}}
+OVERVIEW: Document = {"createdAt": 1, "updatedAt": 1, "reply": 1, "count": COUNT, "last": _LAST_ID}
+"""Everything that `documents.record` needs but `messages` and `expired`."""
+SUMMARY: Document = {
+    "createdAt": 1,
+    "updatedAt": 1,
+    "reply._id": 1,
+    "count": COUNT,
+    "beginning": {
+        "$let": {
+            "vars": {
+                "first": {
+                    "$ifNull": [
+                        {
+                            "$first": {
+                                "$filter": {
+                                    "input": {"$slice": [MESSAGES, 10]},
+                                    "cond": {"$eq": ["$$this.role", "user"]},
+                                }
+                            }
+                        },
+                        {"$first": MESSAGES},
+                    ]
+                }
+            },
+            "in": {
+                "$cond": [
+                    {"$eq": [{"$type": "$$first.content"}, "string"]},
+                    {"$substrCP": ["$$first.content", 0, BEGINNING_CHARS + 1]},
+                    "",
+                ]
+            },
+        }
+    },
+}
+
+
+def literal(text: str) -> Document:
+    """Return the expression for a text, whatever it begins with."""
+    return {"$literal": text}
+
+
+def index_of(conversation: ObjectId, message_id: str) -> Document:
+    """Return the expression for a message's index, -1 if there is none with this id.
+
+    `$messages._id` omits messages without an `_id`, so an index into it may be too low. It is checked, and the more
+    expensive search follows only if it is wrong.
+    """
+    wanted = ObjectId(message_id)
+    if (index := derived_index(conversation, message_id)) is not None:
+        return {"$cond": [{"$eq": [_id_at(index), None]}, index, -1]}
+    with_gaps = {"$map": {"input": MESSAGES, "in": {"$ifNull": ["$$this._id", None]}}}
+    return {
+        "$let": {
+            "vars": {"at": {"$indexOfArray": [{"$let": {"vars": {"all": MESSAGES}, "in": "$$all._id"}}, wanted]}},
+            "in": {
+                "$cond": [
+                    {"$or": [{"$lt": ["$$at", 0]}, {"$eq": [_id_at("$$at"), wanted]}]},
+                    "$$at",
+                    {"$indexOfArray": [with_gaps, wanted]},
+                ]
+            },
+        }
+    }
+
+
+def _id_at(index: int | str) -> Document:
+    """Return the expression for the `_id` of the message at an index: null if no ObjectId, 0 if none is there."""
+    message = {"$arrayElemAt": [MESSAGES, index]}
+    of_message = {"$cond": [{"$eq": [{"$type": "$$message._id"}, "objectId"]}, "$$message._id", None]}
+    is_there = {"$lt": [index, COUNT]}
+    return {"$cond": [is_there, {"$let": {"vars": {"message": message}, "in": of_message}}, 0]}
+
+
+def messages_from(at: Document | int, count: int) -> Document:
+    """Return the expression for `count` messages from an index on; for none if the index is negative."""
+    return {
+        "$let": {
+            "vars": {"at": at},
+            "in": {"$cond": [{"$lt": ["$$at", 0]}, [], {"$slice": [MESSAGES, "$$at", count]}]},
+        }
+    }
+
+
+def last_ids(count: int) -> Document:
+    """Return the expression for the `_id`s of the last messages, null for those that have none."""
+    return {"$map": {"input": {"$slice": [MESSAGES, -count]}, "in": {"$ifNull": ["$$this._id", None]}}}
+
+
+def asked_index(prompt: str) -> Document:
+    """Return the expression for the index of the last user message if its `_id` is no ObjectId, else null.
+
+    :param prompt: the variable that holds `PROMPT`
+    """
+    is_users = {
+        "$eq": [{"$let": {"vars": {"message": {"$arrayElemAt": [MESSAGES, "$$this"]}}, "in": "$$message.role"}}, "user"]
+    }
+    indexes = {"$filter": {"input": {"$range": [0, COUNT]}, "cond": is_users}}
+    return {
+        "$let": {
+            "vars": {"asked": {"$last": prompt}},
+            "in": {"$cond": [{"$eq": [{"$type": "$$asked._id"}, "objectId"]}, None, {"$max": indexes}]},
+        }
+    }
+
+
+def newest_within(messages: Document, most_bytes: int) -> Any:
+    """Return the expression for the newest of some messages, at least one, which begin within `most_bytes`.
+
+    A turn keeps its prompt in memory while the reply runs: without a limit, each would hold a long conversation.
+    """
+    count = fitting({"$reverseArray": "$$messages"}, SIZE, most_bytes)
+    return let({"messages": messages}, result={"$slice": ["$$messages", {"$multiply": [-1, count]}]})
+
+
+def let(*steps: Document, result: Any) -> Any:
+    """Return the expression for a result that uses variables; each step may use those before it."""
+    for variables in reversed(steps):
+        result = {"$let": {"vars": variables, "in": result}}
+    return result
+
+
+def fitting(messages: Any, size: Document, most_bytes: int) -> Document:
+    """Return the expression for how many messages, at least 1, begin within `most_bytes`.
+
+    :param size: the expression for the bytes of `$$this`
+    """
+    counted = {
+        "$reduce": {
+            "input": messages,
+            "initialValue": {"count": 0, "bytes": 0},
+            "in": {
+                "$cond": [
+                    {"$gt": ["$$value.bytes", most_bytes]},
+                    "$$value",
+                    {"count": {"$add": ["$$value.count", 1]}, "bytes": {"$add": ["$$value.bytes", size]}},
+                ]
+            },
+        }
+    }
+    return {"$max": [1, let({"counted": counted}, result="$$counted.count")]}
+
+
+def is_expired(lease_ms: int) -> Document:
+    """Return the expression for whether the running reply's lease has expired."""
+    return {
+        "$or": [
+            {"$lt": ["$reply.renewedAt", {"$subtract": ["$$NOW", lease_ms]}]},
+            # The database's clock was set back: a server that is alive renews such a lease at its next checkpoint.
+            {"$gt": ["$reply.renewedAt", {"$add": ["$$NOW", lease_ms]}]},
+        ]
+    }
+
+
+def turn(history: int, history_chars: int) -> Document:
+    """Return the projection of what a new turn needs, instead of the whole document.
+
+    :param history: how many of the newest messages
+    :param history_chars: older messages than these code points are left out
+    """
+    return {
+        "reply._id": 1,
+        "reply.createdAt": 1,
+        "size": {"$bsonSize": "$$ROOT"},
+        "turns": USER_TURNS,
+        "count": COUNT,
+        "last": last_ids(2),
+        "prompt": {
+            "$let": {
+                "vars": {"prompt": PROMPT},
+                "in": {
+                    # 4 bytes are the most that a code point takes.
+                    "messages": newest_within({"$slice": ["$$prompt", -history]}, 4 * history_chars),
+                    "asked": asked_index("$$prompt"),
+                },
+            }
+        },
+    }

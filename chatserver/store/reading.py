@@ -1,0 +1,103 @@
+"""Reading conversations, and deleting them."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+from bson import ObjectId
+from bson.datetime_ms import DatetimeMS
+
+from chatserver.errors import DatabaseRefused
+from chatserver.records import Place, Record, Span, Summary
+from chatserver.store import documents, expressions, indexes, pages
+from chatserver.store.batcher import Batcher
+from chatserver.store.collection import every, one, several
+from chatserver.store.database import Database
+from chatserver.store.documents import Document
+from chatserver.store.pages import Divided
+
+
+class Reading(Database):
+    """Reads conversations, and deletes them."""
+
+    @cached_property
+    def peeks(self) -> Batcher[str, Record | None]:
+        return Batcher(self._peek_all)
+
+    async def read(self, conversation_id: str, span: Span, *, divided: Divided = "all") -> Record | None:
+        """Return a conversation (None if unknown) and the first page of some of its messages; see `Record`.
+
+        Messages are only ever appended, so the pages after it (`Record.following`) can be read later, unless the
+        conversation is deleted meanwhile. A new conversation with the same id has another `created_at`.
+
+        :param span: which messages
+        :param divided: which of them are read in parts if they are long
+        """
+        projection = {**self._overview, "page": pages.page(ObjectId(conversation_id), span, divided)}
+        async with self.guard.call("read"):
+            document = await self.conversations.find_one(one(conversation_id), projection)
+        return pages.record_with_page(document, span) if document else None
+
+    async def peek(self, conversation_id: str) -> Record | None:
+        """Return a conversation (None if unknown) without its messages: its last message's id and its running reply.
+
+        Concurrent calls share one query.
+        """
+        return await self.peeks.submit(conversation_id)
+
+    async def _peek_all(self, conversation_ids: Sequence[str]) -> Sequence[Record | None]:
+        async with self.guard.call("peek"):
+            found = await self.conversations.find(several(conversation_ids), self._overview).to_list(None)
+        records = {str(each["_id"]): documents.record(each, older=each["count"]) for each in found}
+        return [records.get(each) for each in conversation_ids]
+
+    async def summaries(self, limit: int, after: Place | None) -> Sequence[Summary]:
+        """Return up to `limit` conversations that follow a place in the list (None: from its beginning)."""
+        try:
+            found = await self._list(limit, after, expressions.SUMMARY)
+        except DatabaseRefused:
+            # One of them has text that is not UTF-8, which MongoDB does not cut. Only that one is left without a title.
+            found = await self._list(limit, after, {**expressions.SUMMARY, "beginning": expressions.literal("")})
+            for each in found:
+                with suppress(DatabaseRefused):
+                    async with self.guard.call("list"):
+                        titled = await self.conversations.find_one(one(str(each["_id"])), expressions.SUMMARY)
+                    each.update(titled or {})
+        return [documents.summary(each) for each in found]
+
+    async def _list(self, limit: int, after: Place | None, projection: Document) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        # Both queries in one call: while the process shuts down, no second call may begin.
+        async with self.guard.call("list"):
+            if after is None or after.updated_ms is not None:
+                found = await self._find(_dated_after(after), projection, indexes.LIST, limit)
+                after = None
+            if len(found) < limit:
+                undated: dict[str, Any] = {"updatedAt": {"$not": {"$type": "date"}}}
+                if after is not None:
+                    undated["_id"] = {"$lt": ObjectId(after.id)}
+                found += await self._find(undated, projection, [("_id", -1)], limit - len(found))
+        return found
+
+    async def _find(
+        self, also: Document, projection: Document, order: Sequence[tuple[str, int]], limit: int
+    ) -> list[dict[str, Any]]:
+        cursor = self.conversations.find(every(also), projection)
+        return list(await cursor.sort(order).limit(limit).to_list(limit))
+
+    async def delete(self, conversation_id: str) -> bool:
+        """Delete a conversation; return whether there was one."""
+        async with self.guard.call("delete"):
+            return await self.conversations.delete_one(one(conversation_id))
+
+
+def _dated_after(place: Place | None) -> Document:
+    """Return the condition for the conversations with a date in `updatedAt` that follow a place in the list."""
+    if place is None or place.updated_ms is None:
+        return {"updatedAt": {"$type": "date"}}
+    time = DatetimeMS(place.updated_ms)
+    return {
+        "updatedAt": {"$lte": time},
+        "$or": [{"updatedAt": {"$lt": time}}, {"_id": {"$lt": ObjectId(place.id)}}],
+    }

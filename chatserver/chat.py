@@ -73,7 +73,6 @@ class Chat:
         counts = hub.counts
         metrics.watch("chatserver_running_replies", "Replies that are being written.", lambda: self.running)
         metrics.watch("chatserver_live_conversations", "Conversations in memory.", lambda: len(hub.conversations))
-        metrics.watch("chatserver_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         metrics.watch("chatserver_tokens", "Pieces that the sources said.", lambda: counts.tokens, counter=True)
         metrics.watch("chatserver_events_sent", "Events written to streams.", lambda: counts.events, counter=True)
         metrics.watch("chatserver_stream_writes", "Writes to streams.", lambda: counts.writes, counter=True)

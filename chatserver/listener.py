@@ -59,12 +59,11 @@ class _Connection(socket.socket):
 class Listener:
     """Accepts connections and passes them to an HTTP server.
 
-    :param sockets: bound, listening and non-blocking; closed by `stop`
     :param limit: how many connections may be open
     """
 
-    def __init__(self, sockets: Sequence[socket.socket], server: HTTPServer, limit: int, metrics: Metrics) -> None:
-        self._sockets = sockets
+    def __init__(self, server: HTTPServer, limit: int, metrics: Metrics) -> None:
+        self._sockets: Sequence[socket.socket] = ()
         self._server = server
         self._limit = limit
         self._open = 0
@@ -86,8 +85,15 @@ class Listener:
         """The number of connections that are open."""
         return self._open
 
-    def start(self) -> None:
-        """Accept connections from now on."""
+    def start(self, sockets: Sequence[socket.socket]) -> None:
+        """Accept connections from now on.
+
+        :param sockets: bound, listening and non-blocking; closed by `stop`
+        """
+        self._sockets = sockets
+        self._start_accepting()
+
+    def _start_accepting(self) -> None:
         self._pausing = None
         loop = asyncio.get_running_loop()
         for listening in self._sockets:
@@ -157,7 +163,7 @@ class Listener:
     def _pause(self, error: OSError) -> None:
         logger.error("no connection can be accepted: %s; tried again in %g s", error.strerror, _PAUSE_S)
         self._stop_accepting()
-        self._pausing = asyncio.get_running_loop().call_later(_PAUSE_S, self.start)
+        self._pausing = asyncio.get_running_loop().call_later(_PAUSE_S, self._start_accepting)
 
     # -- beyond the limit ------------------------------------------------------------------------------------------
 

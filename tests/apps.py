@@ -8,20 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pymongo.database import Database as PyMongoDatabase
-from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 
-from chatserver.__main__ import set_tcp_user_timeout
-from chatserver.app import make_app
-from chatserver.chat import Chat
-from chatserver.hub import Hub
-from chatserver.listener import Listener
-from chatserver.metrics import Metrics
+from chatserver.server import Server
 from chatserver.settings import Settings
 from chatserver.sources import Prompt, Source
 from chatserver.sources.simulated import Simulated
-from chatserver.store import Store, connect
-from chatserver.streams import Streams
 from tests.clients import Client
 
 
@@ -82,40 +74,24 @@ class App:
 
     async def start(self) -> None:
         settings = self.settings
-        self.metrics = Metrics()
-        self.store = Store(
-            connect(self.database.uri, settings.database_timeout_s),
+        self.server = server = Server(
+            settings,
             self.database.uri,
-            timeout_s=settings.database_timeout_s,
-            lease_ms=settings.lease_ms,
-            history=settings.history_messages,
-            observe=self.metrics.observe_store,
+            source=self.source,
+            max_connections=settings.max_connections or 20_000,
         )
-        self.hub = Hub()
-        self.chat = Chat(settings, self.store, self.hub, self.source, self.metrics)
-        # A test may look for what is found by an index alone.
+        self.store, self.hub, self.metrics = server.store, server.hub, server.metrics
+        self.chat, self.streams, self.listener = server.chat, server.streams, server.listener
+        # A test may depend on an index, and the server builds them in the background.
         await self.store.build_indexes()
-        await self.chat.start()
-        self.streams = Streams(self.chat, settings, self.metrics)
-        self._ticking = asyncio.create_task(self.streams.tick_for_ever())
-        self.server = HTTPServer(make_app(self.chat, self.streams, self.metrics, settings))
         sock, self.port = bind_unused_port()
-        set_tcp_user_timeout([sock], settings.slow_client_timeout_s)
-        self.listener = Listener([sock], self.server, settings.max_connections or 20_000, self.metrics)
-        self.streams.give_back_to(self.listener.serve)
-        self.listener.start()
+        await server.start([sock])
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = Client(self.url)
 
     async def stop(self) -> None:
-        self.listener.stop()
         await self.client.close()
-        await self.chat.drain()
-        await self.streams.close()
-        self._ticking.cancel()
-        await self.chat.close()
-        await self.store.close()
-        await self.server.close_all_connections()
+        await self.server.stop()
 
     @property
     def subscribers(self) -> int:

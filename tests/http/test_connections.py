@@ -197,7 +197,7 @@ async def test_connection_that_cannot_be_served_does_not_keep_others_out(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app()
-    handle = app.server.handle_stream
+    handle = app.server.http.handle_stream
     broken = [True]
 
     def handle_stream(*arguments: object) -> None:
@@ -205,7 +205,7 @@ async def test_connection_that_cannot_be_served_does_not_keep_others_out(
             raise RuntimeError("broken")
         handle(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(app.server, "handle_stream", handle_stream)
+    monkeypatch.setattr(app.server.http, "handle_stream", handle_stream)
     reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
     assert await reader.read() == b""
     writer.close()

@@ -78,7 +78,7 @@ def test_every_origin_may_use_the_api_if_the_setting_says_so(origin: str) -> Non
 @pytest.mark.gen_test
 async def test_no_route_does_anything_for_a_page_of_another_site(make_app: MakeApp) -> None:
     app = await make_app(cors_origins=("https://friend.example",))
-    application = app.server.request_callback
+    application = app.server.http.request_callback
     assert isinstance(application, Application)
     patterns = [
         rule.matcher.regex.pattern.removesuffix("$")

@@ -416,7 +416,7 @@ def test_reload_restarts_it_when_the_code_changes(
     answer = say(server)
 
     def changed_and_restarted() -> bool:
-        with (tmp_path / "chatserver" / "sse.py").open("a") as file:
+        with (tmp_path / "chatserver" / "wire" / "sse.py").open("a") as file:
             file.write("\n")
         return "".join(server.stdout).count("listens") == 2
 

@@ -63,6 +63,17 @@ ALLOWED: dict[str, list[str]] = {
         "chatserver.wire",
     ],
     "chatserver.app": [*BOTTOM, "chatserver.chat", "chatserver.handlers", "chatserver.streams"],
+    "chatserver.server": [
+        *BOTTOM,
+        "chatserver.app",
+        "chatserver.chat",
+        "chatserver.hub",
+        "chatserver.listener",
+        "chatserver.mongod",
+        "chatserver.sources",
+        "chatserver.store",
+        "chatserver.streams",
+    ],
 }
 ONLY = {
     "motor": {"chatserver.store"},

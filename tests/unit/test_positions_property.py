@@ -24,11 +24,10 @@ from hypothesis.stateful import (
 )
 
 from chatserver import positions
-from chatserver.chat import Chat
 from chatserver.errors import DatabaseUnavailable, SourceError
-from chatserver.hub import Counts, Hub, LiveConversation, LiveReply
-from chatserver.metrics import Metrics
+from chatserver.hub import Counts, LiveConversation, LiveReply
 from chatserver.positions import Position
+from chatserver.server import Server as WholeServer
 from chatserver.settings import Settings
 from chatserver.sources import Prompt
 from chatserver.store import Store, connect
@@ -234,11 +233,17 @@ class Server:
     """One server, as far as replies and positions go."""
 
     def __init__(self, client: Any) -> None:
-        settings = Settings(checkpoint_ms=10, drain_s=0.0)
         self.source = Fed()
-        self.hub = Hub()
-        self.store = GatedStore(client, "", timeout_s=5.0, lease_ms=settings.lease_ms, history=50)
-        self.chat = Chat(settings, self.store, self.hub, self.source, Metrics())
+        whole = WholeServer(
+            Settings(checkpoint_ms=10, drain_s=0.0),
+            "",
+            max_connections=0,
+            source=self.source,
+            client=client,
+            make_store=GatedStore,
+        )
+        assert isinstance(whole.store, GatedStore)
+        self.hub, self.store, self.chat = whole.hub, whole.store, whole.chat
         self.zombies = 0
         """Replies that it still writes although another server has ended them."""
 

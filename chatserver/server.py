@@ -1,0 +1,136 @@
+"""The parts of one server process: built, started and stopped in order.
+
+`__main__` and the tests use the same parts with the same options; a test may pass another source or store.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from tornado.httpserver import HTTPServer
+
+from chatserver.app import make_app
+from chatserver.chat import Chat
+from chatserver.hub import Hub
+from chatserver.listener import Listener
+from chatserver.metrics import Metrics
+from chatserver.mongod import Mongod
+from chatserver.settings import Settings
+from chatserver.sources import Source, make_source
+from chatserver.store import Store, connect, initiate_replica_set
+from chatserver.streams import Streams
+
+_HEADER_FACTOR = 4
+"""Headers up to this multiple of `MAX_HEADER_BYTES` are read, so that the client gets a 431; beyond it Tornado closes
+the connection without an answer."""
+_CHUNK_BYTES = 16 * 1024
+"""Bytes read at once; Tornado clears a buffer of this size for each read."""
+
+
+class Server:
+    """One server over one database.
+
+    :param uri: the database's
+    :param sole_server: whether the database is private, so that a reply found running at start-up has lost its server
+    :param source: where replies come from; by default the configured one
+    :param client: a MongoDB client for `uri`; by default one of its own. `stop` closes it
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        uri: str,
+        *,
+        max_connections: int,
+        sole_server: bool = False,
+        source: Source | None = None,
+        client: Any = None,
+        make_store: Callable[..., Store] = Store,
+    ) -> None:
+        self._settings = settings
+        self._ticking: asyncio.Task[None] | None = None
+        self.metrics = Metrics()
+        self.metrics.watch("chatserver_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
+        self.store = make_store(
+            connect(uri, settings.database_timeout_s) if client is None else client,
+            uri,
+            timeout_s=settings.database_timeout_s,
+            lease_ms=settings.lease_ms,
+            history=settings.history_messages,
+            history_chars=settings.openai_history_chars,
+            observe=self.metrics.observe_store,
+        )
+        self.hub = Hub()
+        self.source = source or make_source(settings)
+        self.chat = Chat(settings, self.store, self.hub, self.source, self.metrics, sole_server=sole_server)
+        self.streams = Streams(self.chat, settings, self.metrics)
+        self.http = HTTPServer(
+            make_app(self.chat, self.streams, self.metrics, settings),
+            max_header_size=_HEADER_FACTOR * settings.max_header_bytes,
+            chunk_size=_CHUNK_BYTES,
+            body_timeout=settings.request_timeout_s,
+            idle_connection_timeout=settings.request_timeout_s,
+        )
+        self.listener = Listener(self.http, max_connections, self.metrics)
+        self.streams.give_back_to(self.listener.serve)
+
+    async def start(self, sockets: list[socket.socket]) -> None:
+        """Start to serve.
+
+        :param sockets: bound and listening; closed by `stop`
+        :raises DatabaseUnavailable: if no MongoDB answers
+        :raises SetupError: if the database cannot be used
+        """
+        try:
+            await self.chat.start()
+        except BaseException:
+            await self.store.close()
+            raise
+        _set_tcp_user_timeout(sockets, self._settings.slow_client_timeout_s)
+        self.listener.start(sockets)
+        self._ticking = asyncio.create_task(self.streams.tick_for_ever())
+
+    async def stop(self) -> None:
+        """Stop in order: accept no connections, end the replies, then the streams, then all other connections."""
+        try:
+            self.listener.stop()
+            await self.chat.drain()
+            await self.streams.close()
+            if self._ticking is not None:
+                self._ticking.cancel()
+            await self.chat.close()
+        finally:
+            await self.store.close()
+        # Last: the requests that waited for the store have been answered.
+        await self.http.close_all_connections()
+
+
+@asynccontextmanager
+async def private_database(mongod: Mongod) -> AsyncIterator[str]:
+    """Run a private MongoDB server; yield its URI.
+
+    :raises SetupError: if it cannot be started
+    """
+    keeping: asyncio.Task[None] | None = None
+    try:
+        uri = await mongod.start()
+        await initiate_replica_set(uri, mongod.host)
+        keeping = asyncio.create_task(mongod.keep_running())
+        yield uri
+    finally:
+        if keeping is not None:
+            keeping.cancel()
+        await mongod.stop()
+
+
+def _set_tcp_user_timeout(sockets: list[socket.socket], slow_client_timeout_s: float) -> None:
+    """Have the kernel, where it can, abort connections whose client has vanished or has stopped reading.
+
+    Accepted sockets inherit the option. It is later than a stream's own timer, which counts the clients that it aborts.
+    """
+    milliseconds = int(slow_client_timeout_s * 1000) + 5000
+    for each in sockets:
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            each.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)

@@ -3,11 +3,12 @@
 from tornado.web import Application
 
 from chatserver.chat import Chat
-from chatserver.handlers.base import NoSuchRoute, log_request
+from chatserver.handlers.base import NoSuchRoute
 from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, RetryHandler, StopHandler
 from chatserver.handlers.docs import DocsHandler, OpenAPIHandler
 from chatserver.handlers.ops import HealthHandler, MetricsHandler, ReadyHandler
 from chatserver.handlers.pages import PageHandler
+from chatserver.handlers.problems import log_request
 from chatserver.handlers.stream import StreamHandler
 from chatserver.metrics import Metrics
 from chatserver.settings import Settings

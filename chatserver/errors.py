@@ -1,10 +1,12 @@
-"""The errors that chatserver speaks of.
+"""The errors of chatserver. Each code, its status and its meaning are defined here and nowhere else.
 
 Exception
-├── SetupError                 for whoever starts the server: printed, exit code 1
-├── SourceError                a reply's source gave up; stored with the reply and streamed as `error`
-└── ChatError                  an answer to the client: problem+json (RFC 9457), rendered in handlers/base.py
-    ├── InvalidRequest         400 invalid_request, invalid_json, invalid_id
+├── SetupError                 for the operator: printed at start-up, exit code 1
+├── SourceError                a source of replies failed; stored with the reply and streamed as `error`
+└── ChatError                  an answer to the client: problem+json (RFC 9457), rendered in handlers/problems.py
+    ├── InvalidRequest         400 invalid_request
+    │   ├── InvalidJson        400 invalid_json
+    │   └── InvalidId          400 invalid_id
     ├── CrossSite              403 cross_site
     ├── NotFound               404 not_found
     │   └── NoSuchConversation the same to programs
@@ -27,53 +29,88 @@ Exception
     └── Draining               503 draining                (Retry-After)
 """
 
+from enum import StrEnum
 from typing import ClassVar, TypedDict
 
 
 class FieldError(TypedDict):
-    """One invalid place of a request: a JSON Pointer (RFC 6901) into its body or its parameters, and what is wrong."""
+    """One invalid place of a request: a JSON Pointer (RFC 6901) into its body or its parameters, and the reason."""
 
     pointer: str
     detail: str
 
 
 class SetupError(Exception):
-    """The server cannot be started as it is set up; the message says what to change."""
+    """The server cannot be started as configured; the message says what to change."""
+
+
+class ReplyCode(StrEnum):
+    """The codes of replies that failed or were interrupted, in their `error` event and in the history.
+
+    :ivar when: when it occurs
+    """
+
+    when: str
+
+    def __new__(cls, code: str, when: str) -> "ReplyCode":
+        member = str.__new__(cls, code)
+        member._value_ = code
+        member.when = when
+        return member
+
+    INTERRUPTED = "interrupted", "the server stopped or crashed while it wrote the reply; retry it"
+    CONVERSATION_FULL = "conversation_full", "the conversation had no room for the rest of the reply"
+    AUTHENTICATION = (
+        "source_authentication",
+        "the model provider rejected the API key, or the key has no access to the model",
+    )
+    INCOMPLETE = "source_cut", "the model provider ended the answer before it was complete"
+    EMPTY = "source_empty", "the model sent no text, or only white space"
+    FAILED = "source_failed", "the model provider reported an error or rejected the request, or the source crashed"
+    INVALID = "source_invalid", "the model provider sent data that is not a chat completion"
+    LENGTH = "source_length", "the answer reached the model's maximum length"
+    RATE_LIMITED = "source_rate_limited", "the model provider's rate limit was exceeded, or the account has no credit"
+    REFUSED = (
+        "source_refused",
+        "the model declined to answer, or a content filter rejected the prompt or the answer",
+    )
+    TIMEOUT = "source_timeout", "the model provider stopped sending data"
+    TOO_LONG = "source_too_long", "the answer is longer than MAX_REPLY_CHARS, or a line or event of it too large"
+    UNAVAILABLE = "source_unavailable", "the model provider cannot be reached or has a temporary problem"
 
 
 class SourceError(Exception):
     """A source of replies failed in a way that it understands.
 
-    :param code: stable, for programs; starts with ``source_``
+    :param code: one of `ReplyCode`
     :param message: for people: what happened and what to do; no secrets
     """
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
-        self.code = code
+        self.code = str(code)
         self.message = message
 
 
 class ChatError(Exception):
-    """An error that the client is told of.
+    """An error that is sent to the client.
 
-    :param detail: one sentence about this very case; the class's own if None
-    :param code: stable, for programs; the class's own if None
+    :param detail: one sentence about this occurrence; by default the class's own
     :param fields: the invalid places of the request
+    :cvar code: stable, for programs
+    :cvar when: when the code occurs, for the API's documentation
     """
 
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal server error"
-    default_detail: ClassVar[str] = "Something went wrong on our side; the log has the details."
+    default_detail: ClassVar[str] = "An unexpected error occurred. The server's log has the details."
     retry_after_s: ClassVar[int | None] = None
-    code = "internal"
+    code: ClassVar[str] = "internal"
+    when: ClassVar[str] = "an unexpected error; the server's log has it under the request's id"
 
-    def __init__(
-        self, detail: str | None = None, *, code: str | None = None, fields: list[FieldError] | None = None
-    ) -> None:
+    def __init__(self, detail: str | None = None, *, fields: list[FieldError] | None = None) -> None:
         self.detail = detail or self.default_detail
         super().__init__(self.detail)
-        self.code = code or self.code
         self.fields = fields or []
 
     def document(self, request_id: str) -> dict[str, object]:
@@ -96,6 +133,19 @@ class InvalidRequest(ChatError):
     title = "Invalid request"
     default_detail = "The request is malformed or does not fit its schema."
     code = "invalid_request"
+    when = "the request does not fit its schema; `errors` names each place"
+
+
+class InvalidJson(InvalidRequest):
+    default_detail = "The body is not valid JSON."
+    code = "invalid_json"
+    when = "the body is not valid JSON in UTF-8"
+
+
+class InvalidId(InvalidRequest):
+    default_detail = "A conversation id must be 24 hex digits."
+    code = "invalid_id"
+    when = "an id in the path is not 24 hex digits"
 
 
 class CrossSite(ChatError):
@@ -103,13 +153,15 @@ class CrossSite(ChatError):
     title = "Cross-site request"
     default_detail = "Pages of this origin may not use this server; see CORS_ORIGINS."
     code = "cross_site"
+    when = "a web page whose origin is not in CORS_ORIGINS sent the request"
 
 
 class NotFound(ChatError):
     status = 404
     title = "Not found"
-    default_detail = "There is nothing here."
+    default_detail = "No such path."
     code = "not_found"
+    when = "there is no such conversation, or no such path"
 
 
 class NoSuchConversation(NotFound):
@@ -121,20 +173,23 @@ class MethodNotAllowed(ChatError):
     title = "Method not allowed"
     default_detail = "This resource does not support that method; see the Allow header."
     code = "method_not_allowed"
+    when = "the resource does not support the method; see `Allow`"
 
 
 class ReplyInProgress(ChatError):
     status = 409
     title = "Reply in progress"
-    default_detail = "This conversation is still being answered; wait for its end or stop it."
+    default_detail = "A reply to this conversation is still running. Wait for its end, or stop it."
     code = "reply_in_progress"
+    when = "a reply to the conversation is running"
 
 
 class ConversationFull(ChatError):
     status = 409
     title = "Conversation full"
-    default_detail = "This conversation has no room for another turn; start a new one."
+    default_detail = "This conversation has no room for another turn. Start a new one."
     code = "conversation_full"
+    when = "the conversation's document has no room for another turn"
 
 
 class NothingToRetry(ChatError):
@@ -142,13 +197,15 @@ class NothingToRetry(ChatError):
     title = "Nothing to retry"
     default_detail = "Only a stopped, failed or interrupted reply at the end of a conversation can be retried."
     code = "nothing_to_retry"
+    when = "the last message is not a stopped, failed or interrupted reply"
 
 
 class UnsupportedConversation(ChatError):
     status = 409
     title = "Unsupported conversation"
-    default_detail = "Another application stored something in this conversation that is not text; start a new one."
+    default_detail = "Another application stored something in this conversation that is not text. Start a new one."
     code = "unsupported_conversation"
+    when = "another application stored something in this conversation that is not text"
 
 
 class PayloadTooLarge(ChatError):
@@ -156,6 +213,7 @@ class PayloadTooLarge(ChatError):
     title = "Payload too large"
     default_detail = "The request's body is larger than this server accepts."
     code = "payload_too_large"
+    when = "the body is too large"
 
 
 class UnsupportedMediaType(ChatError):
@@ -163,13 +221,15 @@ class UnsupportedMediaType(ChatError):
     title = "Unsupported media type"
     default_detail = "The body must be JSON, sent with Content-Type: application/json."
     code = "unsupported_media_type"
+    when = "the body is not sent as application/json"
 
 
 class HostNotAllowed(ChatError):
     status = 421
     title = "Host not allowed"
-    default_detail = "This server does not answer under that host name; see ALLOWED_HOSTS."
+    default_detail = "This server does not serve the requested host name; see ALLOWED_HOSTS."
     code = "host_not_allowed"
+    when = "the server does not serve the name in the Host header"
 
 
 class KeyReused(ChatError):
@@ -177,14 +237,16 @@ class KeyReused(ChatError):
     title = "Idempotency key reused"
     default_detail = "This Idempotency-Key was already used with another body."
     code = "idempotency_key_reused"
+    when = "the key was used with another body"
 
 
 class TooManyStreams(ChatError):
     status = 429
     title = "Too many streams"
-    default_detail = "Too many streams are open; close one or try again later."
+    default_detail = "The limit of open streams is reached. Close one, or try again later."
     retry_after_s = 5
     code = "too_many_streams"
+    when = "the limit of open streams is reached"
 
 
 class HeadersTooLarge(ChatError):
@@ -192,6 +254,7 @@ class HeadersTooLarge(ChatError):
     title = "Headers too large"
     default_detail = "The request's headers are larger than this server accepts."
     code = "headers_too_large"
+    when = "the request's line and headers are too large"
 
 
 class TooManyConnections(ChatError):
@@ -200,36 +263,40 @@ class TooManyConnections(ChatError):
     default_detail = "The server has reached its limit of open connections. Try again later."
     retry_after_s = 5
     code = "too_many_connections"
+    when = "the limit of open connections is reached"
 
 
 class TooManyReplies(ChatError):
     status = 503
     title = "Too many replies"
-    default_detail = "This server is already writing as many replies as it is allowed to; try again in a moment."
+    default_detail = "The server has reached its limit of running replies. Try again in a moment."
     retry_after_s = 2
     code = "too_many_replies"
+    when = "the limit of running replies is reached"
 
 
 class DatabaseUnavailable(ChatError):
     status = 503
     title = "Database unavailable"
-    default_detail = "The database does not answer; try again in a moment."
+    default_detail = "The database does not answer. Try again in a moment."
     retry_after_s: ClassVar[int | None] = 2
     code = "database_unavailable"
+    when = "MongoDB does not answer; a retry with the same Idempotency-Key is safe"
 
 
 class OutcomeUnknown(DatabaseUnavailable):
-    """The database fell silent after a write went out: whoever asked for it must find out whether it was done."""
+    """The connection failed after a write was sent: the caller must find out whether it was applied."""
 
 
 class DatabaseRefused(DatabaseUnavailable):
     """The database answered with an error. Background jobs try again, as if it had not answered."""
 
-    status = 500
+    status = ChatError.status
     title = ChatError.title
-    default_detail = "The database refused an operation; the log has its code."
+    default_detail = "The database refused an operation. The server's log has its error code."
     retry_after_s = None
     code = ChatError.code
+    when = ChatError.when
 
 
 class Draining(ChatError):
@@ -238,3 +305,4 @@ class Draining(ChatError):
     default_detail = "This server is shutting down and starts no new replies."
     retry_after_s = 5
     code = "draining"
+    when = "the server is shutting down"

@@ -7,11 +7,34 @@ from typing import Any
 import regex
 
 from chatserver.chat import History, Part
+from chatserver.errors import (
+    ConversationFull,
+    DatabaseUnavailable,
+    Draining,
+    InvalidId,
+    InvalidRequest,
+    KeyReused,
+    NotFound,
+    NothingToRetry,
+    ReplyInProgress,
+    TooManyReplies,
+    UnsupportedConversation,
+)
 from chatserver.handlers.base import BaseHandler
+from chatserver.handlers.body import BODY_ERRORS
+from chatserver.handlers.problems import raises
 from chatserver.positions import Position
 from chatserver.records import Message, Place, Summary, Turn
 from chatserver.wire.replay import iso
 
+_TURN_ERRORS = (
+    ReplyInProgress,
+    ConversationFull,
+    UnsupportedConversation,
+    TooManyReplies,
+    DatabaseUnavailable,
+    Draining,
+)
 TITLE_CHARS = 60
 _EARLIEST = 2**63
 """Milliseconds before 1970 of the earliest date that MongoDB knows."""
@@ -21,13 +44,15 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 class ConversationsHandler(BaseHandler):
     """`/chat`"""
 
+    @raises(*BODY_ERRORS, *_TURN_ERRORS, KeyReused)
     async def post(self) -> None:
         """Say something: 202 as soon as it is durably stored."""
-        body = self.body("say")
+        body = self.json_body("say")
         known = body.get("conversationId")
         turn = await self.chat.say(known.lower() if known else None, body["input"], self.idempotency_key())
         _accept(self, turn)
 
+    @raises(InvalidRequest, DatabaseUnavailable)
     async def get(self) -> None:
         """List the conversations, the latest activity first."""
         query = self.query("list")
@@ -37,7 +62,7 @@ class ConversationsHandler(BaseHandler):
         page: dict[str, Any] = {"conversations": [_summary(each) for each in found[:limit]]}
         if len(found) > limit:
             page["nextCursor"] = _cursor(found[limit - 1].place)
-        self.answer(page)
+        self.send_json(page)
 
     head = get
 
@@ -45,16 +70,18 @@ class ConversationsHandler(BaseHandler):
 class ConversationHandler(BaseHandler):
     """`/chat/:conversationId`"""
 
+    @raises(InvalidRequest, InvalidId, NotFound, DatabaseUnavailable)
     async def get(self, conversation_id: str) -> None:
         """Give the history, a running reply included."""
         conversation_id = self.conversation_id(conversation_id)
         query = self.query("history")
         before = query.get("before")
         history = await self.chat.history(conversation_id, query.get("limit"), before.lower() if before else None)
-        await self.answer_in_pieces(_history(conversation_id, history, paged=bool(query)))
+        await self.send_chunks(_history(conversation_id, history, paged=bool(query)))
 
     head = get
 
+    @raises(InvalidRequest, InvalidId, NotFound, DatabaseUnavailable)
     async def delete(self, conversation_id: str) -> None:
         """Delete the conversation."""
         await self.chat.delete(self.conversation_id(conversation_id))
@@ -65,26 +92,28 @@ class ConversationHandler(BaseHandler):
 class StopHandler(BaseHandler):
     """`/chat/:conversationId/stop`"""
 
+    @raises(InvalidId, *BODY_ERRORS, NotFound, DatabaseUnavailable)
     async def post(self, conversation_id: str) -> None:
         """Stop the running reply."""
         conversation_id = self.conversation_id(conversation_id)
-        self.body("empty")
+        self.json_body("empty")
         reply_id = await self.chat.stop(conversation_id)
-        self.answer({"status": "stopping", "messageId": reply_id} if reply_id else {"status": "idle"}, 202)
+        self.send_json({"status": "stopping", "messageId": reply_id} if reply_id else {"status": "idle"}, 202)
 
 
 class RetryHandler(BaseHandler):
     """`/chat/:conversationId/retry`"""
 
+    @raises(InvalidId, *BODY_ERRORS, *_TURN_ERRORS, NotFound, NothingToRetry)
     async def post(self, conversation_id: str) -> None:
         """Have the last user message answered anew."""
         conversation_id = self.conversation_id(conversation_id)
-        self.body("empty")
+        self.json_body("empty")
         _accept(self, await self.chat.retry(conversation_id))
 
 
 def _accept(handler: BaseHandler, turn: Turn) -> None:
-    handler.logged |= {"conversation": turn.conversation_id, "reply": turn.reply_id}
+    handler.log_fields |= {"conversation": turn.conversation_id, "reply": turn.reply_id}
     value = {
         "conversationId": turn.conversation_id,
         "status": "streaming",
@@ -92,7 +121,7 @@ def _accept(handler: BaseHandler, turn: Turn) -> None:
         "replyId": turn.reply_id,
         "lastEventId": str(Position(turn.reply_id, 0)),
     }
-    handler.answer(value, 202)
+    handler.send_json(value, 202)
 
 
 async def _history(conversation_id: str, history: History, *, paged: bool) -> AsyncIterator[bytes]:

@@ -5,8 +5,8 @@ from html import escape
 from typing import Any
 
 from chatserver.handlers.base import BaseHandler
+from chatserver.handlers.openapi import make_openapi
 from chatserver.handlers.pages import PAGE_HEADERS
-from chatserver.openapi import make_openapi
 
 
 class OpenAPIHandler(BaseHandler):
@@ -14,7 +14,7 @@ class OpenAPIHandler(BaseHandler):
 
     def get(self) -> None:
         """The API for machines."""
-        self.answer(make_openapi(self.config.max_input_chars))
+        self.send_json(make_openapi(self.config.max_input_chars))
 
     head = get
 

@@ -1,8 +1,10 @@
-"""For whoever runs the server: is it up, is it ready, how is it doing."""
+"""For the operator: health, readiness and metrics."""
 
 from chatserver import metrics
 from chatserver.chat import Chat
+from chatserver.errors import DatabaseUnavailable, Draining
 from chatserver.handlers.base import BaseHandler
+from chatserver.handlers.problems import raises
 from chatserver.settings import Settings
 
 
@@ -11,7 +13,7 @@ class HealthHandler(BaseHandler):
 
     def get(self) -> None:
         """The process is up."""
-        self.answer({"status": "ok"})
+        self.send_json({"status": "ok"})
 
     head = get
 
@@ -19,10 +21,11 @@ class HealthHandler(BaseHandler):
 class ReadyHandler(BaseHandler):
     """`/readyz`"""
 
+    @raises(DatabaseUnavailable, Draining)
     async def get(self) -> None:
         """New turns can be taken: MongoDB answers, and no shutdown is under way."""
         await self.chat.ping()
-        self.answer({"status": "ready"})
+        self.send_json({"status": "ready"})
 
     head = get
 

@@ -35,8 +35,9 @@ import socket
 
 from chatserver import positions
 from chatserver.chat import Chat
-from chatserver.errors import ChatError
+from chatserver.errors import ChatError, DatabaseUnavailable, Draining, InvalidId, InvalidRequest, TooManyStreams
 from chatserver.handlers.base import BaseHandler
+from chatserver.handlers.problems import raises
 from chatserver.settings import Settings
 from chatserver.streams import Connection, Streams
 
@@ -66,13 +67,14 @@ class StreamHandler(BaseHandler):
 
     async def prepare(self) -> None:
         """Stream the conversation once the headers are there: only then does Tornado let go of a socket."""
-        super().prepare()
+        await super().prepare()
         if self.request.method == "GET":
             try:
                 await self._stream(*self.path_args)
             except ChatError as refusal:
                 self._refusal = refusal
 
+    @raises(InvalidRequest, InvalidId, TooManyStreams, DatabaseUnavailable, Draining)
     def get(self, _conversation_id: str) -> None:
         """Say why there is no stream: not before the body is read, or Tornado closes the connection with it."""
         assert self._refusal is not None

@@ -3,13 +3,17 @@
 import asyncio
 import json
 import logging
+import re
 from http.client import HTTPConnection
 from typing import Any
 
 import pytest
 
 from chatserver import streams as streams_module
-from chatserver.handlers.base import _DISCARDED
+from chatserver.app import make_app as make_routes
+from chatserver.errors import HostNotAllowed
+from chatserver.handlers.base import BaseHandler
+from chatserver.handlers.body import DISCARDED_BYTES
 from tests.apps import App, MakeApp, Script
 from tests.clients import RawStream
 
@@ -129,8 +133,8 @@ async def test_body_is_not_compressed(app: App, encoding: str, status: int) -> N
     ("body", "words"),
     [
         (b'{"input": ' + b"1" * 5000 + b"}", "has a number with too many digits."),
-        (b'{"input": -Infinity}', "is not JSON: -Infinity is no number."),
-        (b'{"input": }', "is not JSON: Expecting value, line 1 column 11."),
+        (b'{"input": -Infinity}', "is not valid JSON: -Infinity is not allowed."),
+        (b'{"input": }', "is not valid JSON: Expecting value, line 1 column 11."),
     ],
 )
 async def test_what_is_wrong_with_a_body_is_said_in_our_own_words(app: App, body: bytes, words: str) -> None:
@@ -169,7 +173,7 @@ async def test_large_body_is_refused_before_it_is_read(app: App, chunked: bool) 
     )
     piece = b"x" * 65536
     # No more than it takes: what is left unread resets the connection, and a write may fail before the answer is read.
-    for _ in range((_DISCARDED + app.settings.max_body_bytes) // len(piece) + 1 if chunked else 1):
+    for _ in range((DISCARDED_BYTES + app.settings.max_body_bytes) // len(piece) + 1 if chunked else 1):
         writer.write(b"10000\r\n%b\r\n" % piece if chunked else piece)
     head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
     assert b" 413 " in head.splitlines()[0]
@@ -253,6 +257,28 @@ async def test_unexpected_error_is_logged_with_its_trace_and_tells_nothing(
     record = next(record for record in caplog.records if record.levelno == logging.ERROR)
     assert record.exc_info and "a secret of ours" in str(record.exc_info[1])
     assert record.__dict__["request"] == response.json()["requestId"]
+
+
+async def test_no_route_or_method_bypasses_the_base_of_all_handlers(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base will check who sends a request; a handler that does not await its `prepare` would serve anybody."""
+
+    async def refuse(_handler: BaseHandler) -> None:
+        await asyncio.sleep(0)
+        raise HostNotAllowed
+
+    monkeypatch.setattr(BaseHandler, "prepare", refuse)
+    table: Any = make_routes(app.chat, app.streams, app.metrics, app.settings)
+    patterns = [rule.matcher.regex.pattern for rule in table.wildcard_router.rules]
+    paths = {re.sub(r"\([^)]*\)", ID, pattern.removesuffix("$")).replace("\\", "") for pattern in patterns}
+    assert {"/chat", f"/chat/stream/{ID}", "/metrics", f"/web/{ID}"} <= paths
+
+    for path in (*paths, "/", "/web/page.js", "/nope"):
+        for method in BaseHandler.SUPPORTED_METHODS:
+            response = await app.client.http.request(method, path)
+
+            assert response.status_code == 421, (method, path)
+            assert response.headers["Content-Type"] == "application/problem+json"
+    assert not app.subscribers and not len(app.streams)
 
 
 async def test_request_id_is_taken_over_or_made(app: App) -> None:

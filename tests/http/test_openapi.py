@@ -11,10 +11,10 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 from tornado.web import RequestHandler
 
-from chatserver import errors, openapi, schemas
+from chatserver import errors, schemas
 from chatserver.app import make_app as routes
-from chatserver.errors import ChatError
-from chatserver.openapi import make_openapi, problem_codes
+from chatserver.errors import ChatError, ReplyCode
+from chatserver.handlers.openapi import make_openapi, problem_codes
 from chatserver.records import INTERRUPTED
 from tests.apps import App, MakeApp, Script
 from tests.clients import Event, RawStream, new_id
@@ -54,7 +54,9 @@ def _matcher(rule: Any) -> Any:
 
 async def test_every_problem_code_and_event_is_described() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ChatError)]
-    assert {kind.code for kind in kinds} | {"invalid_json", "invalid_id"} == set(problem_codes())
+    assert {kind.code for kind in kinds} == set(problem_codes())
+    for kind in kinds:
+        assert problem_codes()[kind.code] == (kind.status, kind.when)
     document = make_openapi(100)
     for code, (status, when) in problem_codes().items():
         assert f"`{code}` ({status}): {when}" in document["info"]["description"]
@@ -163,11 +165,17 @@ async def test_documentation_page_needs_no_network_and_names_everything(app: App
 
 
 def test_every_code_of_a_failed_reply_is_described() -> None:
-    package = Path(openapi.__file__).parent
-    paths = [package / "replies.py", *(package / "sources").glob("*.py")]
-    said = {*re.findall('"(source_[a-z_]+|conversation_full)"', "".join(path.read_text() for path in paths))}
-    said.add(INTERRUPTED.code)
-    assert set(openapi.ENDS) == said and all(code in openapi.make_openapi(1)["info"]["description"] for code in said)
+    package = Path(errors.__file__).parent
+    text = "".join(path.read_text() for path in package.rglob("*.py") if path.name != "errors.py")
+    written = {*re.findall('"(source_[a-z_]+)"', text)}
+    named = {ReplyCode[name].value for name in re.findall(r"ReplyCode\.([A-Z_]+)", text)}
+
+    # These two are not codes of a source.
+    assert named | written | {"interrupted", "conversation_full"} == {code.value for code in ReplyCode}
+    assert INTERRUPTED.code == ReplyCode.INTERRUPTED
+    description = make_openapi(1)["info"]["description"]
+    for code in ReplyCode:
+        assert f"`{code}`: {code.when}" in description
 
 
 async def test_schema_files_are_schemas() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chatserver.openapi import make_openapi
+from chatserver.handlers.openapi import make_openapi
 from chatserver.settings import Settings, read_settings
 from tests.apps import App, MakeApp
 from tests.servers import ROOT, Server

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import httpx
 import pytest
 
-from chatserver.errors import ChatError, SourceError
-from chatserver.openapi import ENDS, problem_codes
+from chatserver.errors import ChatError, ReplyCode, SourceError
+from chatserver.handlers.openapi import problem_codes
 from chatserver.schemas import load
 from chatserver.sources import Prompt
 from tests.apps import App, MakeApp, Script
@@ -157,7 +157,7 @@ def test_table_of_problems_is_complete() -> None:
 
 
 def test_table_of_the_codes_of_replies_is_complete() -> None:
-    assert [code.strip("`") for code, _ in _rows("Codes of replies")] == list(ENDS)
+    assert [code.strip("`") for code, _ in _rows("Codes of replies")] == list(ReplyCode)
 
 
 def test_table_of_events_is_complete() -> None:

@@ -17,6 +17,7 @@ BUILDERS = {
     "apps.py": {"Server"},
     "test_positions_property.py": {"WholeServer"},
     "test_startup.py": {"make_source"},
+    "test_http.py": {"make_routes"},
     "test_openapi.py": {"routes"},
 }
 

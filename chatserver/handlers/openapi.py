@@ -1,63 +1,34 @@
-"""The API as an OpenAPI 3.1 document, made from the JSON Schema files that validate requests."""
+"""The API as an OpenAPI 3.1 document.
+
+Its schemas are the files that validate requests; its error codes are read from the handlers and from errors.py.
+"""
 
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 from chatserver import __version__
-from chatserver.errors import ChatError, InvalidRequest
+from chatserver.errors import ChatError, CrossSite, ReplyCode
+from chatserver.handlers.base import COMMON_ERRORS, BaseHandler
+from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, RetryHandler, StopHandler
+from chatserver.handlers.ops import ReadyHandler
+from chatserver.handlers.problems import declared_errors
+from chatserver.handlers.stream import StreamHandler
 from chatserver.schemas import Schema, load
 
 _REQUESTS = ("say", "empty")
 _ANSWERS = ("accepted", "message", "conversation", "conversations", "stopped", "health", "problem", "events")
-_WHEN = {
-    "invalid_request": "the request does not fit its schema; `errors` names each place",
-    "invalid_json": "the body is not JSON in UTF-8",
-    "invalid_id": "an id in the path is not 24 hex digits",
-    "cross_site": "a web page of an origin that is not in CORS_ORIGINS sent the request",
-    "not_found": "there is no such conversation, or no such path",
-    "method_not_allowed": "the resource does not support the method; see `Allow`",
-    "reply_in_progress": "the conversation is being answered",
-    "conversation_full": "the conversation's document has no room for another turn",
-    "unsupported_conversation": "another application stored something in this conversation that is not text",
-    "nothing_to_retry": "the last message is no stopped, failed or interrupted reply",
-    "payload_too_large": "the body is too large",
-    "unsupported_media_type": "the body is not sent as application/json",
-    "host_not_allowed": "the Host header is none of ours",
-    "idempotency_key_reused": "the key was used with another body",
-    "too_many_streams": "the limit of open streams is reached",
-    "headers_too_large": "the request's line and headers are too large",
-    "too_many_connections": "the limit of open connections is reached",
-    "too_many_replies": "the limit of running replies is reached",
-    "database_unavailable": "MongoDB does not answer; a retry with the same Idempotency-Key is safe",
-    "draining": "the server is shutting down",
-    "internal": "an error of ours; the log has it under the request's id",
-}
-ENDS = {
-    "interrupted": "its server stopped or was lost while it was written; retry it",
-    "conversation_full": "it was cut where the conversation had no more room",
-    "source_authentication": "the model provider rejected the API key, or the key has no access to the model",
-    "source_cut": "the model provider ended the answer before it was complete",
-    "source_empty": "the model sent no text, or only white space",
-    "source_failed": "the model provider reported an error or rejected the request, or the source crashed",
-    "source_invalid": "the model provider sent data that is not a chat completion",
-    "source_length": "the answer reached the model's maximum length",
-    "source_rate_limited": "the model provider's rate limit was exceeded, or the account has no credit",
-    "source_refused": "the model declined to answer, or a content filter rejected the prompt or the answer",
-    "source_timeout": "the model provider stopped sending data",
-    "source_too_long": "the answer is longer than MAX_REPLY_CHARS, or a line or event of it too large",
-    "source_unavailable": "the model provider cannot be reached or has a temporary problem",
-}
-"""The codes of replies that failed or were interrupted, and when they occur."""
-_CODES: dict[type[ChatError], tuple[str, ...]] = {
-    InvalidRequest: ("invalid_request", "invalid_json", "invalid_id"),
-}
 
 
 def problem_codes() -> dict[str, tuple[int, str]]:
     """Return each problem code with its HTTP status and when it occurs."""
-    kinds: list[type[ChatError]] = [ChatError, *ChatError.__subclasses__()]
-    return {code: (kind.status, _WHEN[code]) for kind in kinds for code in _CODES.get(kind, (kind.code,))}
+    return {kind.code: (kind.status, kind.when) for kind in _with_subclasses(ChatError)}
+
+
+def _with_subclasses(kind: type[ChatError]) -> Iterable[type[ChatError]]:
+    yield kind
+    for subclass in kind.__subclasses__():
+        yield from _with_subclasses(subclass)
 
 
 @cache
@@ -83,7 +54,7 @@ def _component(name: str, max_input_chars: int) -> tuple[str, Schema]:
 
 def _description() -> str:
     codes = "\n".join(f"- `{code}` ({status}): {when}" for code, (status, when) in sorted(problem_codes().items()))
-    ends = "\n".join(f"- `{code}`: {when}" for code, when in ENDS.items())
+    ends = "\n".join(f"- `{code}`: {code.when}" for code in ReplyCode)
     return (
         "A chat backend that never loses a word.\n\n"
         "A position says how much of a conversation a client has seen; it is opaque, but for the one before the first "
@@ -103,16 +74,16 @@ def _paths() -> dict[str, Any]:
                 "say",
                 "Say something and start the reply.",
                 {"202": _json("Accepted", "Stored; the reply runs.")},
-                (*_BODY_CODES, *_TURN_CODES, "cross_site", "idempotency_key_reused"),
                 parameters=[_IDEMPOTENCY_KEY],
                 body="SayRequest",
+                errors=_errors(ConversationsHandler, "post"),
             ),
             "get": _operation(
                 "listConversations",
                 "List the conversations, the latest activity first.",
                 {"200": _json("Conversations", "A page.")},
-                ("invalid_request", "database_unavailable"),
                 parameters=_query("list"),
+                errors=_errors(ConversationsHandler, "get"),
             ),
         },
         "/chat/{conversationId}": {
@@ -121,14 +92,14 @@ def _paths() -> dict[str, Any]:
                 "getHistory",
                 "Read a conversation, a running reply included.",
                 {"200": _json("Conversation", "All of it, or a page.")},
-                (*_ID_CODES, "not_found", "database_unavailable"),
                 parameters=_query("history"),
+                errors=_errors(ConversationHandler, "get"),
             ),
             "delete": _operation(
                 "deleteConversation",
                 "Delete a conversation, its running reply first; its streams end with `reset`.",
                 {"204": {"description": "Deleted.", "headers": _HEADERS}},
-                (*_ID_CODES, "cross_site", "not_found", "database_unavailable"),
+                errors=_errors(ConversationHandler, "delete"),
             ),
         },
         "/chat/stream/{conversationId}": {
@@ -137,8 +108,8 @@ def _paths() -> dict[str, Any]:
                 "stream",
                 "Watch a conversation: Server-Sent Events, from a position on, until the client leaves.",
                 {"200": _event_stream()},
-                (*_ID_CODES, "cross_site", "too_many_streams", "database_unavailable", "draining"),
                 parameters=[_LAST_EVENT_ID, *_query("stream")],
+                errors=_errors(StreamHandler, "get"),
             ),
         },
         "/chat/{conversationId}/stop": {
@@ -147,9 +118,9 @@ def _paths() -> dict[str, Any]:
                 "stop",
                 "Stop the running reply; what was said is kept.",
                 {"202": _json("Stopped", "It is being stopped, or none ran.")},
-                (*_ID_CODES, *_BODY_CODES, "cross_site", "not_found", "database_unavailable"),
                 body="EmptyRequest",
                 body_required=False,
+                errors=_errors(StopHandler, "post"),
             ),
         },
         "/chat/{conversationId}/retry": {
@@ -158,9 +129,9 @@ def _paths() -> dict[str, Any]:
                 "retry",
                 "Have the last message answered anew, if its reply was stopped, failed or interrupted.",
                 {"202": _json("Accepted", "The new reply runs; the old one is superseded.")},
-                (*_ID_CODES, *_BODY_CODES, *_TURN_CODES, "cross_site", "not_found", "nothing_to_retry"),
                 body="EmptyRequest",
                 body_required=False,
+                errors=_errors(RetryHandler, "post"),
             ),
         },
         "/healthz": {"get": _operation("health", "The process is up.", {"200": _json("Health", "It is.")})},
@@ -169,7 +140,7 @@ def _paths() -> dict[str, Any]:
                 "ready",
                 "New turns can be taken.",
                 {"200": _json("Health", "They can.")},
-                ("database_unavailable", "draining"),
+                errors=_errors(ReadyHandler, "get"),
             )
         },
         "/metrics": {"get": _operation("metrics", "Metrics for Prometheus.", {"200": _text("text/plain", "Metrics.")})},
@@ -180,18 +151,6 @@ def _paths() -> dict[str, Any]:
         "/": {"get": _operation("page", "The chat page.", {"200": _text("text/html", "A page.")})},
     }
 
-
-_ALL_CODES = ("headers_too_large", "host_not_allowed", "internal", "too_many_connections")
-_ID_CODES = ("invalid_request", "invalid_id")
-_BODY_CODES = ("invalid_request", "invalid_json", "payload_too_large", "unsupported_media_type")
-_TURN_CODES = (
-    "reply_in_progress",
-    "conversation_full",
-    "unsupported_conversation",
-    "too_many_replies",
-    "database_unavailable",
-    "draining",
-)
 
 _HEADERS = {"X-Request-Id": {"description": "Taken over from the request, or made.", "schema": {"type": "string"}}}
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
@@ -237,8 +196,8 @@ def _operation(
     name: str,
     summary: str,
     answers: dict[str, Any],
-    codes: Iterable[str] = (),
     *,
+    errors: Iterable[type[ChatError]] = (),
     parameters: Iterable[dict[str, Any]] = (),
     body: str | None = None,
     body_required: bool = True,
@@ -247,17 +206,23 @@ def _operation(
     if body:
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body}"}}}
         operation["requestBody"] = {"required": body_required, "content": content}
-    operation["responses"] = {**answers, **_problems({*codes, *_ALL_CODES})}
+    operation["responses"] = {**answers, **_problems({*errors, *COMMON_ERRORS})}
     return operation
 
 
-def _problems(codes: Iterable[str]) -> dict[str, Any]:
-    """Return the answers that tell some problem codes, by status."""
-    known = problem_codes()
+def _errors(handler: type[BaseHandler], method: str) -> Iterable[type[ChatError]]:
+    """Return the errors of one method, without the common ones."""
+    yield from declared_errors(handler, method)
+    if method.upper() not in handler.cross_site_methods:
+        yield CrossSite
+
+
+def _problems(errors: Iterable[type[ChatError]]) -> dict[str, Any]:
+    """Return the answers for some errors, by status."""
     by_status: dict[int, list[str]] = {}
-    for status, code in sorted((known[code][0], code) for code in codes):
+    for status, code in sorted((error.status, error.code) for error in errors):
         by_status.setdefault(status, []).append(code)
-    return {str(status): _problem(status, its) for status, its in by_status.items()}
+    return {str(status): _problem(status, codes) for status, codes in by_status.items()}
 
 
 def _problem(status: int, codes: list[str]) -> dict[str, Any]:

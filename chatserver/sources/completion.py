@@ -4,7 +4,7 @@ import codecs
 import json
 import logging
 
-from chatserver.errors import SourceError
+from chatserver.errors import ReplyCode, SourceError
 from chatserver.sources import provider_errors
 from chatserver.sources.event_stream import Event
 
@@ -112,7 +112,7 @@ class Completion:
         """
         if self._refusal:
             raise SourceError(
-                "source_refused",
+                ReplyCode.REFUSED,
                 f"The model declined to answer. Rephrase the question. (It said: {self._refusal})",
             )
         if self.finish is None:
@@ -125,14 +125,14 @@ class Completion:
         if reason in _LENGTH:
             # Not a complete reply: its reader must be able to tell a text that ends from one that was cut.
             raise SourceError(
-                "source_length",
+                ReplyCode.LENGTH,
                 'The answer reached its maximum length. Write "continue", or raise OPENAI_MAX_TOKENS.',
             )
         if reason in _FILTERED:
-            raise SourceError("source_refused", "The model provider filtered the answer. Rephrase the question.")
+            raise SourceError(ReplyCode.REFUSED, "The model provider filtered the answer. Rephrase the question.")
         if reason in _TOOLS:
             raise SourceError(
-                "source_invalid",
+                ReplyCode.INVALID,
                 "The model asked for a tool, but there are no tools here. Rephrase the question.",
             )
         # insufficient_system_resource, network_error, abort, error, and whatever else servers make up

@@ -20,7 +20,7 @@ from urllib.request import getproxies
 import httpx2
 import openai
 
-from chatserver.errors import SetupError, SourceError
+from chatserver.errors import ReplyCode, SetupError, SourceError
 from chatserver.settings import Settings
 from chatserver.sources import Message, Prompt, provider_errors
 from chatserver.sources.completion import Completion
@@ -105,10 +105,10 @@ class OpenAI:
         :raises SourceError: if the question has no text
         """
         if not prompt.messages:
-            raise SourceError("source_failed", "The conversation has no message that could be sent to the model.")
+            raise SourceError(ReplyCode.FAILED, "The conversation has no message that could be sent to the model.")
         *history, question = prompt.messages
         if question.role != "user" or not question.content.strip():
-            raise SourceError("source_failed", "The message has no text that could be sent to the model.")
+            raise SourceError(ReplyCode.FAILED, "The message has no text that could be sent to the model.")
         room = self._history_chars - len(question.content)
         newest = [question]
         for message in reversed(history):

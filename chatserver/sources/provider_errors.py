@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from chatserver.errors import SourceError
+from chatserver.errors import ReplyCode, SourceError
 
 LONGEST_WAIT_SHOWN_S = 86_400.0  # some servers ask for centuries
 
@@ -136,31 +136,31 @@ def explain(report: ErrorReport, model: str) -> SourceError:
     if report.redirected and status in (401, 403, 404, 405):
         return redirected()
     if status == 401:
-        return SourceError("source_authentication", "The model provider rejected the API key. Check OPENAI_API_KEY.")
+        return SourceError(ReplyCode.AUTHENTICATION, "The model provider rejected the API key. Check OPENAI_API_KEY.")
     if status == 402 or names & _NO_CREDIT_NAMES or _NO_CREDIT_WORDS.search(report.words):
         return SourceError(
-            "source_rate_limited",
+            ReplyCode.RATE_LIMITED,
             "The account at the model provider has no credit left, or not enough for this request. "
             "Add credit, then retry.",
         )
     if names & _FILTER_NAMES:
-        return SourceError("source_refused", "The model provider's content filter rejected the prompt. Rephrase it.")
+        return SourceError(ReplyCode.REFUSED, "The model provider's content filter rejected the prompt. Rephrase it.")
     if status == 413 or names & _TOO_LONG_NAMES or _TOO_LONG_WORDS.search(report.words):
         return SourceError(
-            "source_failed",
+            ReplyCode.FAILED,
             f"This conversation is too long for the model {model}. Start a new conversation, or lower "
             "OPENAI_HISTORY_CHARS or OPENAI_MAX_TOKENS.",
         )
     if status == 403:
         return SourceError(
-            "source_authentication",
+            ReplyCode.AUTHENTICATION,
             f"The API key has no access to the model {model}. Check OPENAI_API_KEY, OPENAI_MODEL and the account.",
         )
     wait_s = retry_after(report.headers)
     later = "in a minute" if wait_s is None else f"in {math.ceil(wait_s)} s"
     if status == 429 or (status is None and names & _RATE_LIMIT_NAMES):
         return TemporaryError(
-            "source_rate_limited", f"The model provider's rate limit was exceeded. Retry {later}.", wait_s
+            ReplyCode.RATE_LIMITED, f"The model provider's rate limit was exceeded. Retry {later}.", wait_s
         )
     if status is not None and (status >= 500 or status in _TEMPORARY):
         return unavailable(f"has a temporary problem ({status})", later, wait_s)
@@ -168,17 +168,17 @@ def explain(report: ErrorReport, model: str) -> SourceError:
         return unavailable("has a temporary problem", later, wait_s)
     if status == 404 or names & _UNKNOWN_MODEL_NAMES:
         return SourceError(
-            "source_failed",
+            ReplyCode.FAILED,
             f"The model provider does not know the model {model}. Check OPENAI_MODEL and OPENAI_BASE_URL.",
         )
     if status is None:
-        return SourceError("source_failed", "The model provider reported an error instead of a reply. Retry later.")
+        return SourceError(ReplyCode.FAILED, "The model provider reported an error instead of a reply. Retry later.")
     if status < 400 or status == 405:
         return SourceError(
-            "source_failed", f"The model provider accepts no chat completions there ({status}). Check OPENAI_BASE_URL."
+            ReplyCode.FAILED, f"The model provider accepts no chat completions there ({status}). Check OPENAI_BASE_URL."
         )
     return SourceError(
-        "source_failed",
+        ReplyCode.FAILED,
         f"The model provider rejected the request ({status}). Check OPENAI_MODEL and the other OPENAI_ settings; "
         "the log has the details.",
     )
@@ -187,7 +187,7 @@ def explain(report: ErrorReport, model: str) -> SourceError:
 def unavailable(what: str, later: str = "in a minute", wait_s: float | None = None) -> TemporaryError:
     """Return the error of a server that cannot answer now."""
     return TemporaryError(
-        "source_unavailable",
+        ReplyCode.UNAVAILABLE,
         f"The model provider {what}. Retry {later}; if the problem persists, check OPENAI_BASE_URL.",
         wait_s,
     )
@@ -196,7 +196,7 @@ def unavailable(what: str, later: str = "in a minute", wait_s: float | None = No
 def redirected() -> SourceError:
     """Return the error of a redirect that a POST does not survive, or that does not end."""
     return SourceError(
-        "source_unavailable",
+        ReplyCode.UNAVAILABLE,
         "The model provider redirects requests, and the redirect failed. Set OPENAI_BASE_URL to the final address.",
     )
 
@@ -204,7 +204,7 @@ def redirected() -> SourceError:
 def timed_out() -> SourceError:
     """Return the error of a server that sent nothing for too long."""
     return SourceError(
-        "source_timeout",
+        ReplyCode.TIMEOUT,
         "The model provider stopped sending data. Retry in a moment, or raise OPENAI_READ_TIMEOUT_S.",
     )
 
@@ -216,21 +216,21 @@ def cut(reason: str | None = None) -> TemporaryError:
     """
     named = f" (finish_reason: {reason})" if reason else ""
     return TemporaryError(
-        "source_cut", f"The model provider ended the answer before it was complete{named}. Retry in a moment."
+        ReplyCode.INCOMPLETE, f"The model provider ended the answer before it was complete{named}. Retry in a moment."
     )
 
 
 def invalid() -> SourceError:
     """Return the error of data that is not a chat completion."""
     return SourceError(
-        "source_invalid", "The model provider sent data that is not a chat completion. Retry in a moment."
+        ReplyCode.INVALID, "The model provider sent data that is not a chat completion. Retry in a moment."
     )
 
 
 def not_a_stream() -> SourceError:
     """Return the error of an answer without any chat completion, such as a web page."""
     return SourceError(
-        "source_invalid",
+        ReplyCode.INVALID,
         "The server at OPENAI_BASE_URL answered, but not with a chat completion. Check OPENAI_BASE_URL (most end in "
         "/v1).",
     )
@@ -241,7 +241,7 @@ def too_large(what: str) -> SourceError:
 
     :param what: names the limit: "a line of more than 1 MB"
     """
-    return SourceError("source_too_long", f"The model provider sent {what}, which is more than is accepted.")
+    return SourceError(ReplyCode.TOO_LONG, f"The model provider sent {what}, which is more than is accepted.")
 
 
 def shown(name: str) -> str:

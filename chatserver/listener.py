@@ -1,8 +1,8 @@
-"""The connections of this process: the one place that accepts, counts and limits them.
+"""Accepts the connections of this process, counts them and limits them.
 
-A connection counts from `accept` until its socket is closed, whoever holds it by then: the HTTP server, or the
-transport of a stream. Beyond the limit a client is answered 503 and disconnected, so that some file descriptors are
-always left for MongoDB, the source of replies and the log.
+A connection counts from `accept` until its socket is closed, by the HTTP server or by the transport of a stream. Beyond
+the limit a client gets a 503 and is disconnected, so that file descriptors remain for MongoDB, the source of replies
+and the log.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ REFUSED_AT_ONCE = 32
 _ACCEPTED_AT_ONCE = 128
 """Connections accepted before other callbacks of the event loop run."""
 _PAUSE_S = 1.0
-"""How long nothing is accepted after the system has refused to; also the shortest time between two log records."""
+"""How long accepting pauses after it has failed; also the shortest time between two log records."""
 _REFUSAL_S = 2.0
 """How long a refused client may take to send its request and to read the answer."""
 
@@ -59,7 +59,7 @@ class _Connection(socket.socket):
 class Listener:
     """Accepts connections and passes them to an HTTP server.
 
-    :param limit: how many connections may be open
+    :param limit: the number of connections that may be open
     """
 
     def __init__(self, server: HTTPServer, limit: int, metrics: Metrics) -> None:
@@ -72,7 +72,7 @@ class Listener:
         self._refusing: set[asyncio.Task[None]] = set()
         self._pausing: asyncio.TimerHandle | None = None
         self._reporting: asyncio.TimerHandle | None = None
-        metrics.watch("chatserver_open_connections", "Connections that are open.", lambda: self.open)
+        metrics.watch("chatserver_open_connections", "Open connections.", lambda: self.open)
         metrics.watch(
             "chatserver_refused_connections",
             "Connections refused at the limit.",
@@ -100,7 +100,7 @@ class Listener:
             loop.add_reader(listening, self._accept, listening)
 
     def stop(self) -> None:
-        """Accept no more connections; those that are open stay open."""
+        """Stop accepting connections. Open ones stay open."""
         self._stop_accepting()
         if self._pausing is not None:
             self._pausing.cancel()
@@ -115,7 +115,7 @@ class Listener:
     def serve(self, connection: socket.socket) -> None:
         """Count a connection and have the HTTP server read its next request.
 
-        :param connection: given away: it is closed here or by the server
+        :param connection: owned by the listener and the server from now on
         """
         counted = _Connection(connection.family, connection.type, connection.proto, fileno=connection.detach())
         counted.on_end = self._ended
@@ -127,7 +127,7 @@ class Listener:
             server.handle_stream(
                 IOStream(counted, server.max_buffer_size, read_chunk_size=server.read_chunk_size), address
             )
-        except OSError:  # the client has closed it meanwhile
+        except OSError:  # the client has already disconnected
             counted.close()
         except Exception:
             # Logged here, so that the connections after this one are accepted.
@@ -146,8 +146,8 @@ class Listener:
             except ConnectionAbortedError:  # by its client, while it waited
                 continue
             except OSError as error:
-                # Out of file descriptors, as a rule. The socket stays readable: without a pause this would be called
-                # again at once, for ever.
+                # Usually out of file descriptors. The socket stays readable: without a pause this would be called again
+                # at once, in a busy loop.
                 self._pause(error)
                 return
             if self._open < self._limit:

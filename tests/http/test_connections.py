@@ -1,6 +1,7 @@
 """The limit of connections, below that of open files, and what happens at either."""
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tornado.httpserver import HTTPServer
 
-from chatserver.listener import REFUSED_AT_ONCE
+from chatserver.listener import REFUSED_AT_ONCE, Listener
+from chatserver.metrics import Metrics
 from tests.apps import MakeApp
 from tests.clients import RawStream, new_id
 from tests.servers import Server, until
@@ -213,3 +216,36 @@ async def test_connection_that_cannot_be_served_does_not_keep_others_out(
     async with httpx.AsyncClient(trust_env=False) as client:
         assert (await client.get(f"{app.url}/healthz")).status_code == 200
     await app.until(lambda: app.listener.open == 0)
+
+
+class Exhausted(socket.socket):
+    """A listening socket for whose connections no file descriptor is left."""
+
+    def accept(self) -> tuple[socket.socket, object]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+@pytest.mark.gen_test
+@pytest.mark.expects_log("no connection can be accepted: Too many open files")
+async def test_two_sockets_that_fail_at_once_pause_together(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pausing removes the readers of all sockets, and with them the callbacks that are already due."""
+    monkeypatch.setattr("chatserver.listener._PAUSE_S", 0.1)
+    sockets = [Exhausted() for _ in range(2)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+        each.listen()
+        each.setblocking(False)
+    clients = [socket.create_connection(each.getsockname()) for each in sockets]
+    listener = Listener(HTTPServer(lambda _request: None), 10, Metrics())
+
+    listener.start(sockets)
+    await asyncio.sleep(0.05)
+    assert caplog.text.count("no connection can be accepted") == 1
+
+    listener.stop()
+    await asyncio.sleep(0.2)
+    assert caplog.text.count("no connection can be accepted") == 1
+    for client in clients:
+        client.close()

@@ -1,9 +1,10 @@
-"""What Prometheus may ask. Names follow its conventions; no ids in labels.
+"""Metrics for Prometheus: the registry, and the ways to add to it. The owner of a value registers and counts it.
 
-The hot path counts in plain integers (`hub.Counts`), which are read when somebody asks.
+Names follow Prometheus's conventions; no label holds an id. The path of a token counts in plain integers
+(`hub.Counts`), which are read when a client asks for the metrics.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -18,63 +19,69 @@ class Metrics(Collector):
     """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        PlatformCollector(registry=registry)
-        self.first_token = Histogram(
-            "chatserver_time_to_first_token_seconds",
-            "From a stored user message to the first characters of its reply.",
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
-            registry=registry,
-        )
-        self.reply_duration = Histogram(
-            "chatserver_reply_duration_seconds",
-            "From a stored user message to its reply's stored end.",
-            ["status"],
-            buckets=(0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
-            registry=registry,
-        )
-        self.store_duration = Histogram(
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        self._store_duration = self.histogram(
             "chatserver_store_operation_duration_seconds",
-            "How long the database takes.",
-            ["operation"],
+            "Duration of database operations.",
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
-            registry=registry,
+            labels=["operation"],
         )
-        self.store_errors = Counter(
-            "chatserver_store_errors_total",
-            "Operations that the database did not answer.",
-            ["operation"],
-            registry=registry,
+        self._store_errors = self.counter(
+            "chatserver_store_errors_total", "Operations that the database did not answer.", labels=["operation"]
         )
-        self.resumes = Counter("chatserver_resumes_total", "Streams opened with a position.", registry=registry)
-        self.resets = Counter("chatserver_resets_total", "Streams whose position did not exist.", registry=registry)
-        self.slow_clients = Counter(
-            "chatserver_slow_clients_cut_total", "Streams cut because their client took nothing.", registry=registry
+        self.first_token = self.histogram(
+            "chatserver_time_to_first_token_seconds",
+            "Time from a stored user message to the first text of its reply.",
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
         )
-        self.loop_lag = Histogram(
-            "chatserver_event_loop_lag_seconds",
-            "How late the event loop runs what is due, looked at once a second.",
-            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
-            registry=registry,
+        self.reply_duration = self.histogram(
+            "chatserver_reply_duration_seconds",
+            "Time from a stored user message to the stored end of its reply.",
+            buckets=(0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+            labels=["status"],
+        )
+        self.resumes = self.counter("chatserver_resumes_total", "Streams opened with a position.")
+        self.resets = self.counter("chatserver_resets_total", "Streams whose position was unknown.")
+        self.slow_clients = self.counter(
+            "chatserver_slow_clients_cut_total", "Streams closed because the client stopped reading."
         )
 
+    def histogram(self, name: str, what: str, *, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
+        """Register a histogram and return it.
+
+        :param what: its help text
+        :param buckets: their upper bounds, ascending
+        """
+        return Histogram(name, what, labels, buckets=buckets, registry=self._registry)
+
+    def counter(self, name: str, what: str, *, labels: Sequence[str] = ()) -> Counter:
+        """Register a counter and return it.
+
+        :param what: its help text
+        """
+        return Counter(name, what, labels, registry=self._registry)
+
     def watch(self, name: str, what: str, read: Callable[[], int], *, counter: bool = False) -> None:
-        """Add a metric that is read from the server whenever somebody asks: a gauge, or a counter."""
+        """Register a gauge, or a counter, whose value is read for each answer.
+
+        :param what: its help text
+        """
         self._registry.register(_Watched(name, what, read, counter))
 
     def observe_store(self, operation: str, seconds: float, answered: bool) -> None:
-        """Take note of one database operation."""
-        self.store_duration.labels(operation).observe(seconds)
+        """Count one database operation."""
+        self._store_duration.labels(operation).observe(seconds)
         if not answered:
-            self.store_errors.labels(operation).inc()
+            self._store_errors.labels(operation).inc()
 
     def render(self) -> bytes:
-        """Return everything in Prometheus's text format 0.0.4."""
+        """Return all metrics in Prometheus's text format 0.0.4."""
         return generate_latest(self)
 
     def collect(self) -> Iterable[Metric]:
-        """Yield everything but when each count began, which the format would show as metrics of their own."""
+        """Yield all metrics without the creation times, which this format would show as metrics of their own."""
         for metric in self._registry.collect():
             metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric

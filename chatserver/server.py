@@ -11,6 +11,7 @@ from typing import Any
 
 from tornado.httpserver import HTTPServer
 
+from chatserver import tasks
 from chatserver.app import make_app
 from chatserver.chat import Chat
 from chatserver.hub import Hub
@@ -27,6 +28,8 @@ _HEADER_FACTOR = 4
 the connection without an answer."""
 _CHUNK_BYTES = 16 * 1024
 """Bytes read at once; Tornado clears a buffer of this size for each read."""
+
+_LAG_INTERVAL_S = 1.0
 
 
 class Server:
@@ -50,9 +53,14 @@ class Server:
         make_store: Callable[..., Store] = Store,
     ) -> None:
         self._settings = settings
-        self._ticking: asyncio.Task[None] | None = None
+        self._jobs: list[asyncio.Task[None]] = []
         self.metrics = Metrics()
         self.metrics.watch("chatserver_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
+        self.loop_lag = self.metrics.histogram(
+            "chatserver_event_loop_lag_seconds",
+            "Delay of the event loop's timers, measured once a second.",
+            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5),
+        )
         self.store = make_store(
             connect(uri, settings.database_timeout_s) if client is None else client,
             uri,
@@ -90,7 +98,10 @@ class Server:
             raise
         _set_tcp_user_timeout(sockets, self._settings.slow_client_timeout_s)
         self.listener.start(sockets)
-        self._ticking = asyncio.create_task(self.streams.tick_for_ever())
+        self._jobs = [
+            asyncio.create_task(self.streams.tick_for_ever()),
+            asyncio.create_task(tasks.repeat(self._measure_loop_lag)),
+        ]
 
     async def stop(self) -> None:
         """Stop in order: accept no connections, end the replies, then the streams, then all other connections."""
@@ -98,13 +109,19 @@ class Server:
             self.listener.stop()
             await self.chat.drain()
             await self.streams.close()
-            if self._ticking is not None:
-                self._ticking.cancel()
+            for job in self._jobs:
+                job.cancel()
             await self.chat.close()
         finally:
             await self.store.close()
         # Last: the requests that waited for the store have been answered.
         await self.http.close_all_connections()
+
+    async def _measure_loop_lag(self) -> None:
+        loop = asyncio.get_running_loop()
+        due = loop.time() + _LAG_INTERVAL_S
+        await asyncio.sleep(_LAG_INTERVAL_S)
+        self.loop_lag.observe(max(0.0, loop.time() - due))
 
 
 @asynccontextmanager

@@ -294,11 +294,8 @@ class Streams:
         await tasks.repeat(self._tick)
 
     async def _tick(self) -> None:
-        loop = asyncio.get_running_loop()
-        due = loop.time() + _TICK_S
         await asyncio.sleep(_TICK_S)
-        now = loop.time()
-        self.metrics.loop_lag.observe(max(0.0, now - due))
+        now = asyncio.get_running_loop().time()
 
         def tick(connection: Connection) -> None:
             if connection.tick(now, self._settings.keepalive_s, self._settings.slow_client_timeout_s):

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from chatserver import streams as streams_module
 from chatserver.app import make_app as make_routes
 from chatserver.errors import HostNotAllowed
 from chatserver.handlers.base import BaseHandler
@@ -274,7 +273,8 @@ async def test_no_route_or_method_bypasses_the_base_of_all_handlers(app: App, mo
 
     for path in (*paths, "/", "/web/page.js", "/nope"):
         for method in BaseHandler.SUPPORTED_METHODS:
-            response = await app.client.http.request(method, path)
+            async with asyncio.timeout(5):
+                response = await app.client.http.request(method, path)
 
             assert response.status_code == 421, (method, path)
             assert response.headers["Content-Type"] == "application/problem+json"
@@ -518,13 +518,13 @@ async def test_health_readiness_and_metrics(app: App) -> None:
 
 
 async def test_metrics_count_what_happened(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams_module, "_TICK_S", 0.01)
+    monkeypatch.setattr("chatserver.server._LAG_INTERVAL_S", 0.01)
     app = await make_app()
     await app.client.turn("hi", ID)
     app.store.guard.away_until = float("inf")
     assert_problem(await app.client.http.get("/chat"), 503, "database_unavailable")
     app.store.guard.away_until = 0.0
-    await app.until(lambda: app.metrics.loop_lag._sum.get() > 0)
+    await app.until(lambda: app.server.loop_lag._sum.get() > 0)
     assert [event.name async for event in app.client.stream(ID, "gone")] == ["reset"]
     text = (await app.client.http.get("/metrics")).text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))

@@ -106,11 +106,18 @@ async def test_streams_are_looked_after(make_app: MakeApp, monkeypatch: pytest.M
         return tick(connection, *arguments)
 
     monkeypatch.setattr(Connection, "tick", failing)
-    monkeypatch.setattr(app.metrics.loop_lag, "observe", Broken(lambda _: None))
+    monkeypatch.setattr(app.streams, "_for_each", Broken(app.streams._for_each))
     await app.until(lambda: ticked.count(good) == 2)
     assert ticked.count(bad) == 1 and app.subscribers == 1
     for stream in streams:
         stream.close()
+
+
+async def test_event_loop_is_measured_again_after_a_failure(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = await make_app()
+    observe = Broken(lambda _lag: None)
+    monkeypatch.setattr(app.server.loop_lag, "observe", observe)
+    await app.until(lambda: observe.calls == 2)
 
 
 @pytest.mark.expects_log("a subscriber failed and is aborted")

@@ -13,7 +13,6 @@ from tornado.testing import bind_unused_port
 from chatserver.server import Server
 from chatserver.settings import Settings
 from chatserver.sources import Prompt, Source
-from chatserver.sources.simulated import Simulated
 from tests.clients import Client
 
 
@@ -68,9 +67,9 @@ class App:
 
     def __init__(self, database: Database, source: Source | Script | None = None, **settings: Any) -> None:
         self.database = database
-        settings = {"checkpoint_ms": 20, "drain_s": 0.0, **settings}
+        settings = {"checkpoint_ms": 20, "drain_s": 0.0, "simulated_token_delay_ms": 0, **settings}
         self.settings = Settings(mongodb_uri=database.uri, chat_data_dir=Path("unused"), **settings)
-        self.source: Any = source or Simulated(settings.get("simulated_token_delay_ms", 0) / 1000, None)
+        self.source: Any = source
 
     async def start(self) -> None:
         settings = self.settings

@@ -1,4 +1,4 @@
-"""Where replies come from: one small protocol, and the one place where a source is picked."""
+"""Where replies come from: the protocol of a source, and the choice of one. A source is built from the settings."""
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a source answers: the newest messages, the last being the user's; `turn` counts the user's, from 1."""
+    """The input of a source: the newest messages, the last one from the user; `turn` counts the user's, from 1."""
 
     messages: Sequence[Message]
     turn: int
@@ -29,15 +29,15 @@ class Source(Protocol):
     """A source of replies, shared by all conversations."""
 
     def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
-        """Return the reply's text, piece by piece; the caller closes the generator, also half-way.
+        """Return the reply's text in chunks. The caller closes the generator, possibly before its end.
 
-        The caller limits the text's length, and reports a reply without any words as failed.
+        The caller limits the length of the text, and reports a reply without text as failed.
 
-        Raises `SourceError` from the iteration for what went wrong in a way that the source understands.
+        :raises SourceError: while iterating, for every failure that the source understands
         """
 
     async def close(self) -> None:
-        """Let go of connections; call it once, when no reply runs any more."""
+        """Close connections. To be called once, when no reply is running."""
 
 
 def make_source(settings: Settings) -> Source:
@@ -52,4 +52,4 @@ def make_source(settings: Settings) -> Source:
 
     from chatserver.sources.simulated import Simulated
 
-    return Simulated(settings.simulated_token_delay_ms / 1000, settings.simulated_tokens)
+    return Simulated(settings)

@@ -130,8 +130,8 @@ class OpenAI:
                 async with aclosing(self._read(answer.http_response)) as texts:
                     async for text in texts:
                         yield text
-        except _UNDERSTOOD as error:
-            raise self._understood(error, started) from None  # its text may quote the conversation: not into a log
+        except _EXPECTED_ERRORS as error:
+            raise self._explain(error, started) from None  # its text may quote the conversation: not into a log
 
     async def _read(self, response: httpx2.Response) -> AsyncGenerator[str, None]:
         """Return the text of a response, up to the end of its stream."""
@@ -153,7 +153,7 @@ class OpenAI:
             await _drain(body)
         completion.check()
 
-    def _understood(self, error: Exception, started: bool) -> SourceError:
+    def _explain(self, error: Exception, started: bool) -> SourceError:
         """Return what an error of the SDK or below it means, and what to do."""
         if isinstance(error, EventTooLarge):
             return provider_errors.too_large(str(error))
@@ -178,8 +178,8 @@ class OpenAI:
         return provider_errors.cut() if started else provider_errors.unavailable("cannot be reached")
 
 
-# What `_understood` understands; httpx2's errors reach it wrapped by the SDK, or plain while a response is read.
-_UNDERSTOOD = (openai.APIError, httpx2.RequestError, httpx2.InvalidURL, OSError, EventTooLarge)
+# httpx2's errors are wrapped by the SDK, or plain while a response is read.
+_EXPECTED_ERRORS = (openai.APIError, httpx2.RequestError, httpx2.InvalidURL, OSError, EventTooLarge)
 
 
 def _alternating(system_prompt: str | None, messages: Sequence[Message]) -> list[dict[str, str]]:

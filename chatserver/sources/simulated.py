@@ -2,30 +2,28 @@
 
 import asyncio
 import hashlib
-import math
 import re
 import unicodedata
-from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from itertools import chain, cycle, islice
 
+from chatserver.settings import Settings
 from chatserver.sources import Prompt
+from chatserver.sources.pace import CoalescingTimer
 
 QUOTED_CHARS = 90
 QUOTED_WORDS = 12
 LATE_S = 0.5
 _SHORTEST_TICK_S = 0.001
-_WOKEN_AT_ONCE = 200
 
 
 class Simulated:
     """Answers in 60 to 150 words that quote the question, at an even pace."""
 
-    def __init__(self, delay_s: float, tokens: int | None) -> None:
-        """Take the seconds before each token (0: as fast as the loop allows) and the exact number of tokens, if any."""
-        self._delay_s = delay_s
-        self._tokens = tokens
-        self._alarm = _Alarm(max(_SHORTEST_TICK_S, delay_s / 2))
+    def __init__(self, settings: Settings) -> None:
+        self._delay_s = settings.simulated_token_delay_ms / 1000
+        self._tokens = settings.simulated_tokens
+        self._timer = CoalescingTimer(max(_SHORTEST_TICK_S, self._delay_s / 2))
 
     async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
         """Return the reply's tokens, yielding to the event loop before each."""
@@ -35,8 +33,8 @@ class Simulated:
         loop = asyncio.get_running_loop()
         due = now = loop.time()
         for token in tokens:
-            # By the clock: what falls due while the loop is busy is said at once when it has time, as a model's tokens
-            # would be there by then. Who is later than `LATE_S` begins a new schedule.
+            # Paced by the clock: tokens that fall due while the loop is busy are sent at once when it has time, as a
+            # model's tokens would have arrived by then. A reply that is later than `LATE_S` starts a new schedule.
             due += self._delay_s
             if not self._delay_s:
                 await asyncio.sleep(0)
@@ -44,48 +42,11 @@ class Simulated:
                 now = loop.time()
                 due = max(due, now - LATE_S)
                 if due > now:
-                    await self._alarm.at(due, loop)
+                    await self._timer.at(due, loop)
             yield token
 
     async def close(self) -> None:
-        """Do nothing: there is nothing to let go of."""
-
-
-class _Alarm:
-    """Wakes the replies that sleep: all that fall due within a tick by one timer, which halves the cost of a token.
-
-    No more than `_WOKEN_AT_ONCE` are woken in one turn of the event loop. So a loop with too much to do finds time for
-    the rest of it, and each reply, woken less often, says more at a time.
-    """
-
-    def __init__(self, tick_s: float) -> None:
-        self._tick_s = tick_s
-        self._asleep: dict[int, list[asyncio.Future[None]]] = {}
-        self._due: deque[asyncio.Future[None]] = deque()
-
-    def at(self, time: float, loop: asyncio.AbstractEventLoop) -> "asyncio.Future[None]":
-        """Return what is done at a time of the event loop's clock, or up to a tick later."""
-        sleeper: asyncio.Future[None] = loop.create_future()
-        tick = math.ceil(time / self._tick_s)
-        if (asleep := self._asleep.get(tick)) is None:
-            asleep = self._asleep[tick] = []
-            loop.call_at(tick * self._tick_s, self._ring, tick)
-        asleep.append(sleeper)
-        return sleeper
-
-    def _ring(self, tick: int) -> None:
-        is_waking = bool(self._due)
-        self._due.extend(self._asleep.pop(tick))
-        if not is_waking:
-            self._wake()
-
-    def _wake(self) -> None:
-        for _ in range(min(_WOKEN_AT_ONCE, len(self._due))):
-            sleeper = self._due.popleft()
-            if not sleeper.done():  # its reply was cancelled
-                sleeper.set_result(None)
-        if self._due:
-            asyncio.get_running_loop().call_soon(self._wake)
+        """Do nothing: the source holds no resources."""
 
 
 def compose(question: str, turn: int) -> str:
@@ -115,9 +76,9 @@ def quote(question: str) -> str:
 
 
 def tokenise(text: str) -> Iterator[str]:
-    """Return `text` in the pieces a model would give: words with the space before them, long ones in parts.
+    """Return `text` as a model's tokens: words with the space before them, long words in parts.
 
-    The pieces are never empty, joined they are exactly `text`, and none ends within a character as people see it.
+    No token is empty or ends within a grapheme cluster, and joined they are exactly `text`.
     """
     held = ""
     for match in _PIECE.finditer(text):
@@ -138,7 +99,7 @@ _PIECE = re.compile(
 
 
 def _extends(last: str, first: str) -> bool:
-    """Tell whether a cut between two characters would split a combining sequence, a joined emoji or a line end."""
+    """Return whether a break between two characters would split a combining sequence, a joined emoji or a line end."""
     return (
         first == "\u200d"
         or last == "\u200d"

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from bson import ObjectId
 
-from chatserver.sources.simulated import Simulated
 from tests.apps import Database, MakeApp
 from tests.clients import Client, Event, RawStream, text_of
 from tests.http.turns import document
@@ -27,7 +26,7 @@ async def _all_events(stream: RawStream) -> list[Event]:
 async def test_reply_that_begins_when_the_time_to_drain_is_over_is_interrupted(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = await make_app(source=Simulated(0.05, 1000))
+    app = await make_app(simulated_token_delay_ms=50, simulated_tokens=1000)
     begin, held = app.store.start_turn, asyncio.Event()
 
     async def late(*arguments: Any, **options: Any) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from chatserver.sources.simulated import Simulated
 from tests.apps import MakeApp, Script
 from tests.clients import text_of
 from tests.http.turns import document, gated, said
@@ -37,7 +36,7 @@ async def test_stop_keeps_what_was_said_and_everybody_hears_of_it(make_app: Make
 
 async def test_stop_is_felt_at_once(make_app: MakeApp) -> None:
     """From the request to a watcher's `done`, stored; the best of several, as the machine may be busy."""
-    app = await make_app(source=Simulated(0.01, 5000))
+    app = await make_app(simulated_token_delay_ms=10, simulated_tokens=5000)
     loop, seconds = asyncio.get_running_loop(), []
     for _ in range(6):
         answer = await app.client.say("Hello")
@@ -103,7 +102,7 @@ async def test_stop_of_a_reply_that_is_being_stored_comes_too_late(
 
 
 async def test_stop_that_meets_checkpoints_of_another_server_stops(make_app: MakeApp) -> None:
-    writer = await make_app(source=Simulated(0.002, 5000), checkpoint_ms=10, lease_ms=10_000)
+    writer = await make_app(simulated_token_delay_ms=2, simulated_tokens=5000, checkpoint_ms=10, lease_ms=10_000)
     other = await make_app()
     for _ in range(10):
         answer = await writer.client.say("Hello")
@@ -114,7 +113,7 @@ async def test_stop_that_meets_checkpoints_of_another_server_stops(make_app: Mak
 
 
 async def test_several_stops_at_once_say_the_same(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = await make_app(source=Simulated(0.01, 5000))
+    app = await make_app(simulated_token_delay_ms=10, simulated_tokens=5000)
     answer = await app.client.say("Hello")
     finish, all_here = app.store.finish, asyncio.Event()
 

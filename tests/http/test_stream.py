@@ -12,7 +12,6 @@ import pytest
 
 from chatserver.errors import SourceError
 from chatserver.sources import Prompt
-from chatserver.sources.simulated import Simulated
 from chatserver.streams import Connection
 from tests.apps import App, Database, MakeApp, Script, running
 from tests.clients import Client, Event, RawStream, Transcript, new_id, text_of
@@ -205,7 +204,7 @@ async def test_history_and_the_stream_from_its_position_make_the_stored_text_at_
 
 
 async def test_tokens_leave_one_by_one_when_there_is_time(make_app: MakeApp) -> None:
-    app = await make_app(source=Simulated(0.04, 20))
+    app = await make_app(simulated_token_delay_ms=40, simulated_tokens=20)
     conversation_id = new_id()
     raw = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chatserver.settings import Settings
 from chatserver.sources import Message, Prompt
 from chatserver.sources.simulated import CLOSINGS, CODE, LISTS, OPENINGS, THOUGHTS, Simulated, compose, quote, tokenise
 from tests.clients import Client, new_id
@@ -26,6 +27,10 @@ QUESTIONS = [
     "日本語で" * 500,
     "👩‍👩‍👧‍👦" * 200,
 ]
+
+
+def simulated(delay_ms: int, tokens: int | None = None) -> Simulated:
+    return Simulated(Settings(simulated_token_delay_ms=delay_ms, simulated_tokens=tokens))
 
 
 def prompt(question: str, turn: int = 1) -> Prompt:
@@ -67,9 +72,9 @@ def test_every_part_that_can_be_chosen_keeps_the_promise_of_the_length() -> None
 
 
 def test_the_answer_is_the_same_again_and_varies_with_the_question_and_the_turn() -> None:
-    source = Simulated(0, None)
+    source = simulated(0)
     first = asyncio.run(tokens_of(source, "hello"))
-    assert first == asyncio.run(tokens_of(Simulated(0, None), "hello"))
+    assert first == asyncio.run(tokens_of(simulated(0), "hello"))
     answers = {compose(question, turn) for question in ("hello", "goodbye") for turn in range(1, 11)}
     assert len(answers) == 20
     shapes = Counter(compose("hello", turn).split("\n\n")[2] for turn in range(1, 60))
@@ -120,7 +125,7 @@ def test_tokens_look_like_a_models() -> None:
 
 @pytest.mark.parametrize("count", [1, 20, 5_000])
 def test_a_set_number_of_tokens_is_kept_whatever_the_question(count: int) -> None:
-    source = Simulated(0, count)
+    source = simulated(0, count)
     for question in ("hello", "long " * 1000):
         tokens = asyncio.run(tokens_of(source, question))
         assert len(tokens) == count
@@ -129,7 +134,7 @@ def test_a_set_number_of_tokens_is_kept_whatever_the_question(count: int) -> Non
 
 def test_replies_at_delay_0_take_turns_and_leave_the_loop_to_others() -> None:
     async def run() -> None:
-        source = Simulated(0, 100)
+        source = simulated(0, 100)
         said: Counter[int] = Counter()
         spread = 0
 
@@ -155,7 +160,7 @@ def test_replies_at_delay_0_take_turns_and_leave_the_loop_to_others() -> None:
 def test_the_pace_is_the_delay_without_drift() -> None:
     async def run() -> float:
         started = time.monotonic()
-        assert len(await tokens_of(Simulated(0.01, 50), "hello")) == 50
+        assert len(await tokens_of(simulated(10, 50), "hello")) == 50
         return time.monotonic() - started
 
     # Once out of ten, since the machine may be busy; the drift of plain sleeps would be there each time.
@@ -164,7 +169,7 @@ def test_the_pace_is_the_delay_without_drift() -> None:
 
 def test_many_that_fall_due_at_once_are_woken_in_parts() -> None:
     async def run() -> list[int]:
-        source = Simulated(0.02, 1)
+        source = simulated(20, 1)
         said = 0
 
         async def consume() -> None:
@@ -189,7 +194,7 @@ def test_many_that_fall_due_at_once_are_woken_in_parts() -> None:
 def test_what_falls_due_in_a_stall_is_said_right_after_it() -> None:
     async def run(stall_s: float) -> list[float]:
         times = []
-        async for _ in Simulated(0.03, 30).reply(prompt("hello")):
+        async for _ in simulated(30, 30).reply(prompt("hello")):
             times.append(time.monotonic())
             if len(times) == 2:
                 time.sleep(stall_s)
@@ -206,13 +211,13 @@ def test_what_falls_due_in_a_stall_is_said_right_after_it() -> None:
 
 def test_a_reply_can_be_cancelled_or_closed_anywhere() -> None:
     async def run() -> None:
-        source = Simulated(30, None)
+        source = simulated(30_000)
         task = asyncio.create_task(tokens_of(source, "hello"))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        async with aclosing(Simulated(0, None).reply(prompt("hello"))) as reply:
+        async with aclosing(simulated(0).reply(prompt("hello"))) as reply:
             assert await anext(reply)
         assert [token async for token in reply] == []
         assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -222,7 +227,7 @@ def test_a_reply_can_be_cancelled_or_closed_anywhere() -> None:
 
 def test_replies_that_share_a_timer_do_not_depend_on_each_other() -> None:
     async def run() -> None:
-        source = Simulated(0.001, 2000)
+        source = simulated(1, 2000)
         said: Counter[int] = Counter()
 
         async def say(number: int) -> None:

@@ -41,7 +41,7 @@ _GC_THRESHOLD = 50_000
 async def serve(settings: Settings, *, connections: int, reload: bool = False) -> None:
     """Serve until SIGTERM, SIGINT or SIGHUP, then shut down in order; a second SIGTERM or SIGINT exits at once.
 
-    :param connections: how many may be open
+    :param connections: the maximum number of open connections
     :raises SetupError: if the server cannot be started as configured
     """
     stopping = asyncio.Event()
@@ -86,8 +86,8 @@ async def _serve_on(
     try:
         sockets = bind_sockets(settings.port, settings.host)
     except (OSError, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "no host name"
-        raise SetupError(f"{settings.host}:{settings.port} (HOST, PORT) cannot be listened on: {why}") from None
+        why = error.strerror if isinstance(error, OSError) else "invalid host name"
+        raise SetupError(f"{settings.host}:{settings.port} (HOST, PORT) cannot be bound: {why}") from None
     try:
         await server.start(sockets)
     except DatabaseUnavailable:
@@ -108,7 +108,7 @@ async def _serve_on(
 
 
 def _allow_connections(settings: Settings) -> int:
-    """Raise the limit of open files as far as the system permits; return how many connections may be open."""
+    """Raise the limit of open files as far as the system permits; return the maximum number of connections."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

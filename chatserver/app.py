@@ -16,7 +16,7 @@ from chatserver.streams import Streams
 
 
 def make_app(chat: Chat, streams: Streams, metrics: Metrics, settings: Settings) -> Application:
-    """Return the application; every handler gets what it needs through its `initialize`."""
+    """Return the application. Handlers receive their collaborators through `initialize`."""
     common = {"chat": chat, "settings": settings}
     return Application(
         [

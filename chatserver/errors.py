@@ -41,7 +41,7 @@ class FieldError(TypedDict):
 
 
 class SetupError(Exception):
-    """The server cannot be started as configured; the message says what to change."""
+    """The server cannot be started as configured; the message names the remedy."""
 
 
 class ReplyCode(StrEnum):
@@ -83,7 +83,7 @@ class SourceError(Exception):
     """A source of replies failed in a way that it understands.
 
     :param code: one of `ReplyCode`
-    :param message: for people: what happened and what to do; no secrets
+    :param message: for users: the failure and the remedy, without secrets
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -1,8 +1,8 @@
 """A private MongoDB server for `python -m chatserver` without `MONGODB_URI`: a process, its folder and its lock.
 
-The folder is locked for as long as a chatserver lives, so that a `mongod` found running on it can only be one that a
-killed chatserver left behind. The server asks for no password; so it listens on no port, but on a Unix socket in a
-folder that nobody else on the machine can enter.
+The folder is locked while its chatserver lives, so that a `mongod` found running on it was left behind by a killed
+chatserver. The server requires no password. It therefore listens on no port, but on a Unix socket in a folder that
+other users of the machine cannot enter.
 """
 
 import asyncio
@@ -36,23 +36,23 @@ _LOG_LINES = 5
 _SHORT = r"[\w/.-]{1,50}"
 _SOCKET_FOLDER = rf"{_SHORT}/chatserver-\w{{8}}"
 _LOCK_BYTES = 200
-"""More than any name that matches."""
-_ANOTHER = """Start one, and say where it is:
+"""Longer than every valid name."""
+_ANOTHER = """Start one, and set its address:
 
     docker run -d --name chat-mongo -p 127.0.0.1:27017:27017 mongo:7
     MONGODB_URI=mongodb://127.0.0.1:27017/chat-db scripts/run"""
-_NOWHERE = f"""There is no MongoDB server to be had: no `mongod` on the PATH, and no package with one for this machine.
+_NOWHERE = f"""No MongoDB server was found: there is no `mongod` on the PATH, and no package with one for this machine.
 {_ANOTHER}"""
-_LACKS = f"""It lacks a library (Debian: apt-get install libssl3 libcurl4). Or do without it:
+_LACKS = f"""A library is missing (Debian: apt-get install libssl3 libcurl4). Or use another MongoDB server:
 {_ANOTHER}"""
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def find_mongod() -> str:
-    """Return the path of a `mongod`: the one of the installed package, else the one on the PATH.
+    """Return the path of a `mongod`, from the installed package or else from the PATH.
 
-    :raises SetupError: with a way out, if there is none
+    :raises SetupError: with a remedy, if there is none
     """
     package = find_spec("fiftyone")
     for folder in (package.submodule_search_locations or []) if package else []:
@@ -65,10 +65,10 @@ def find_mongod() -> str:
 
 
 class Mongod:
-    """A MongoDB server that lives as long as we do, with its data in a folder.
+    """A MongoDB server that lives as long as this process, with its data in a folder.
 
-    :param data_dir: made if need be
-    :param replica_set: whether it is to be a member of the replica set `rs0`; see `store.initiate_replica_set`
+    :param data_dir: created if missing
+    :param replica_set: whether to start it as a member of the replica set `rs0`; see `store.initiate_replica_set`
     """
 
     def __init__(self, data_dir: Path, *, replica_set: bool = True) -> None:
@@ -80,13 +80,13 @@ class Mongod:
 
     @property
     def host(self) -> str:
-        """Its address as a member of a replica set has it, once it is started."""
+        """The address of the started server, as the configuration of a replica set names it."""
         return str(self._socket)
 
     async def start(self) -> str:
-        """Start the server, ending one that a killed chatserver left on this folder; return its URI.
+        """Start the server and return its URI. A server left on this folder by a killed chatserver is ended first.
 
-        :raises SetupError: if the folder is in use or cannot be used, or there is no server, or it does not start
+        :raises SetupError: if the folder is locked or unusable, or if the server is missing or does not start
         """
         binary = find_mongod()
         try:
@@ -105,21 +105,21 @@ class Mongod:
         return f"mongodb://{quote(self.host, safe='')}/?directConnection=true"
 
     async def keep_running(self) -> None:
-        """Start the server again, on the same folder and socket, whenever it has ended by itself; for ever."""
+        """Restart the server on the same folder and socket whenever it has exited, until cancelled."""
         await tasks.repeat(self._start_again)
 
     async def _start_again(self) -> None:
-        """Look, after a moment, whether the server has ended by itself; start it again if it has."""
+        """Check after `_LOOK_S` whether the server has exited, and restart it if so."""
         await asyncio.sleep(_LOOK_S)
         if self._process is not None and self._exited:
-            logger.error("the private MongoDB server has ended (%d) and is started again", self._process.returncode)
+            logger.error("the private MongoDB server has exited (%d) and is restarted", self._process.returncode)
             try:
                 self._process = self._spawn(find_mongod())
             except (SetupError, OSError) as error:
                 logger.error("%s", error)
 
     async def stop(self) -> None:
-        """End the server in order, by force after 20 seconds; then let go of the folder."""
+        """Shut the server down, kill it after 20 seconds, and unlock the folder."""
         if self._process is not None:
             self._process.terminate()
             await _within(_STOP_S, lambda: self._exited)
@@ -127,7 +127,7 @@ class Mongod:
         self._release_folder()
 
     def kill(self) -> None:
-        """End the server at once, if it runs; its journal keeps what was acknowledged."""
+        """Kill the server, if it runs. Its journal keeps every acknowledged write."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -149,7 +149,7 @@ class Mongod:
         return self._folder / "mongod.log"
 
     def _take_folder(self) -> None:
-        # The server's log may quote messages: nobody else on the machine may read it.
+        # The server's log may quote messages: other users of the machine must not read it.
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._data.mkdir(exist_ok=True)
         self._lock = (self._folder / "lock").open("a+b")
@@ -161,7 +161,7 @@ class Mongod:
             ) from None
 
     def _describe(self, error: OSError) -> str:
-        """Return what keeps the folder from being used: the file at fault, if it is known, and the way out."""
+        """Return why the folder cannot be used: the file at fault, if known, and the remedy."""
         why = error.strerror or str(error)
         files = [str(each) for each in (error.filename, error.filename2) if each not in (None, str(self._folder))]
         if not files:
@@ -177,7 +177,7 @@ class Mongod:
             self._lock = None
 
     async def _end_stale(self) -> None:
-        """End the server that the folder's own lock file names, if it still runs on this folder."""
+        """End the server named in the folder's own lock file, if it still runs on this folder."""
         try:
             pid = int((self._data / "mongod.lock").read_text().strip() or 0)
             command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -199,7 +199,7 @@ class Mongod:
         if re.fullmatch(_SOCKET_FOLDER, last):
             shutil.rmtree(last, ignore_errors=True)
         elif last:
-            # It names nothing that could be removed: no reason not to start.
+            # No folder to remove can be read from it, which does not prevent a start.
             logger.warning(
                 "%s is damaged and is written again; if a folder chatserver-* is left over in %s, remove it",
                 self._lock.name,
@@ -207,7 +207,7 @@ class Mongod:
             )
 
     def _make_socket_folder(self) -> None:
-        """Make a folder for the socket, whose path must be short, and note its name in the lock file."""
+        """Create a folder for the socket, whose path must be short, and write its name to the lock file."""
         assert self._lock is not None
         usual = tempfile.gettempdir()
         folder = tempfile.mkdtemp(prefix="chatserver-", dir=usual if re.fullmatch(_SHORT, usual) else "/tmp")
@@ -219,10 +219,10 @@ class Mongod:
     # -- the process ---------------------------------------------------------------------------------------------
 
     def _spawn(self, binary: str) -> "subprocess.Popen[bytes]":
-        # Only on that socket: by default it adds one at a fixed path in /tmp, where two servers take it from each
-        # other, and where another user's file of that name keeps it from starting.
+        # Only on that socket: by default it adds one at a fixed path in /tmp, where two servers would replace each
+        # other's, and where another user's file of that name would prevent a start.
         command = [binary, "--dbpath", str(self._data), "--bind_ip", self.host, "--nounixsocket"]
-        # At most; with half of it, an update of a document of 16 MB is now and then refused as too large for the cache.
+        # An upper limit. With half of it, updates of 16 MB documents are sometimes refused as too large for the cache.
         command += ["--wiredTigerCacheSizeGB", "0.5"]
         command += ["--logpath", str(self._log), "--logappend", "--quiet"]
         command += ["--setParameter", "diagnosticDataCollectionEnabled=false"]
@@ -230,8 +230,8 @@ class Mongod:
             command += ["--replSet", "rs0", "--oplogSize", "64"]
         if self._log.exists():
             self._log.replace(self._folder / "mongod.log.1")
-        # What the loader says of a library that is missing belongs in the log, too. A session of its own: Ctrl-C
-        # in the terminal ends us, and we end it after the last write.
+        # The loader reports a missing library to stderr, which goes to the log as well. The new session keeps Ctrl-C in
+        # the terminal from the server: this process ends it after the last write.
         with self._log.open("ab") as log:
             try:
                 return subprocess.Popen(
@@ -256,9 +256,9 @@ class Mongod:
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end the server in order if we are killed (prctl PR_SET_PDEATHSIG, Linux).
+    """Have the kernel shut the server down if this process is killed (prctl PR_SET_PDEATHSIG, Linux).
 
-    It watches the thread that started the server: that of the event loop, which lives as long as we do.
+    It watches the thread that started the server: the event loop's, which lives as long as the process.
     """
     assert _libc is not None
     _libc.prctl(1, signal.SIGTERM)
@@ -278,7 +278,7 @@ def _ended(pid: int) -> bool:
 
 
 async def _within(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Wait until a condition holds; return whether it came to hold within so many seconds."""
+    """Wait until a condition holds, at most some seconds; return whether it does."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
         if asyncio.get_running_loop().time() > deadline:

@@ -20,13 +20,13 @@ from dotenv.parser import parse_stream
 from chatserver.errors import SetupError
 
 PLACEHOLDER_KEY = "your_api_key_here"
-_NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"  # as the Host and Origin headers have it: other alphabets as xn--...
+_NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"  # as in the Host and Origin headers: other alphabets as xn--...
 _HOST = rf"\*|{_NAME}|\[?[0-9a-f]*:[0-9a-f]*:[0-9a-f:.]*\]?"
-_DEFAULT_PORT = "http:.*:80$|https:.*:443$"  # browsers leave it out
+_DEFAULT_PORT = "http:.*:80$|https:.*:443$"  # browsers omit it
 _ORIGIN = rf"\*|(?!{_DEFAULT_PORT})[a-z][a-z0-9+.-]*://(?:{_NAME}|\[[0-9a-f:.]+\])(?::[0-9]+)?"
 
 
-# Python takes more for numbers than people do: 1_000, +80, the digits of other alphabets, inf.
+# Stricter than int() and float(), which accept 1_000, +80, the digits of other alphabets, and inf.
 def _whole(low: int, high: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not re.fullmatch("-?[0-9]+", text):
@@ -81,7 +81,7 @@ def _all_like(pattern: str, what: str) -> Callable[[str], tuple[str, ...]]:
 
 
 def _web_address(text: str) -> str:
-    with suppress(ValueError):  # of a wrong host or port, with words that may hold a password
+    with suppress(ValueError):  # its message for a wrong host or port may quote a password
         url = urlsplit(text)
         if url.scheme in ("http", "https") and url.hostname and url.port != 0:
             return text
@@ -90,14 +90,14 @@ def _web_address(text: str) -> str:
 
 def _key(text: str) -> str:
     if not re.fullmatch("[!-~]+", text):
-        raise ValueError("not made of visible ASCII characters alone")
+        raise ValueError("not made of visible ASCII characters only")
     return text
 
 
 def _path(text: str) -> Path:
     try:
         return Path(text).expanduser()
-    except RuntimeError as error:  # ~name, of a user that does not exist
+    except RuntimeError as error:  # ~name of an unknown user
         raise ValueError(str(error)) from None
 
 
@@ -117,7 +117,7 @@ _COUNT = _whole(1, 10_000_000)
 
 @dataclass(frozen=True)
 class Settings:
-    """What whoever runs the server may set. Secrets do not appear in its repr."""
+    """The settings of one server. Secrets do not appear in the repr."""
 
     host: str = _setting("127.0.0.1")
     port: int = _setting(3000, _whole(0, 65535))
@@ -166,14 +166,14 @@ class Settings:
 
     @property
     def max_body_bytes(self) -> int:
-        """The largest request body: an input whose every character is escaped as a surrogate pair, and its frame."""
+        """The size of the largest request body: every character escaped as a surrogate pair, and the JSON around it."""
         return 12 * self.max_input_chars + 1024
 
 
 def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Path(".env")) -> Settings:
     """Return the settings: the environment first, then the `.env` file, then the defaults.
 
-    :raises SetupError: naming the variable and its value (a secret one's is not shown), or the line of the file
+    :raises SetupError: naming each wrong variable with its value (secrets are hidden), or the line of the file
     """
     file = _read_file(dotenv)
     values: dict[str, Any] = {}
@@ -206,12 +206,12 @@ def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Pa
 
 def _read_file(dotenv: Path) -> dict[str, str | None]:
     try:
-        # Editors on Windows begin it with a byte order mark, which would become part of the first name.
+        # Editors on Windows start it with a byte order mark, which would become part of the first name.
         text = dotenv.read_text("utf-8-sig") if os.path.lexists(dotenv) else ""
     except OSError as error:
         raise SetupError(f"{dotenv} cannot be read: {error.strerror}; repair it, or move it away") from None
     except UnicodeDecodeError:
-        raise SetupError(f"{dotenv} is not text in UTF-8: save it as such, or move it away") from None
+        raise SetupError(f"{dotenv} is not valid UTF-8: save it as UTF-8, or move it away") from None
     if (damage := re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text)) is not None:
         line = text.count("\n", 0, damage.start()) + 1
         raise SetupError(f"{dotenv}, line {line}, has a control character: write that line again")

@@ -1,4 +1,4 @@
-"""The application inside the test's process: everything real, and within reach."""
+"""The server inside the test's process: every part is real and accessible."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +18,7 @@ from tests.clients import Client
 
 @dataclass
 class Database:
-    """A test's database: where the server finds it, and a client of its own."""
+    """A test's database: the URI for the server, and a client of its own."""
 
     uri: str
     db: "PyMongoDatabase[dict[str, Any]]"
@@ -29,9 +29,9 @@ class Database:
 
 
 class Script:
-    """A source that says just what a test tells it to; an exception among the pieces is raised.
+    """A source that sends the given chunks; an exception among them is raised.
 
-    `gate`, if given, is waited for before each piece.
+    :param gate: acquired before each chunk, if given
     """
 
     def __init__(self, *pieces: str | BaseException, gate: asyncio.Semaphore | None = None) -> None:
@@ -59,9 +59,9 @@ class Script:
 
 
 class App:
-    """The application on a socket of this process.
+    """A server on a socket of this process.
 
-    :param source: what replies; by default the simulated one, without delay
+    :param source: by default the simulated one, without delay
     :param settings: fields of `Settings`
     """
 
@@ -94,7 +94,7 @@ class App:
 
     @property
     def subscribers(self) -> int:
-        """How many streams are being delivered to."""
+        """The number of subscribed streams."""
         return sum(len(live.subscribers) for live in self.hub.conversations)
 
     async def until(self, condition: Any, seconds: float = 10.0) -> None:
@@ -104,24 +104,24 @@ class App:
                 await asyncio.sleep(0.005)
 
     async def end_streams(self) -> None:
-        """End the streams that are open; their clients resume."""
+        """End all open streams; their clients resume."""
         connections = set(self.streams._open)
         for connection in connections:
             connection.finish()
         await self.until(lambda: connections.isdisjoint(self.streams._open))
 
     async def until_idle(self) -> None:
-        """Wait until no reply runs and every live conversation is forgotten."""
+        """Wait until no reply is running and no live conversation is left."""
         await self.until(lambda: not self.chat.running and not self.hub.conversations)
 
 
 MakeApp = Callable[..., Awaitable[App]]
-"""Starts an application for a test; see the fixture `make_app`."""
+"""Starts a server for a test; see the fixture `make_app`."""
 
 
 @asynccontextmanager
 async def running(app: App) -> AsyncIterator[App]:
-    """Start an application that a test makes in its own time, and stop it."""
+    """Start a server that the test built itself, and stop it at the end."""
     await app.start()
     try:
         yield app

@@ -1,4 +1,4 @@
-"""Who may talk to this server, from where: host names, origins, proxies. Pure functions of a request's headers."""
+"""Access rules for host names, origins and proxies: pure functions of a request's headers."""
 
 import ipaddress
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ _ANY_ADDRESS = ("", "0.0.0.0", "::")
 
 @lru_cache(maxsize=1000)
 def host_is_allowed(name: str, allowed: tuple[str, ...], bound: str) -> bool:
-    """Return whether the server answers under a host name (without port).
+    """Return whether the server serves a host name (without port).
 
-    A web page that has its own name resolve to this server (DNS rebinding) comes with that name and is refused.
-    `localhost` and loopback addresses are always right, as no page can come with them from elsewhere; by default the
-    bound host is, too, and one that is bound to every address answers to any address.
+    A web page whose own name resolves to this server (DNS rebinding) sends that name and is refused. `localhost` and
+    loopback addresses are always allowed, as no other site can use them. By default the bound host is allowed as well,
+    and any IP address if the server is bound to all of them.
 
-    :param allowed: the names of the settings, if there are any; `*` for all
+    :param allowed: the configured names, possibly none; `*` allows all
     :param bound: the host that the server is bound to
     """
     name = name.lower().strip("[]")
@@ -30,18 +30,18 @@ def host_is_allowed(name: str, allowed: tuple[str, ...], bound: str) -> bool:
 
 
 def is_cross_site(request: Mapping[str, str], host: str, settings: Settings) -> bool:
-    """Return whether a web page of another site sent a request, and its origin is not in `CORS_ORIGINS`.
+    """Return whether a web page of another site sent a request and its origin is not in `CORS_ORIGINS`.
 
-    Such a page cannot read the answer, but the request would have its effect: the server's loopback address, or a
-    session that the user has at a proxy, admits it. Browsers send `Sec-Fetch-Site` to https and loopback addresses
-    only; elsewhere `Origin` is compared with the host's name, without ports, as proxies often drop the one in `Host`. A
-    request that has neither header was not sent by a page.
+    Such a page cannot read the answer, but the request would take effect: the loopback address, or the user's session
+    at a proxy, admits it. Browsers send `Sec-Fetch-Site` to https and loopback addresses only. Elsewhere `Origin` is
+    compared with the host name, without ports, as proxies often drop the port in `Host`. A request with neither header
+    was not sent by a page.
 
     :param request: its headers
     :param host: the name in its `Host` header, without the port
     """
     origin = request.get("Origin")
-    # Once a cookie of ours is a credential, a request that carries it will need CORS_CREDENTIALS as well.
+    # If the server ever authenticates by cookie, requests with the cookie will need CORS_CREDENTIALS as well.
     if origin is not None and _is_allowed_origin(origin, settings):
         return False
     if (site := request.get("Sec-Fetch-Site")) is not None:
@@ -77,19 +77,19 @@ def cors_headers(request: Mapping[str, str], settings: Settings) -> dict[str, st
 
 
 def client_address(peer: str, request: Mapping[str, str], proxies: Sequence[str]) -> str:
-    """Return a client's address: the peer's, or the last one in `X-Forwarded-For` that is none of our proxies.
+    """Return a client's address: the peer's, or the last address in `X-Forwarded-For` that is not a trusted proxy.
 
     :param request: its headers
-    :param proxies: addresses or networks whose word is taken
+    :param proxies: trusted addresses or networks
     """
     if not proxies:
         return peer
     address = peer
     forwarded = request.get("X-Forwarded-For", "")
-    for said in reversed([each.strip() for each in forwarded.split(",") if each.strip()]):
-        if not _is_one_of(address, proxies) or not _is_address(said):
+    for hop in reversed([each.strip() for each in forwarded.split(",") if each.strip()]):
+        if not _is_one_of(address, proxies) or not _is_address(hop):
             break
-        address = said
+        address = hop
     return address
 
 

@@ -37,7 +37,7 @@ _TURN_ERRORS = (
 )
 TITLE_CHARS = 60
 _EARLIEST = 2**63
-"""Milliseconds before 1970 of the earliest date that MongoDB knows."""
+"""Milliseconds before 1970 of MongoDB's earliest date."""
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -46,7 +46,7 @@ class ConversationsHandler(BaseHandler):
 
     @raises(*BODY_ERRORS, *_TURN_ERRORS, KeyReused)
     async def post(self) -> None:
-        """Say something: 202 as soon as it is durably stored."""
+        """Send a message: 202 as soon as it is durably stored."""
         body = self.json_body("say")
         known = body.get("conversationId")
         turn = await self.chat.say(known.lower() if known else None, body["input"], self.idempotency_key())
@@ -72,7 +72,7 @@ class ConversationHandler(BaseHandler):
 
     @raises(InvalidRequest, InvalidId, NotFound, DatabaseUnavailable)
     async def get(self, conversation_id: str) -> None:
-        """Give the history, a running reply included."""
+        """Return the history, including a running reply."""
         conversation_id = self.conversation_id(conversation_id)
         query = self.query("history")
         before = query.get("before")
@@ -106,7 +106,7 @@ class RetryHandler(BaseHandler):
 
     @raises(InvalidId, *BODY_ERRORS, *_TURN_ERRORS, NotFound, NothingToRetry)
     async def post(self, conversation_id: str) -> None:
-        """Have the last user message answered anew."""
+        """Answer the last user message again."""
         conversation_id = self.conversation_id(conversation_id)
         self.json_body("empty")
         _accept(self, await self.chat.retry(conversation_id))
@@ -147,10 +147,10 @@ async def _history(conversation_id: str, history: History, *, paged: bool) -> As
 def _part(part: Part, separator: str) -> bytes:
     """Return the JSON text of some messages.
 
-    :param separator: what comes between the part before and this one, unless that broke off in a message
+    :param separator: precedes the part, unless it continues a message
     """
     texts = [_encode(_message(each)) for each in part.messages]
-    # Neither is found in a message's text, where quotation marks are escaped.
+    # Neither delimiter occurs in the text of a message, where quotation marks are escaped.
     if part.continues:
         separator, texts[0] = "", texts[0].partition('"content": "')[2]
     if part.breaks_off:
@@ -183,9 +183,9 @@ def _summary(summary: Summary) -> dict[str, Any]:
 
 
 def _title(text: str, is_cut: bool) -> str:
-    """Return the first words of a text, cut between characters as people see them (Unicode's grapheme clusters).
+    """Return the first words of a text, truncated between grapheme clusters (characters as people see them).
 
-    :param is_cut: whether the text goes on, so that its last character may not be whole
+    :param is_cut: whether the text is truncated, so that its last cluster may be incomplete
     """
     characters = regex.findall(r"\X", " ".join(text.split()))
     if is_cut:
@@ -197,9 +197,9 @@ def _title(text: str, is_cut: bool) -> str:
 
 
 def _cursor(place: Place) -> str:
-    """Return a place of the list as opaque text of a fixed length.
+    """Return a place in the list as opaque text of a fixed length.
 
-    The letter distinguishes it from the cursors of earlier versions, which had another order.
+    The first letter distinguishes it from the cursors of earlier versions, which had another order.
     """
     time = 0 if place.updated_ms is None else place.updated_ms + _EARLIEST
     return f"{'n' if place.updated_ms is None else 'u'}{time:016x}-{place.id}"

@@ -57,10 +57,10 @@ def _description() -> str:
     ends = "\n".join(f"- `{code}`: {code.when}" for code in ReplyCode)
     return (
         "A chat backend that never loses a word.\n\n"
-        "A position says how much of a conversation a client has seen; it is opaque, but for the one before the first "
-        "message, which is `<conversationId>-0`. Every event of a stream has the "
-        "position right after it as its id, and the history has the one where its messages end, so that a stream "
-        "opened with it brings exactly what follows.\n\n"
+        "A position marks how much of a conversation a client has received. It is opaque, except for the position "
+        "before the first message, `<conversationId>-0`. Each event of a stream has the position right after it as its "
+        "id. The history has the position at the end of its messages: a stream opened with it continues exactly "
+        "there.\n\n"
         f"Errors are problem+json (RFC 9457). The codes:\n\n{codes}\n\n"
         f"A reply that failed or was interrupted has a code, too, in its `error` event and in the history:\n\n{ends}"
     )
@@ -72,8 +72,8 @@ def _paths() -> dict[str, Any]:
         "/chat": {
             "post": _operation(
                 "say",
-                "Say something and start the reply.",
-                {"202": _json("Accepted", "Stored; the reply runs.")},
+                "Send a message and start the reply.",
+                {"202": _json("Accepted", "The message is stored, and its reply is running.")},
                 parameters=[_IDEMPOTENCY_KEY],
                 body="SayRequest",
                 errors=_errors(ConversationsHandler, "post"),
@@ -90,14 +90,14 @@ def _paths() -> dict[str, Any]:
             "parameters": [conversation],
             "get": _operation(
                 "getHistory",
-                "Read a conversation, a running reply included.",
-                {"200": _json("Conversation", "All of it, or a page.")},
+                "Read a conversation, including a running reply.",
+                {"200": _json("Conversation", "The whole conversation, or a page of it.")},
                 parameters=_query("history"),
                 errors=_errors(ConversationHandler, "get"),
             ),
             "delete": _operation(
                 "deleteConversation",
-                "Delete a conversation, its running reply first; its streams end with `reset`.",
+                "Delete a conversation. Its running reply is ended first, and its streams end with `reset`.",
                 {"204": {"description": "Deleted.", "headers": _HEADERS}},
                 errors=_errors(ConversationHandler, "delete"),
             ),
@@ -106,7 +106,7 @@ def _paths() -> dict[str, Any]:
             "parameters": [conversation],
             "get": _operation(
                 "stream",
-                "Watch a conversation: Server-Sent Events, from a position on, until the client leaves.",
+                "Stream a conversation as Server-Sent Events from a position, until the client disconnects.",
                 {"200": _event_stream()},
                 parameters=[_LAST_EVENT_ID, *_query("stream")],
                 errors=_errors(StreamHandler, "get"),
@@ -116,8 +116,8 @@ def _paths() -> dict[str, Any]:
             "parameters": [conversation],
             "post": _operation(
                 "stop",
-                "Stop the running reply; what was said is kept.",
-                {"202": _json("Stopped", "It is being stopped, or none ran.")},
+                "Stop the running reply. Its text so far is kept.",
+                {"202": _json("Stopped", "The reply is being stopped, or none was running.")},
                 body="EmptyRequest",
                 body_required=False,
                 errors=_errors(StopHandler, "post"),
@@ -127,19 +127,19 @@ def _paths() -> dict[str, Any]:
             "parameters": [conversation],
             "post": _operation(
                 "retry",
-                "Have the last message answered anew, if its reply was stopped, failed or interrupted.",
-                {"202": _json("Accepted", "The new reply runs; the old one is superseded.")},
+                "Answer the last message again, if its reply was stopped, failed or interrupted.",
+                {"202": _json("Accepted", "The new reply is running, and the old one is superseded.")},
                 body="EmptyRequest",
                 body_required=False,
                 errors=_errors(RetryHandler, "post"),
             ),
         },
-        "/healthz": {"get": _operation("health", "The process is up.", {"200": _json("Health", "It is.")})},
+        "/healthz": {"get": _operation("health", "Liveness: the process is up.", {"200": _json("Health", "Up.")})},
         "/readyz": {
             "get": _operation(
                 "ready",
-                "New turns can be taken.",
-                {"200": _json("Health", "They can.")},
+                "Readiness: the server accepts turns.",
+                {"200": _json("Health", "Ready.")},
                 errors=_errors(ReadyHandler, "get"),
             )
         },
@@ -147,24 +147,24 @@ def _paths() -> dict[str, Any]:
         "/openapi.json": {
             "get": _operation("openapi", "This document.", {"200": _text("application/json", "OpenAPI 3.1.")})
         },
-        "/docs": {"get": _operation("docs", "This document, for people.", {"200": _text("text/html", "A page.")})},
+        "/docs": {"get": _operation("docs", "This document as a page.", {"200": _text("text/html", "A page.")})},
         "/": {"get": _operation("page", "The chat page.", {"200": _text("text/html", "A page.")})},
     }
 
 
-_HEADERS = {"X-Request-Id": {"description": "Taken over from the request, or made.", "schema": {"type": "string"}}}
+_HEADERS = {"X-Request-Id": {"description": "The request's own, or a generated one.", "schema": {"type": "string"}}}
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
 _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
-    "description": "The same key with the same body gets the first answer and stores nothing new. It belongs to the "
-    "conversation, or without one to the server, and lives as long as the conversation.",
+    "description": "A request with a known key and the same body gets the first answer and stores nothing. A key "
+    "belongs to its conversation, or to the server if the request names none, and lives as long as the conversation.",
     "schema": {"type": "string", "pattern": "^[!-~]{1,255}$", "maxLength": 255},
 }
 _LAST_EVENT_ID = {
     "name": "Last-Event-ID",
     "in": "header",
-    "description": "The position to go on from, as an EventSource sends it.",
+    "description": "The position to resume from, as an EventSource sends it.",
     "schema": {"type": "string"},
 }
 
@@ -172,8 +172,8 @@ _LAST_EVENT_ID = {
 _REQUEST_ID = {
     "name": "X-Request-Id",
     "in": "header",
-    "description": "Comes back with the answer and is in the log, if it is 1 to 128 visible ASCII characters; else one "
-    "is made.",
+    "description": "Returned with the answer and logged, if it is 1 to 128 visible ASCII characters; otherwise one is "
+    "generated.",
     "schema": {"type": "string"},
 }
 
@@ -244,7 +244,7 @@ def _event_stream() -> dict[str, Any]:
     events = "\n".join(f"- `{name}`: {schema['description']}" for name, schema in load("events")["properties"].items())
     description = (
         "Events with JSON as data (see Events); each event's id is the position right after it. The body is chunked; "
-        f"without its last chunk it was cut off, and the client should open it again.\n\n{events}"
+        f"if its last chunk is missing, the connection was lost, and the client should resume.\n\n{events}"
     )
     event = {
         "type": "object",

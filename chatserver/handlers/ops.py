@@ -23,7 +23,7 @@ class ReadyHandler(BaseHandler):
 
     @raises(DatabaseUnavailable, Draining)
     async def get(self) -> None:
-        """New turns can be taken: MongoDB answers, and no shutdown is under way."""
+        """The server accepts turns: MongoDB answers, and the server is not shutting down."""
         await self.chat.ping()
         self.send_json({"status": "ready"})
 
@@ -38,7 +38,7 @@ class MetricsHandler(BaseHandler):
         self.metrics = metrics
 
     def get(self) -> None:
-        """Everything in Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         self.set_header("Content-Type", metrics.CONTENT_TYPE)
         self.finish(self.metrics.render())
 

@@ -90,7 +90,7 @@ def log_request(handler: RequestHandler) -> None:
     path = request.path
     if not (path.isascii() and path.isprintable()):
         path = quote(path, safe=string.punctuation, encoding="latin-1")
-    # At INFO whatever the status: an unexpected error has a record of its own.
+    # At INFO for every status: an unexpected error has a record of its own.
     logger.info("%s %s", request.method, path, extra=context)
 
 

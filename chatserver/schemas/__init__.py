@@ -12,7 +12,7 @@ from chatserver.errors import FieldError, InvalidRequest
 
 Schema = dict[str, Any]
 
-# Read at once: a first request must not fail because no file can be opened by then.
+# Read at import: a first request must not fail because no file descriptor is left.
 _TEXTS = {
     file.name.removesuffix(".json"): file.read_text("utf-8")
     for file in files(__package__).iterdir()
@@ -21,9 +21,9 @@ _TEXTS = {
 
 
 def load(name: str, max_input_chars: int = 0) -> Schema:
-    """Return the schema in `schemas/<name>.json`, as a copy of the caller's own.
+    """Return a copy of the schema in `schemas/<name>.json`.
 
-    :param max_input_chars: the setting of that name, for `say`; 0: as the file has it
+    :param max_input_chars: the setting of that name, for `say`; 0 keeps the file's value
     """
     schema: Schema = json.loads(_TEXTS[name])
     if name == "say" and max_input_chars:
@@ -33,7 +33,7 @@ def load(name: str, max_input_chars: int = 0) -> Schema:
 
 @cache
 def parameter_types(name: str) -> dict[str, str]:
-    """Return the parameters that a query's schema knows, with their types."""
+    """Return the names of a query's parameters with their types."""
     return {parameter: schema["type"] for parameter, schema in load(name)["properties"].items()}
 
 
@@ -45,17 +45,17 @@ def _validator(name: str, max_input_chars: int) -> Draft202012Validator:
 def validate(name: str, value: object, max_input_chars: int = 0) -> None:
     """Check a value against a schema.
 
-    :raises InvalidRequest: with a JSON Pointer (RFC 6901) to each place that does not fit
+    :raises InvalidRequest: with a JSON Pointer (RFC 6901) to each invalid place
     """
     errors = list(_validator(name, max_input_chars).iter_errors(value))
     if errors:
         fields = [field for error in errors for field in _fields(error)]
-        said = "; ".join(f"{field['pointer'] or 'the body'} {field['detail']}" for field in fields[:3])
-        raise InvalidRequest(f"{said}.", fields=fields)
+        detail = "; ".join(f"{field['pointer'] or 'the body'} {field['detail']}" for field in fields[:3])
+        raise InvalidRequest(f"{detail}.", fields=fields)
 
 
 def _fields(error: ValidationError) -> list[FieldError]:
-    """Say what is wrong in words that do not repeat the value, which may be long or private."""
+    """Describe an error without repeating the value, which may be long or private."""
     pointer = "".join(f"/{_escape(str(step))}" for step in error.absolute_path)
     limit: Any = error.validator_value
     schema: Any = error.schema

@@ -1,4 +1,4 @@
-"""Reads the chunks of one chat completion, as the servers that speak OpenAI's protocol really send them: no I/O."""
+"""A decoder for one chat completion, tolerant of the many servers that speak OpenAI's protocol: no I/O."""
 
 import codecs
 import json
@@ -34,9 +34,9 @@ class Completion:
     """One reply, read event by event.
 
     :ivar is_done: whether `[DONE]` was read, the protocol's mark of an orderly end
-    :ivar finish: the first finish_reason, or the first one that is not a natural end: a reply that was cut once
-        must not become complete by a later `stop`
-    :ivar is_known: whether the server sent anything that belongs to a chat completion
+    :ivar finish: the first finish_reason, or the first other than a natural end: a later `stop` must not make a
+        truncated reply complete
+    :ivar is_known: whether the server sent any part of a chat completion
     :ivar error: the error that the server reported, as it came
     """
 
@@ -54,8 +54,8 @@ class Completion:
     def read(self, event: Event) -> str:
         """Return the text that an event adds.
 
-        What cannot be part of a completion is skipped: keep-alives come as comments, `null`, `{}`, words, or events
-        of other types.
+        Data that cannot be part of a completion is skipped: keep-alives are comments, `null`, `{}`, words, or events of
+        other types.
 
         :raises SourceError: if the event is a damaged chunk, so that text may be missing
         """
@@ -123,7 +123,7 @@ class Completion:
         if reason in _COMPLETE:
             return
         if reason in _LENGTH:
-            # Not a complete reply: its reader must be able to tell a text that ends from one that was cut.
+            # Not a complete reply: readers must be able to distinguish an end from a truncation.
             raise SourceError(
                 ReplyCode.LENGTH,
                 'The answer reached its maximum length. Write "continue", or raise OPENAI_MAX_TOKENS.',
@@ -135,9 +135,9 @@ class Completion:
                 ReplyCode.INVALID,
                 "The model asked for a tool, but there are no tools here. Rephrase the question.",
             )
-        # insufficient_system_resource, network_error, abort, error, and whatever else servers make up
+        # insufficient_system_resource, network_error, abort, error, and other inventions of servers
         name = provider_errors.shown(self.finish)
-        logger.warning("the model's server failed: finish_reason=%s", name or "[hidden]")
+        logger.warning("the model provider failed: finish_reason=%s", name or "[hidden]")
         raise provider_errors.cut(name)
 
 

@@ -26,8 +26,8 @@ class EventTooLarge(Exception):
 class EventReader:
     """Splits the bytes of one response into events; lines end with LF, CR or CRLF, also across reads.
 
-    Two things that servers send beside the standard are read, too: a body or an event that is bare JSON, without
-    `data:` (an error with status 200, a completion that is not streamed), and llama.cpp's field `error:`.
+    Two deviations from the standard are accepted: a body or an event of bare JSON, without `data:` (an error with
+    status 200, a completion without streaming), and llama.cpp's field `error:`.
     """
 
     def __init__(self) -> None:

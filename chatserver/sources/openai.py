@@ -1,11 +1,10 @@
-"""Replies by OpenAI, or by any server that speaks its chat completions: the only module that knows the SDK.
+"""Replies by OpenAI, or by any server with the same chat completions API. The only module that knows the SDK.
 
-Another attempt is made only before the first word of a reply, and only after a failure that may pass by itself: a
-server that is away, too busy or that disconnects. After the first word a failure ends the reply; the caller keeps the
-text.
+An attempt is repeated only before the first text of a reply, and only after a temporary failure: an unreachable or
+overloaded server, or a lost connection. After the first text a failure ends the reply, and the caller keeps the text.
 
-The SDK sends the request and raises its errors; the response is read here, byte by byte: the SDK's own parser fails at
-events that other servers send, and has no limits of size.
+The SDK sends the request and raises its errors. The response is decoded here: the SDK's own parser fails at harmless
+events of other servers, and has no size limits.
 """
 
 import asyncio
@@ -30,10 +29,10 @@ from chatserver.sources.provider_errors import ErrorReport, TemporaryError
 OFFICIAL_URL = "https://api.openai.com/v1"
 ATTEMPTS = 3
 FIRST_WAIT_S = 0.5
-LONGEST_WAIT_S = 10.0  # if a server asks for more, the reply fails and says when to retry
-AFTER_FINISH_S = 5.0  # how long text may still come after a finish_reason, if the server does not end the stream
+LONGEST_WAIT_S = 10.0  # if a server asks for more, the reply fails with the time to retry
+AFTER_FINISH_S = 5.0  # limit for text after a finish_reason, if the server does not end the stream
 DRAIN_S = 1.0
-EVENTS_AT_ONCE = 64  # a read may hold more than a thousand, which would keep every other reply waiting
+EVENTS_AT_ONCE = 64  # a read may hold more than a thousand, which would delay all other replies
 MAX_ERROR_BYTES = 65_536
 
 logger = logging.getLogger(__name__)
@@ -43,9 +42,9 @@ class OpenAI:
     """Streams chat completions; one client, and so one pool of connections, for all replies."""
 
     def __init__(self, settings: Settings) -> None:
-        """Read the settings, without calling out.
+        """Build the client without connecting.
 
-        :raises SetupError: if OPENAI_BASE_URL is not an address, or the client cannot use a proxy variable
+        :raises SetupError: if OPENAI_BASE_URL or a proxy variable is invalid
         """
         self._model = settings.openai_model
         self._system_prompt = settings.openai_system_prompt
@@ -55,21 +54,21 @@ class OpenAI:
         if settings.openai_temperature is not None:
             self._options["temperature"] = settings.openai_temperature
         if settings.openai_max_tokens is not None:
-            # OpenAI's newer models know only the new name, other servers often only the old one.
+            # OpenAI's newer models accept only the new name, other servers often only the old one.
             official = url.host.endswith((".openai.com", ".azure.com"))
             self._options["max_completion_tokens" if official else "max_tokens"] = settings.openai_max_tokens
         self._client = openai.AsyncOpenAI(
             api_key=settings.openai_api_key or "unset",
             base_url=url,
-            max_retries=0,  # `reply` makes the attempts, with a shorter patience than the SDK's two minutes
+            max_retries=0,  # `reply` repeats attempts, and gives up sooner than the SDK's two minutes
             timeout=httpx2.Timeout(settings.openai_read_timeout_s, connect=settings.openai_connect_timeout_s),
-            # A gateway that compresses a stream holds its words back.
+            # A gateway that compresses a stream delays its text.
             default_headers={"Accept-Encoding": "identity"},
             http_client=_http_client(),
         )
 
     async def reply(self, prompt: Prompt) -> AsyncGenerator[str, None]:
-        """Return the reply's text as it arrives; closing the generator closes the request to the server, too.
+        """Return the reply's text as it arrives. Closing the generator closes the request to the server as well.
 
         :raises SourceError: with a code of `provider_errors` or `Completion.check`
         """
@@ -96,11 +95,11 @@ class OpenAI:
         await self._client.close()
 
     def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
-        """Return what is sent: the system prompt and the newest messages that fit, the question in any case.
+        """Return the messages to send: the system prompt, the newest messages that fit, and always the question.
 
-        Roles alternate, beginning with the user's, because some models refuse anything else: messages without text are
-        left out, and neighbours of the same role (a question without an answer, and the next one) become one message,
-        separated by an empty line.
+        Roles alternate and start with the user's, because some models refuse other orders. Messages without text are
+        dropped, and adjacent messages of the same role (an unanswered question and the next one) are joined by an empty
+        line.
 
         :raises SourceError: if the question has no text
         """
@@ -124,17 +123,19 @@ class OpenAI:
         try:
             # The overloads of `create` want a literal type for each message.
             create: Any = self._client.chat.completions.with_streaming_response.create
-            # Leaving this block closes the response, whatever ended it: the server stops generating (and billing).
+            # Leaving this block always closes the response, so that the server stops generating (and billing).
             async with create(model=self._model, messages=messages, stream=True, **self._options) as answer:
                 started = True
                 async with aclosing(self._read(answer.http_response)) as texts:
                     async for text in texts:
                         yield text
         except _EXPECTED_ERRORS as error:
-            raise self._explain(error, started) from None  # its text may quote the conversation: not into a log
+            raise self._explain(
+                error, started
+            ) from None  # its message may quote the conversation and must not be logged
 
     async def _read(self, response: httpx2.Response) -> AsyncGenerator[str, None]:
-        """Return the text of a response, up to the end of its stream."""
+        """Return the text of a response."""
         completion = Completion()
         body = response.aiter_bytes()
         async with aclosing(_until_end(body, completion)) as events:
@@ -154,7 +155,7 @@ class OpenAI:
         completion.check()
 
     def _explain(self, error: Exception, started: bool) -> SourceError:
-        """Return what an error of the SDK or below it means, and what to do."""
+        """Return the meaning and remedy of an error of the SDK or of its HTTP client."""
         if isinstance(error, EventTooLarge):
             return provider_errors.too_large(str(error))
         if isinstance(error, openai.APIStatusError):
@@ -167,7 +168,7 @@ class OpenAI:
         cause = error.__cause__ or error if isinstance(error, openai.APIError) else error
         if isinstance(cause, httpx2.TimeoutException) and not isinstance(cause, httpx2.ConnectTimeout):
             return provider_errors.timed_out()
-        # The words of a ConnectError are this machine's: there was no server yet.
+        # The message of a ConnectError is from this machine, not from a server, and may be logged.
         _log(f"{type(cause).__name__}, {cause}" if isinstance(cause, httpx2.ConnectError) else type(cause).__name__)
         if isinstance(cause, httpx2.TooManyRedirects | httpx2.UnsupportedProtocol | httpx2.InvalidURL):
             return provider_errors.redirected()
@@ -189,7 +190,7 @@ def _alternating(system_prompt: str | None, messages: Sequence[Message]) -> list
             continue
         if joined and joined[-1]["role"] == message.role:
             joined[-1]["content"] += f"\n\n{message.content}"
-        elif joined or message.role == "user":  # an answer whose question does not fit is left out
+        elif joined or message.role == "user":  # an answer whose question does not fit is dropped
             joined.append({"role": message.role, "content": message.content})
     if system_prompt is not None:
         joined.insert(0, {"role": "system", "content": system_prompt})
@@ -199,8 +200,8 @@ def _alternating(system_prompt: str | None, messages: Sequence[Message]) -> list
 async def _until_end(body: AsyncIterator[bytes], completion: Completion) -> AsyncGenerator[str, None]:
     """Return the text of each event, to the stream's end: `[DONE]`, or the end of the response.
 
-    After a finish_reason, other text may follow (gateways that call tools send several answers in one stream), but a
-    server that then neither sends text nor ends the stream is left.
+    More text may follow a finish_reason: gateways that call tools send several answers in one stream. If the server
+    then neither sends text nor ends the stream, the response counts as ended.
     """
     reader = EventReader()
     deadline: float | None = None
@@ -212,7 +213,7 @@ async def _until_end(body: AsyncIterator[bytes], completion: Completion) -> Asyn
             try:
                 text = completion.read(event)
             except SourceError:
-                if data is None:  # the response was cut within this event
+                if data is None:  # the response was truncated within this event
                     return
                 raise
             yield text
@@ -225,7 +226,7 @@ async def _until_end(body: AsyncIterator[bytes], completion: Completion) -> Asyn
 
 
 async def _next(body: AsyncIterator[bytes], deadline: float | None) -> bytes | None:
-    """Return the next bytes; None at their end, which is wherever they stop if there is a deadline."""
+    """Return the next bytes; None at the end. With a deadline, a failure or a time-out also counts as the end."""
     try:
         async with asyncio.timeout_at(deadline):
             return await anext(body, None)
@@ -236,7 +237,7 @@ async def _next(body: AsyncIterator[bytes], deadline: float | None) -> bytes | N
 
 
 async def _drain(body: AsyncIterator[bytes]) -> None:
-    """Read what follows `[DONE]`, so that the connection can serve the next request; it is not needed."""
+    """Read and drop the bytes after `[DONE]`, so that the connection can serve the next request."""
     with suppress(TimeoutError, httpx2.RequestError, OSError):
         async with asyncio.timeout(DRAIN_S):
             async for _ in body:
@@ -244,7 +245,7 @@ async def _drain(body: AsyncIterator[bytes]) -> None:
 
 
 class _Limited(httpx2.AsyncByteStream):
-    """The beginning of another stream."""
+    """The first `MAX_ERROR_BYTES` of another stream."""
 
     def __init__(self, stream: httpx2.AsyncByteStream) -> None:
         self._stream = stream
@@ -266,13 +267,13 @@ async def _limit_error(response: httpx2.Response) -> None:
     if not response.is_success:
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         response.stream = _Limited(response.stream)
-        # A small compressed body can be a large one; we asked for none.
+        # A small compressed body may expand to a large one, and none was requested.
         response.headers.pop("content-encoding", None)
 
 
 def _http_client() -> httpx2.AsyncClient:
     proxies = getproxies()
-    if "*" in proxies.get("no", "").replace(" ", "").split(","):  # all are ignored
+    if "*" in proxies.get("no", "").replace(" ", "").split(","):  # no proxy is used
         proxies = {}
     for scheme in ("http", "https", "all"):
         if (proxy := proxies.get(scheme)) and not _is_usable(proxy):
@@ -290,7 +291,7 @@ def _http_client() -> httpx2.AsyncClient:
 
 
 def _is_usable(proxy: str) -> bool:
-    """Return whether the HTTP client takes a proxy: it finds some faults at its start, others only in a request."""
+    """Return whether the HTTP client accepts a proxy: it finds some faults only when a request is sent."""
     try:
         url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         if not url.hostname or url.port == 0:
@@ -304,12 +305,12 @@ def _is_usable(proxy: str) -> bool:
 def _address(text: str) -> httpx2.URL:
     try:
         return httpx2.URL(text)
-    except (httpx2.InvalidURL, UnicodeError):  # its text may hold a password
+    except (httpx2.InvalidURL, UnicodeError):  # its message may quote a password
         raise SetupError("OPENAI_BASE_URL has an invalid host name") from None
 
 
 def _log(what: str, report: ErrorReport | None = None, **more: object) -> None:
-    """Log a failure by its names and numbers alone: the server's words may quote the key and the conversation."""
+    """Log only the names and numbers of a failure: the server's message may quote the key and the conversation."""
     facts = {**more, **(report.names if report else {})}
     shown = [f"{name}={value}" for name, value in facts.items() if value and provider_errors.shown(str(value))]
-    logger.warning("the model's server failed: %s", ", ".join([what, *shown]))
+    logger.warning("the model provider failed: %s", ", ".join([what, *shown]))

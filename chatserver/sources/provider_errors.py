@@ -1,7 +1,7 @@
-"""What the failures of a model provider mean, and what to do about each: pure, with the sentences that users read.
+"""The failures of a model provider, with their meaning and remedy in the sentences that users read. No I/O.
 
-The provider's own words only serve to recognise an error. They may quote the key or the conversation, so they reach
-neither a log nor a client.
+The provider's own message is used only to recognise an error. It may quote the key or the conversation, so it is
+neither logged nor sent to a client.
 """
 
 import math
@@ -84,7 +84,7 @@ class TemporaryError(SourceError):
 class ErrorReport:
     """An error that a model server reported.
 
-    :ivar status: the HTTP status, or the one that an error inside a stream names; None if there is none
+    :ivar status: the HTTP status, or the status named by an error inside a stream; None if there is none
     :ivar body: the JSON of the error, in one of the many shapes that servers have for it
     :ivar headers: of the response
     :ivar redirected: whether the request was redirected before
@@ -125,7 +125,7 @@ def _levels(body: object) -> Iterator[Mapping[str, Any]]:
 
 
 def explain(report: ErrorReport, model: str) -> SourceError:
-    """Return what an error that the server reported means.
+    """Return the meaning of an error that the server reported.
 
     :param model: the name of the model that was asked
     """

@@ -1,4 +1,4 @@
-"""Replies without a model: no key, no network, the same text for the same question at the same turn."""
+"""Replies without a model, key or network: the same text for the same question at the same turn."""
 
 import asyncio
 import hashlib
@@ -126,7 +126,7 @@ THOUGHTS = (
     "piece by piece** – naïve, and still useful ☕.",
     "No model was asked: this text is made from yours by a hash, the same every time. It carries some *señales* – "
     "ñ, ü, 東京, Ω – to keep everybody honest.",
-    "Whoever watches sees the **same words in the same order**, whether they came early, came late or lost their "
+    "Every client sees the **same words in the same order**, whether it came early, came late or lost its "
     "connection in between 🔌. That is the point of this façade.",
     "A real model would think about it now 🤔. I only pretend, at a steady pace, *comme il faut*, so that clients "
     "can be tested without a key or a network.",
@@ -135,7 +135,7 @@ LISTS = (
     "Three things to try next:\n\n"
     "1. Reload the page while I am still talking.\n"
     "2. Open a second window on the same conversation.\n"
-    "3. Cut the line, wait, and come back – nothing is lost.",
+    "3. Drop the connection, wait, and reconnect – nothing is lost.",
     "What happens to these words:\n\n"
     "- they are **stored** before you see that I have finished,\n"
     "- they reach every client, from São Paulo to Zürich,\n"

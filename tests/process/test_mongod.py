@@ -219,7 +219,7 @@ async def test_library_that_is_missing_is_named_and_how_to_get_it(
         await Mongod(tmp_path).start()
 
 
-@pytest.mark.expects_log("private MongoDB server has ended \\(-9\\) and is started again")
+@pytest.mark.expects_log("private MongoDB server has exited \\(-9\\) and is restarted")
 async def test_server_that_is_killed_is_started_again(tmp_path: Path) -> None:
     async with started(tmp_path) as (mongod, client):
         client.db.things.insert_one({"_id": 1})

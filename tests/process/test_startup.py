@@ -375,8 +375,8 @@ def test_line_of_the_file_that_cannot_be_read_is_named(tmp_path: Path, text: str
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\xff\xfeP\0O\0R\0T\0", " is not text in UTF-8: save it as such"),
-        (b"PORT=3000\nHOST=caf\xe9\n", " is not text in UTF-8: save it as such"),
+        (b"\xff\xfeP\0O\0R\0T\0", " is not valid UTF-8: save it as UTF-8"),
+        (b"PORT=3000\nHOST=caf\xe9\n", " is not valid UTF-8: save it as UTF-8"),
         (b"PORT=3000\n\0\0\0\0", ", line 2, has a control character: write that line again"),
         (b"HOST=\x1b[A", ", line 1, has a control character: write that line again"),
         (None, " cannot be read: Is a directory; repair it, or move it away"),

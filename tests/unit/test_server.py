@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent.parent
 MODULES = [*(ROOT / "chatserver").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
 WHOLE = {"Chat", "Replies", "Server", "Streams", "make_app", "make_source"}
 ALONE = {"HTTPServer", "Hub", "Listener", "Metrics", "Mongod", "Store"}
-"""What a test may also build alone."""
+"""Parts that a test may build without the rest."""
 BUILDERS = {
     "server.py": WHOLE | ALONE,
     "__main__.py": {"Mongod", "Server"},

@@ -20,7 +20,7 @@ from chatserver.sources import Message, Prompt
 from chatserver.sources.openai import OpenAI
 
 KEY = "sk-test-4f9d2c7b8a1e6035"
-fails_loudly = pytest.mark.expects_log("the model's server failed")
+fails_loudly = pytest.mark.expects_log("the model provider failed")
 STORY = "Once upon a time there was a server that never lost a word, and everybody who listened heard it all."
 
 

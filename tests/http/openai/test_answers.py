@@ -251,10 +251,10 @@ def test_a_failure_is_logged_by_names_and_numbers_alone(caplog: pytest.LogCaptur
     asyncio.run(run(HEAD + b"data: " + body + b"\n\n"))
     whole, streamed = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert whole == (
-        "the model's server failed: UnprocessableEntityError, "
+        "the model provider failed: UnprocessableEntityError, "
         "status_code=422, request_id=req_1, code=bad_input, param=messages[0]"
     )
-    assert streamed == "the model's server failed: an error in the stream, code=bad_input, param=messages[0]"
+    assert streamed == "the model provider failed: an error in the stream, code=bad_input, param=messages[0]"
 
 
 def test_a_connection_serves_one_reply_after_the_other() -> None:

@@ -1,12 +1,15 @@
 """Fixtures: a real MongoDB, a database for each test, the application on a real socket, and no unseen warning."""
 
 import asyncio
+import fcntl
 import logging
 import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -39,22 +42,93 @@ NODE_PACKAGES = Path(__file__).parent / "node" / "node_modules" / "installed.jso
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# -- what is not run is said ---------------------------------------------------------------------------------------
+# -- lanes ---------------------------------------------------------------------------------------------------------
+
+
+LANES = ("fast", "process", "soak")
+"""From the quickest to the longest. A run `--up-to` one of them includes the lanes before it."""
+PROGRAMS = {"make_server", "llmock_url"}
+"""Fixtures that start programs."""
+FOLDER_LANES = {"process": "process", "page": "process", "chaos": "soak", "bench": "soak"}
+
+
+LOCKS = "CHATSERVER_TEST_LOCKS"
+"""The environment variable with the folder of the locks that all workers of a run share."""
+
+
+def lane_of(item: pytest.Item) -> str:
+    """Return a test's lane.
+
+    The nearest mark decides. Without one, the folder decides, and then whether the test starts a program: by a fixture
+    that does, or by a tool that it needs.
+    """
+    for mark in item.iter_markers():
+        if mark.name in LANES:
+            return mark.name
+    folder = item.path.parent.name if item.path.parent.name != "tests" else item.path.stem.removeprefix("test_")
+    if (lane := FOLDER_LANES.get(folder)) is not None:
+        return lane
+    starts_a_program = not PROGRAMS.isdisjoint(getattr(item, "fixturenames", ())) or item.get_closest_marker("needs")
+    return "process" if starts_a_program else "fast"
+
+
+def select(items: list[pytest.Item], last_lane: str) -> list[pytest.Item]:
+    """Return the tests of a lane and of those before it."""
+    lanes = LANES[: LANES.index(last_lane) + 1]
+    return [item for item in items if lane_of(item) in lanes]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        # The workers inherit it.
+        os.environ[LOCKS] = tempfile.mkdtemp(prefix="chatserver-tests-")
+
+
+@contextmanager
+def _locked(file: Path, operation: int) -> Iterator[None]:
+    with file.open("a") as lock:
+        fcntl.flock(lock, operation)
+        yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run a test that is marked `alone` while no other worker runs a test.
+
+    The time that a test waits here does not count for its timeout.
+    """
+    locks = Path(os.environ[LOCKS])
+    operation = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    # The door keeps new tests from starting while a test waits to be alone; otherwise it could wait for ever.
+    with ExitStack() as door:
+        door.enter_context(_locked(locks / "door", operation))
+        with _locked(locks / "room", operation):
+            if operation == fcntl.LOCK_SH:
+                door.close()
+            return (yield)
+
+
+# -- tests that are not run are named ------------------------------------------------------------------------------
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-all", action="store_true", help="a test that is not run is a failure")
+    parser.addoption("--up-to", choices=LANES, default=LANES[-1], help="the last of the lanes to run")
 
 
 def _is_there(tool: str) -> bool:
     return shutil.which(TOOLS[tool]) is not None and (tool != "node" or NODE_PACKAGES.is_file())
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         missing = [tool for mark in item.iter_markers("needs") for tool in mark.args if not _is_there(tool)]
         if missing:
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
+    selected = select(items, config.getoption("--up-to"))
+    if len(selected) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
+        items[:] = selected
 
 
 @pytest.hookimpl(trylast=True)
@@ -66,6 +140,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(LOCKS))
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
     if skipped:
@@ -144,11 +220,11 @@ def locked(tmp_path: Path) -> Iterator[str]:
 
 
 def _database(uri: str) -> Iterator[Database]:
+    # Never dropped: that would cost more than most tests, and the server is thrown away after the session.
     name = f"test-{uuid4().hex}"
     # What a test has seen or written, the store sees too: it reads by majority.
     with pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True, readConcernLevel="majority", w="majority") as client:
         yield Database(uri.replace("/?", f"/{name}?"), client[name])
-        client.drop_database(name)
 
 
 @pytest.fixture

@@ -155,6 +155,7 @@ async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: MakeApp) -> N
         gate.release()
 
 
+@pytest.mark.process
 async def test_slow_client_that_takes_something_now_and_then_is_not_cut(make_app: MakeApp) -> None:
     app = await make_app(
         source=Script(*["some words " * 50] * 500), slow_client_timeout_s=2.0, max_reply_chars=10_000_000
@@ -308,6 +309,7 @@ def peak_kib(server: Server) -> int:
     return int(found[1])
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(180)
 @pytest.mark.gen_test(timeout=170)
 async def test_stalled_client_costs_no_memory_while_fifty_megabytes_are_streamed(

@@ -306,6 +306,7 @@ async def test_content_that_is_no_string_is_shown_as_json_and_not_continued(
     assert await app.client.history(conversation_id) == before
 
 
+@pytest.mark.process
 async def test_odd_fields_break_neither_their_conversation_nor_any_other(app: App) -> None:
     """Each field of a document in turn is of each type, and all of them are in one list."""
     good, _ = await app.client.turn("Hello")

@@ -20,7 +20,7 @@ from tests.clients import Transcript, text_of
 from tests.http.test_delivery import Stalled, peak_kib
 from tests.servers import Server
 
-pytestmark = pytest.mark.gen_test
+pytestmark = [pytest.mark.gen_test, pytest.mark.process, pytest.mark.alone]
 
 TIME = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 MIXED = 'a"\\\n\u0001é中😀'

@@ -45,6 +45,7 @@ async def test_reply_that_begins_when_the_time_to_drain_is_over_is_interrupted(
     assert document(app, answer["conversationId"])["messages"][-1]["status"] == "interrupted"
 
 
+@pytest.mark.alone
 async def test_signal_while_two_hundred_replies_stream_ends_each_reply_and_stream_in_order(
     make_server: Callable[..., Server], database: Database
 ) -> None:

@@ -530,6 +530,7 @@ async def test_client_that_goes_away_leaves_nothing_behind(make_app: MakeApp) ->
     assert our_tasks() == tasks
 
 
+@pytest.mark.process
 async def test_hundred_conversations_at_once_keep_their_tokens_apart(app: App) -> None:
     async def chat(number: int) -> None:
         answer, events = await app.client.turn(f"I am number {number:03}.")
@@ -539,6 +540,8 @@ async def test_hundred_conversations_at_once_keep_their_tokens_apart(app: App) -
     await asyncio.gather(*(chat(number) for number in range(100)))
 
 
+@pytest.mark.process
+@pytest.mark.alone
 async def test_others_advance_while_two_hundred_replies_stream_without_delay(
     make_app: MakeApp,
 ) -> None:

@@ -71,6 +71,7 @@ async def test_job_ends_when_its_task_is_cancelled() -> None:
         await task
 
 
+@pytest.mark.process
 @pytest.mark.expects_log("private MongoDB server has exited")
 async def test_private_server_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mongod = Mongod(tmp_path, replica_set=False)

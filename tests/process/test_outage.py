@@ -18,6 +18,7 @@ from tests.proxy import CuttingProxy
 from tests.servers import Server, until
 
 pytestmark = [
+    pytest.mark.soak,
     pytest.mark.gen_test(timeout=100),
     pytest.mark.expects_log("database does not answer"),
     pytest.mark.expects_log("the indexes could not be built"),

@@ -6,7 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.servers import Server
+
+pytestmark = pytest.mark.soak
 
 # However valid a request is: 404, its id is one of nobody's; 409, a reply runs, or there is nothing to retry; 422, its
 # key was used before; 429 and 503, the limits of streams and of replies.

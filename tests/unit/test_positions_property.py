@@ -649,6 +649,7 @@ def machine(world: World) -> type[Conversation]:
     return type("ThisConversation", (Conversation,), {"world": world})
 
 
+@pytest.mark.soak
 def test_any_sequence_of_events_ends_with_the_stored_text(machine: type[Conversation]) -> None:
     run_state_machine_as_test(
         machine,

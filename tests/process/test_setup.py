@@ -34,6 +34,7 @@ case "$*" in
     stop pip
     : >.venv/package
     ;;
+  "-m pytest"*) exit "${TESTS:-0}" ;;
   "-m chatserver"*) test -e .venv/package && echo served ;;
 esac
 """
@@ -61,9 +62,9 @@ class Scripts:
             (folder / "bin" / name).chmod(0o755)
         self.processes: list[subprocess.Popen[str]] = []
 
-    def spawn(self, script: str, **variables: str) -> "subprocess.Popen[str]":
+    def spawn(self, script: str, *options: str, **variables: str) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
-            [self.folder / "scripts" / script],
+            [self.folder / "scripts" / script, *options],
             env={"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -73,9 +74,9 @@ class Scripts:
         self.processes.append(process)
         return process
 
-    def run(self, script: str = "run", **variables: str) -> tuple[int, str]:
+    def run(self, script: str = "run", *options: str, **variables: str) -> tuple[int, str]:
         """Return the exit code and the output."""
-        process = self.spawn(script, **variables)
+        process = self.spawn(script, *options, **variables)
         output, _ = process.communicate(timeout=20)
         return process.returncode, output
 
@@ -118,6 +119,32 @@ def test_interrupted_npm_starts_afresh(scripts: Scripts, number: int) -> None:
     scripts.interrupt("test", "npm", number)
     assert scripts.run("test")[0] == 0
     assert (scripts.folder / "tests" / "node" / "node_modules" / "package").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "passed_on", "last_line"),
+    [
+        (["--fast"], "--up-to=fast", "test: that was the fast lane; scripts/test adds servers and browsers, "),
+        ([], "--up-to=process", "test: that was all but the long programs; scripts/test --all runs them, too"),
+        (["--all", "--require-all", "-k", "a b"], "--up-to=soak --require-all -k a b", "test: pytest"),
+    ],
+)
+@pytest.mark.parametrize("code", [0, 1])
+def test_option_chooses_the_lane_and_the_last_line_says_how_to_run_the_rest(
+    scripts: Scripts, options: list[str], passed_on: str, last_line: str, code: int
+) -> None:
+    assert scripts.run()[0] == 0
+    status, output = scripts.run("test", *options, TESTS=str(code))
+
+    *_, call = (scripts.folder / "calls").read_text().splitlines()
+    assert call.startswith("-m pytest ") and call.endswith(f" {passed_on}")
+    assert output.splitlines()[-1].startswith(last_line)
+    assert status == code
+
+
+def test_ci_runs_all_lanes_and_allows_no_test_to_be_skipped() -> None:
+    *_, last = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert last == "exec scripts/test --all --require-all"
 
 
 def test_installation_that_fails_leaves_what_was_there(scripts: Scripts) -> None:

@@ -202,14 +202,16 @@ async def test_end_that_cannot_be_published_is_published_from_what_is_stored(
 async def test_lost_replies_are_finished(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = asyncio.Semaphore(0)
     lost = await make_app(source=Script("a", gate=gate), checkpoint_ms=60_000, lease_ms=180_000)
-    answers = [await lost.client.say("hi") for _ in range(3)]
     other = await make_app(lease_ms=200, checkpoint_ms=20)
-    bad = answers[0]["conversationId"]
+    bad, *others = [new_id() for _ in range(3)]
     monkeypatch.setattr(other.store, "find_expired", Broken(other.store.find_expired))
     finish = Broken(other.store.finish, lambda conversation_id, _: conversation_id == bad)
     monkeypatch.setattr(other.store, "finish", finish)
-    for answer in answers[1:]:
-        await other.until(lambda each=answer: "reply" not in stored(other, each["conversationId"]))
+    # Posted only now: the other server must not expire a reply before its store is broken.
+    for conversation_id in (bad, *others):
+        await lost.client.say("hi", conversation_id)
+    for conversation_id in others:
+        await other.until(lambda each=conversation_id: "reply" not in stored(other, each))
     assert "reply" in stored(other, bad)
     for _ in range(6):
         gate.release()

@@ -32,12 +32,14 @@ def chaos(*options: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(180)
 def test_short_run_holds_every_promise() -> None:
     done = chaos("--seconds", "40")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("mutant", "faults", "delay_ms", "caught"),

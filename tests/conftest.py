@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,8 @@ import pymongo
 import pytest
 from tornado.ioloop import IOLoop
 
-from chatserver.mongod import Mongod, find_mongod
-from chatserver.store import initiate_replica_set
 from tests.apps import App, Database, MakeApp
-from tests.servers import Server
+from tests.processes import MongoServer, Server
 
 TOOLS = {
     "node": "node",
@@ -170,27 +168,11 @@ def no_unexpected_logs(request: pytest.FixtureRequest, caplog: pytest.LogCapture
 # -- MongoDB -------------------------------------------------------------------------------------------------------
 
 
-def _mongod(folder: Path, *, replica_set: bool, option: str = "") -> Iterator[str]:
-    mongod = Mongod(folder, replica_set=replica_set)
-
-    async def start() -> str:
-        uri = await mongod.start()
-        if replica_set:
-            await initiate_replica_set(uri, mongod.host)
-        return uri
-
-    with pytest.MonkeyPatch.context() as patch:
-        if option:
-            folder.mkdir(exist_ok=True)
-            wrapper = folder / "mongod"
-            wrapper.write_text(f'#!/bin/sh\nexec "{find_mongod()}" "$@" {option}\n')
-            wrapper.chmod(0o755)
-            patch.setattr("chatserver.mongod.find_mongod", lambda: str(wrapper))
-        uri = asyncio.run(start())
-    yield uri
-    mongod.kill()
-    asyncio.run(mongod.stop())
-    shutil.rmtree(folder)
+def _mongod(folder: Path, *, replica_set: bool, options: Sequence[str] = ()) -> Iterator[str]:
+    mongod = MongoServer(folder, replica_set=replica_set, options=options)
+    asyncio.run(mongod.start())
+    yield mongod.uri
+    mongod.remove()
 
 
 @pytest.fixture(scope="session")
@@ -209,14 +191,14 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def faulty_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URI of a MongoDB replica set of one that has fail points."""
     yield from _mongod(
-        tmp_path_factory.mktemp("faulty"), replica_set=True, option="--setParameter enableTestCommands=1"
+        tmp_path_factory.mktemp("faulty"), replica_set=True, options=("--setParameter", "enableTestCommands=1")
     )
 
 
 @pytest.fixture
 def locked(tmp_path: Path) -> Iterator[str]:
     """The URI of a MongoDB server that wants a password."""
-    yield from _mongod(tmp_path / "locked", replica_set=False, option="--auth")
+    yield from _mongod(tmp_path / "locked", replica_set=False, options=("--auth",))
 
 
 def _database(uri: str) -> Iterator[Database]:
@@ -291,9 +273,7 @@ def make_server(database: Database, tmp_path: Path) -> Iterator[Callable[..., Se
     servers: list[Server] = []
 
     def make(**settings: object) -> Server:
-        folder = tmp_path / f"server-{len(servers)}"
-        folder.mkdir()
-        servers.append(Server(folder, {"MONGODB_URI": database.uri, **settings}))
+        servers.append(Server(tmp_path / f"server-{len(servers)}", {"MONGODB_URI": database.uri, **settings}))
         return servers[-1]
 
     yield make

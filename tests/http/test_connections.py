@@ -20,7 +20,7 @@ from chatserver.listener import REFUSED_AT_ONCE, Listener
 from chatserver.metrics import Metrics
 from tests.apps import MakeApp
 from tests.clients import RawStream, new_id
-from tests.servers import Server, until
+from tests.processes import Server, until
 
 
 class Client:

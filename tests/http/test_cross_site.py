@@ -18,7 +18,7 @@ from tests.apps import App, MakeApp
 from tests.browser import FLAGS, TIMEOUT_MS, chromium
 from tests.clients import RawStream, new_id
 from tests.http.test_http import assert_problem
-from tests.servers import ROOT, Server, until
+from tests.processes import ROOT, Server, until
 
 EVIL = {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}
 

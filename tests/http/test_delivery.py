@@ -16,7 +16,7 @@ from chatserver.records import PAGE_SIZE
 from chatserver.wire import sse
 from tests.apps import Database, MakeApp, Script
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
-from tests.servers import Server, until
+from tests.processes import Server, until
 
 pytestmark = pytest.mark.gen_test(timeout=110)
 

@@ -14,7 +14,7 @@ from bson.raw_bson import RawBSONDocument
 
 from tests.apps import App, MakeApp, Script
 from tests.clients import Transcript
-from tests.servers import ROOT
+from tests.processes import ROOT
 
 pytestmark = pytest.mark.gen_test
 

@@ -18,7 +18,7 @@ from bson import ObjectId
 from tests.apps import App, Database, MakeApp, Script
 from tests.clients import Transcript, text_of
 from tests.http.test_delivery import Stalled, peak_kib
-from tests.servers import Server
+from tests.processes import Server
 
 pytestmark = [pytest.mark.gen_test, pytest.mark.process, pytest.mark.alone]
 

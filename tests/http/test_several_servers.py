@@ -13,7 +13,7 @@ from chatserver.replies import Replies
 from tests.apps import App, Database, MakeApp
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
 from tests.http.turns import AGES_AGO, document, event_names, gated, release, said
-from tests.servers import Server, until
+from tests.processes import Server, until
 
 pytestmark = pytest.mark.gen_test
 

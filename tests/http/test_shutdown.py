@@ -11,7 +11,7 @@ from bson import ObjectId
 from tests.apps import Database, MakeApp
 from tests.clients import Client, Event, RawStream, text_of
 from tests.http.turns import document
-from tests.servers import Server
+from tests.processes import Server
 
 pytestmark = pytest.mark.gen_test
 

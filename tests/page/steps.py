@@ -6,7 +6,7 @@ from collections.abc import Callable
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser import Site
-from tests.servers import ROOT
+from tests.processes import ROOT
 
 MakeSite = Callable[..., Site]
 NODE_MODULES = ROOT / "tests" / "node" / "node_modules"

@@ -25,8 +25,8 @@ from tests.page.steps import (
     say,
     words,
 )
+from tests.processes import ROOT
 from tests.proxy import CuttingProxy
-from tests.servers import ROOT
 
 pytestmark = pytest.mark.needs("chromium")
 

@@ -21,8 +21,8 @@ from tests.page.steps import (
     streams_of,
     words,
 )
+from tests.processes import Server
 from tests.proxy import CuttingProxy
-from tests.servers import Server
 
 pytestmark = pytest.mark.needs("chromium")
 

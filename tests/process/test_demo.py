@@ -19,8 +19,8 @@ from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 from tornado.web import Application, RequestHandler
 
+from tests.processes import ROOT, Server
 from tests.proxy import CuttingProxy
-from tests.servers import ROOT, Server
 
 PATIENCE_S = 30
 

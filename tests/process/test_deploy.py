@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from chatserver.settings import Settings
-from tests.servers import ROOT
+from tests.processes import ROOT
 
 DEPLOY = ROOT / "scripts" / "deploy"
 

@@ -16,7 +16,7 @@ import pytest
 from chatserver.handlers.openapi import make_openapi
 from chatserver.settings import Settings, read_settings
 from tests.apps import App, MakeApp
-from tests.servers import ROOT, Server
+from tests.processes import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()

@@ -18,8 +18,8 @@ from tests.apps import App, MakeApp
 from tests.browser import FLAGS, chromium
 from tests.clients import new_id
 from tests.process.test_nginx import DEPLOYED, PLAIN, nginx
+from tests.processes import ROOT, Server
 from tests.proxy import CuttingProxy
-from tests.servers import ROOT, Server
 
 pytestmark = pytest.mark.gen_test(timeout=110)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import ROOT
+from tests.processes import ROOT
 
 TESTS = """
 import pytest

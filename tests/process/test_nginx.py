@@ -12,7 +12,7 @@ import pytest
 
 from tests.apps import MakeApp
 from tests.clients import Client, EventDecoder, RawStream, new_id
-from tests.servers import ROOT
+from tests.processes import ROOT
 
 pytestmark = [pytest.mark.needs("nginx"), pytest.mark.gen_test]
 

@@ -11,11 +11,10 @@ import httpx
 import pymongo
 import pytest
 
-from scripts.chaos_lib.processes import Mongod
 from tests.apps import App, Database, running
 from tests.clients import new_id, text_of
+from tests.processes import MongoServer, Server, steady_port, until
 from tests.proxy import CuttingProxy
-from tests.servers import Server, until
 
 pytestmark = [
     pytest.mark.soak,
@@ -26,20 +25,20 @@ pytestmark = [
 
 
 @pytest.fixture
-def mongod(tmp_path: Path) -> Iterator[Mongod]:
-    mongod = Mongod(tmp_path / "db")
+def mongod(tmp_path: Path) -> Iterator[MongoServer]:
+    mongod = MongoServer(tmp_path / "db", port=steady_port())
     asyncio.run(mongod.start())
     yield mongod
     mongod.signal(signal.SIGCONT)
     mongod.remove()
 
 
-def database(mongod: Mongod, uri: str | None = None) -> Database:
+def database(mongod: MongoServer, uri: str | None = None) -> Database:
     client = pymongo.MongoClient[dict[str, Any]](mongod.uri, tz_aware=True, connect=False)
-    return Database(uri or mongod.uri, client["chaos"])
+    return Database(uri or mongod.database_uri("chaos"), client["chaos"])
 
 
-def breaks(mongod: Mongod, how: str) -> None:
+def breaks(mongod: MongoServer, how: str) -> None:
     if how == "frozen":
         mongod.signal(signal.SIGSTOP)
     elif how == "killed":
@@ -48,7 +47,7 @@ def breaks(mongod: Mongod, how: str) -> None:
         mongod.signal(signal.SIGTERM)
 
 
-async def mends(mongod: Mongod, how: str) -> None:
+async def mends(mongod: MongoServer, how: str) -> None:
     if how == "frozen":
         mongod.signal(signal.SIGCONT)
     else:
@@ -57,7 +56,7 @@ async def mends(mongod: Mongod, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["frozen", "killed", "stopped"])
-async def test_new_turns_are_refused_in_time_and_running_ones_go_on(mongod: Mongod, how: str) -> None:
+async def test_new_turns_are_refused_in_time_and_running_ones_go_on(mongod: MongoServer, how: str) -> None:
     db = database(mongod)
     async with running(App(db, simulated_token_delay_ms=5, lease_ms=1000, checkpoint_ms=100)) as app:
         answer = await app.client.say("before")
@@ -105,7 +104,7 @@ async def test_new_turns_are_refused_in_time_and_running_ones_go_on(mongod: Mong
     db.db.client.close()
 
 
-async def test_lines_to_the_database_cut_in_the_middle_of_writes_lose_and_double_nothing(mongod: Mongod) -> None:
+async def test_lines_to_the_database_cut_in_the_middle_of_writes_lose_and_double_nothing(mongod: MongoServer) -> None:
     async with CuttingProxy() as proxy:
         port = await proxy.start(int(mongod.host.partition(":")[2]))
         db = database(mongod, f"mongodb://127.0.0.1:{port}/chaos?directConnection=true")
@@ -147,9 +146,9 @@ async def cut_now_and_then(proxy: CuttingProxy) -> None:
 
 
 def test_request_on_its_way_is_answered_before_the_server_ends(
-    mongod: Mongod, make_server: Callable[..., Server]
+    mongod: MongoServer, make_server: Callable[..., Server]
 ) -> None:
-    server = make_server(MONGODB_URI=mongod.uri).start()
+    server = make_server(MONGODB_URI=mongod.database_uri("chaos")).start()
     breaks(mongod, "frozen")
     with socket.create_connection(("127.0.0.1", server.port)) as line:
         line.sendall(b"GET /chat HTTP/1.0\r\n\r\n")

@@ -14,7 +14,7 @@ from chatserver.handlers.openapi import problem_codes
 from chatserver.schemas import load
 from chatserver.sources import Prompt
 from tests.apps import App, MakeApp, Script
-from tests.servers import ROOT
+from tests.processes import ROOT
 
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 _TOKEN = re.compile(r"([0-9a-f]{32}|[0-9a-f]{24}|\d{4}-\d\d-\d\dT[\d:.]+Z)")

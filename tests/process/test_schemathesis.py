@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import Server
+from tests.processes import Server
 
 pytestmark = pytest.mark.soak
 

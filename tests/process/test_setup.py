@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import ROOT, until
+from tests.processes import ROOT, until
 
 PYTHON = """#!/bin/sh
 # Stands for Python, pip and the server: quick, and stops where the test interrupts it.

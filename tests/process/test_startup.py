@@ -21,7 +21,7 @@ from chatserver.mongod import _ended
 from chatserver.settings import Settings, read_settings
 from chatserver.sources import make_source
 from tests.apps import Database
-from tests.servers import ROOT, Server, until
+from tests.processes import ROOT, Server, until
 
 
 @pytest.fixture

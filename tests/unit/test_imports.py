@@ -1,4 +1,6 @@
-"""Imports point one way: handlers → chat → hub, store, sources; and few modules know what is outside."""
+"""Imports point downwards only and form no circle; `chatserver` imports neither tests nor scripts; few modules import
+each outside package.
+"""
 
 import ast
 import re
@@ -8,8 +10,21 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2] / "chatserver"
-MODULES = {path: ".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in ROOT.rglob("*.py")}
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("chatserver", "scripts", "tests")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+PATHS = {
+    name_of(path): path for each in FOLDERS for path in (ROOT / each).rglob("*.py") if "node_modules" not in path.parts
+}
+"""Every module of the project; a package is called `<package>.__init__`."""
+MODULES = {path: name for name, path in PATHS.items() if name.startswith("chatserver.")}
+
+# -- which room of chatserver may import which -----------------------------------------------------------------------
 
 BOTTOM = [
     "chatserver.errors",
@@ -19,6 +34,8 @@ BOTTOM = [
     "chatserver.settings",
     "chatserver.tasks",
 ]
+# A room is a module or a package, with all that is in it. The modules of a package may import each other, but not in a
+# circle. `chatserver.__main__` may import everything.
 ALLOWED: dict[str, list[str]] = {
     "chatserver.errors": [],
     "chatserver.metrics": [],
@@ -87,8 +104,34 @@ ONLY = {
 }
 
 
+# -- which part of tests and scripts may import which ----------------------------------------------------------------
+
+SHARED = [name.removesuffix(".__init__") for name in PATHS if name.startswith("tests.") and name.count(".") == 1]
+"""The modules directly in tests/: what all the tests share."""
+PROGRAMS = ["tests.bench", "tests.chaos"]
+SUITES = ["tests.http", "tests.page", "tests.process", "tests.unit"]
+
+
+def may_import(module: str) -> list[str]:
+    """Return the parts of `tests` and `scripts` that a module may import."""
+    folder, *rest = module.split(".")
+    if folder == "chatserver":
+        return []
+    if folder == "scripts":
+        # A command starts a program as a process; only documentation for others is written in Python there.
+        return []
+    if f"tests.{rest[0]}" in PROGRAMS:
+        return [f"tests.{rest[0]}", *SHARED]
+    if f"tests.{rest[0]}" in SUITES:
+        return [*SUITES, *SHARED]
+    return SHARED
+
+
+# -- reading imports -------------------------------------------------------------------------------------------------
+
+
 def imports(path: Path) -> set[str]:
-    """Return the full names of the modules, and of what is taken from them."""
+    """Return the full names of the imported modules, and of the names imported from modules."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -103,6 +146,25 @@ def is_in(name: str, packages: list[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
+def resolve(name: str) -> str | None:
+    """Return the module of this project that an imported name is, or comes from; None for an outside name."""
+    parts = name.split(".")
+    candidates = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((each for name in candidates for each in (name, f"{name}.__init__") if each in PATHS), None)
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the nodes that are part of a circle or lead only to one; empty if there is no circle."""
+    left = dict(graph)
+    while free := [node for node, successors in left.items() if not (successors & left.keys())]:
+        for node in free:
+            del left[node]
+    return sorted(left)
+
+
+# -- the tests -------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("path", "module"), MODULES.items(), ids=MODULES.values())
 def test_module_imports_nothing_above_it(path: Path, module: str) -> None:
     if module in ("chatserver.__init__", "chatserver.__main__"):
@@ -113,8 +175,39 @@ def test_module_imports_nothing_above_it(path: Path, module: str) -> None:
             assert is_in(name, ALLOWED[room]), f"{module} imports {name}"
 
 
+def test_rooms_exist_and_form_no_circle() -> None:
+    rooms = {".".join(module.split(".")[:2]) for module in PATHS if module.startswith("chatserver.")}
+    assert ALLOWED.keys() <= rooms
+    assert not circle({room: {*allowed} - {room} for room, allowed in ALLOWED.items()})
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    graph = {
+        module: {found for name in imports(path) if (found := resolve(name)) not in (None, module)}
+        for module, path in PATHS.items()
+    }
+    assert not circle({module: {each for each in found if each} for module, found in graph.items()})
+
+
+@pytest.mark.parametrize(("module", "path"), PATHS.items(), ids=PATHS.keys())
+def test_only_tests_import_tests(module: str, path: Path) -> None:
+    for name in imports(path):
+        if name.split(".")[0] in ("tests", "scripts"):
+            assert is_in(name, may_import(module)), f"{module} imports {name}"
+
+
+def test_commands_start_only_programs_that_exist() -> None:
+    """A command in scripts/ is a screenful that starts a program by its module's name."""
+    commands = [path for path in (ROOT / "scripts").iterdir() if path.is_file() and path.suffix == ""]
+    for path in commands:
+        for module in re.findall(r"-m ((?:chatserver|tests)[\w.]*)", path.read_text()):
+            assert module in PATHS or f"{module}.__main__" in PATHS, f"{path.name} starts {module}"
+    for name in ("bench", "chaos", "screenshots"):
+        assert len((ROOT / "scripts" / name).read_text().splitlines()) < 20
+
+
 @pytest.mark.parametrize(("path", "module"), MODULES.items(), ids=MODULES.values())
-def test_what_is_outside_is_known_to_one_module(path: Path, module: str) -> None:
+def test_outside_package_is_imported_by_one_room(path: Path, module: str) -> None:
     for name in imports(path):
         package = name.split(".")[0]
         assert is_in(module, [*ONLY.get(package, {module})]), f"{module} imports {name}"
@@ -124,15 +217,15 @@ def test_what_is_outside_is_known_to_one_module(path: Path, module: str) -> None
 
 @pytest.mark.parametrize(("path", "module"), MODULES.items(), ids=MODULES.values())
 def test_module_imports_by_statement_only(path: Path, module: str) -> None:
-    """What is imported by a function's call escapes the rules above."""
+    """An import by a function call would escape the rules above."""
     text = path.read_text()
     assert "import_module" not in text and "__import__" not in text
 
 
 def test_openai_sdk_is_not_loaded_at_start_up() -> None:
-    """It takes 0.4 s and 40 MB, also of those who never use it."""
+    """Loading it takes 0.4 s and 40 MB, which servers with another source should not pay."""
     code = "import sys, chatserver.__main__; print(*sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "chatserver.chat" in done.stdout.split() and "openai" not in done.stdout.split()
 
 

@@ -13,7 +13,7 @@ import pytest
 from chatserver.errors import SetupError
 from chatserver.store import Store, connect, indexes
 from tests.apps import Database
-from tests.servers import Server, until
+from tests.processes import Server, until
 
 BOTH = {"_id_", "reply._id_1", "updatedAt_-1__id_-1"}
 FORMER = "createdAt_-1__id_-1"

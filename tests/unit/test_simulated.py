@@ -16,7 +16,7 @@ from chatserver.settings import Settings
 from chatserver.sources import Message, Prompt
 from chatserver.sources.simulated import CLOSINGS, CODE, LISTS, OPENINGS, THOUGHTS, Simulated, compose, quote, tokenise
 from tests.clients import Client, new_id
-from tests.servers import Server
+from tests.processes import Server
 
 QUESTIONS = [
     "hello",

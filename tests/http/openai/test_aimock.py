@@ -8,7 +8,7 @@ import pytest
 
 from chatserver.sources import openai as source_module
 from tests.http.openai.provider import KEY, STORY, ask, fails_loudly, settings, started
-from tests.servers import ROOT
+from tests.processes import ROOT
 
 AIMOCK = ROOT / "tests/node/node_modules/@copilotkit/aimock/dist/cli.js"
 

@@ -19,7 +19,7 @@ from tests.http.openai.provider import (
     fails_loudly,
     settings,
 )
-from tests.servers import Server
+from tests.processes import Server
 
 
 async def app_on(make_app: MakeApp, llm: LLMock, **changes: Any) -> App:

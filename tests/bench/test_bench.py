@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from scripts.bench_lib import tools
-from scripts.bench_lib.paired import Interval, compare, interval
-from tests.servers import ROOT
+from tests.bench import tools
+from tests.bench.paired import Interval, compare, interval
+from tests.processes import ROOT
 
 REPLY, USER = "b" * 24, "a" * 24
 TEXTS = ["Hel", "lo, ", "wörld \U0001f600", '\\"\n', "!"]
@@ -170,7 +170,7 @@ def test_limit_is_missed_only_if_the_whole_interval_lies_above_it(ratios: list[f
 
 def bench(results: Path, *options: object) -> tuple[dict[str, Any], str]:
     """Run the bench for a moment; return its results and what it printed."""
-    command = [sys.executable, "-m", "scripts.bench_lib", "--rounds", "1", "--scale", "0.05", "--json", str(results)]
+    command = [sys.executable, "-m", "tests.bench", "--rounds", "1", "--scale", "0.05", "--json", str(results)]
     done = subprocess.run([*command, *map(str, options)], cwd=ROOT, capture_output=True, text=True, timeout=170)
     # Exit code 1 tells that a target was missed, which a busy machine may do; no results are another thing.
     assert done.returncode in (0, 1) and results.is_file(), done.stdout + done.stderr
@@ -208,6 +208,6 @@ def test_bench_compares_with_the_code_of_another_checkout(tmp_path: Path) -> Non
 
 def test_bench_refuses_a_side_that_it_does_not_know(tmp_path: Path) -> None:
     for options in (["--sides", "before"], ["--before", str(tmp_path)], ["--sides", "theirs"]):
-        command = [sys.executable, "-m", "scripts.bench_lib", *options]
+        command = [sys.executable, "-m", "tests.bench", *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and ("--before CHECKOUT" in done.stderr or "theirs" in done.stderr)

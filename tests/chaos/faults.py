@@ -6,9 +6,9 @@ import signal
 import time
 from collections.abc import Awaitable, Callable
 
-from scripts.chaos_lib.cuts import Cuts
-from scripts.chaos_lib.ledger import Fault, Ledger
-from scripts.chaos_lib.processes import ChatServer, Mongod
+from tests.chaos.cuts import Cuts
+from tests.chaos.ledger import Fault, Ledger
+from tests.processes import MongoServer, Server, StartError
 from tests.proxy import CuttingProxy
 
 
@@ -23,9 +23,9 @@ class Faults:
         self,
         ledger: Ledger,
         dice: random.Random,
-        server: ChatServer,
-        spare: Callable[[], ChatServer],
-        mongod: Mongod,
+        server: Server,
+        spare: Callable[[], Server],
+        mongod: MongoServer,
         proxy: CuttingProxy,
         cuts: Cuts,
         lease_s: float,
@@ -59,32 +59,32 @@ class Faults:
         begin = time.monotonic()
         self._server.kill()
         self._note("server killed", "server", begin)
-        await self._server.start()
+        await start(self._server)
 
     async def _restart_server(self) -> None:
         begin = time.monotonic()
-        await self._server.stop()
+        await stop(self._server)
         self._note("server restarted", "shutdown", begin)
-        await self._server.start()
+        await start(self._server)
 
     async def _pause_server(self) -> None:
         """Pause it for longer than its lease; another one finishes its replies, and half the time takes its clients."""
         begin = time.monotonic()
-        self._server.pause()
+        self._server.signal(signal.SIGSTOP)
         spare = self._spare()
-        await spare.start()
+        await start(spare)
         moved = self._dice.random() < 0.5
         if moved:
             self._proxy.aim(spare.port)
             self._proxy.cut()
         await asyncio.sleep(self._lease_s + 1.0)
-        self._server.resume()
+        self._server.signal(signal.SIGCONT)
         self._note("server paused", "server", begin)
         await asyncio.sleep(0.5)
         if moved:
             self._proxy.aim(self._server.port)
         ending = time.monotonic()
-        await spare.stop()
+        await stop(spare)
         self._note("spare ended", "shutdown", ending)
 
     async def _kill_mongod(self) -> None:
@@ -110,3 +110,28 @@ class Faults:
         self._proxy.cut_by(None)
         self._proxy.cut()  # so that no line with a cutter is left
         self._note("lines cut", "line", begin)
+
+
+async def start(server: Server) -> None:
+    """Start a server and wait until it listens. Restart it while its database is away, as a supervisor would.
+
+    :raises StartError: if the twentieth start fails, too
+    """
+    for attempt in range(20):
+        try:
+            await asyncio.to_thread(server.start)
+            return
+        except StartError:
+            if attempt == 19:
+                raise
+            await asyncio.sleep(0.3)
+
+
+async def stop(server: Server) -> None:
+    """Shut a server down.
+
+    :raises RuntimeError: if its exit code is not 0
+    """
+    code = await asyncio.to_thread(server.stop)
+    if code != 0:
+        raise RuntimeError(f"the server ended with {code}: {server.output[-2000:]}")

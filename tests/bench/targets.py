@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from scripts.bench_lib.generator import Result
+from tests.bench.generator import Result
 
 TWINS = ("express", "fastapi", "express-paced", "fastapi-paced")
 Runs = Mapping[str, Sequence[Result]]

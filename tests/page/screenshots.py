@@ -6,7 +6,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.browser import FLAGS, TIMEOUT_MS, chromium
-from tests.servers import ROOT, Server
+from tests.processes import ROOT, Server
 
 IMAGES = ROOT / "docs" / "images"
 EARLIER = ("What should I bring to the picnic?", "Which cities were visited most?", "Where are my messages kept?")
@@ -24,8 +24,7 @@ def main() -> None:
             _take(browser, server.url)
         finally:
             browser.close()
-            if server.process is not None:
-                server.stop()
+            server.kill()
 
 
 def _take(browser: Browser, url: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from scripts.chaos_lib.ledger import Fault, Ledger, Seen
+from tests.chaos.ledger import Fault, Ledger, Seen
 
 KINDS = (
     "message lost",

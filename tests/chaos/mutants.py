@@ -1,4 +1,4 @@
-"""Servers that break one promise each: `python -m tests.mutants NAME`. The chaos program must catch them all."""
+"""Servers that break one promise each: `python -m tests.chaos.mutants NAME`. The chaos program must catch them all."""
 
 import asyncio
 import os

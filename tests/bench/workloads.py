@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from scripts.bench_lib import processes, tools
-from scripts.bench_lib.generator import Result, idle, load
-from scripts.bench_lib.processes import Database, Server
+from tests.bench import processes
+from tests.bench.generator import Result, idle, load
+from tests.bench.processes import Database, memory_kib, metrics
+from tests.processes import ROOT, Server
 
 INTERVAL_MS = 20
 LATENCY_MS = 100.0
@@ -67,7 +68,7 @@ class Bench:
 
         :param stored: whether the twin is to have a database
         """
-        if checkout := {"ours": tools.ROOT, BEFORE: self.before}.get(side):
+        if checkout := {"ours": ROOT, BEFORE: self.before}.get(side):
             uri = self.database.fresh_uri()
             return processes.ours(self.core, uri, tokens, delay_ms, checkout=checkout, **settings)
         if side in PACED:
@@ -192,12 +193,12 @@ def idle_streams(bench: Bench, side: str) -> Result:
     streams = bench.count(5000)
     with bench.server(side, 20, INTERVAL_MS, KEEPALIVE_S=IDLE_KEEPALIVE_S) as server:
         load("deliver", server, conversations=20, subscribers=1, tokens=20, window_ms=1, finish=True)  # warm
-        before = server.memory_kib()
+        before = memory_kib(server)
         result = idle(
             server,
             bench.database.pid,
             seconds=IDLE_KEEPALIVE_S + 2,
-            measure=server.memory_kib,
+            measure=lambda: memory_kib(server),
             conversations=streams,
         )
     opening, holding = result["opening"], result["holding"]
@@ -300,7 +301,7 @@ def soak(bench: Bench, side: str) -> Result:
             errors += said["errors"] + cut["errors"]
             first_error = first_error or said["first_error"] or cut["first_error"]
             time.sleep(1)
-            samples.append((server.memory_kib(), server.metrics()))
+            samples.append((memory_kib(server), metrics(server)))
     quarter = len(samples) // 4
     second, last = samples[quarter : 2 * quarter], samples[-quarter:]
     before, after = (median(memory for memory, _ in part) for part in (second, last))

@@ -18,17 +18,17 @@ from bson import ObjectId
 
 from chatserver import positions
 from chatserver.wire import sse
-from scripts.chaos_lib.check import check, last_checkpoint
-from scripts.chaos_lib.clients import Conversation, Watcher
-from scripts.chaos_lib.cuts import KINDS, Cuts, Splitter
-from scripts.chaos_lib.ledger import Deletion, Fault, Ledger, Post, Retry, Seen
-from tests.servers import ROOT
+from tests.chaos.check import check, last_checkpoint
+from tests.chaos.clients import Conversation, Watcher
+from tests.chaos.cuts import KINDS, Cuts, Splitter
+from tests.chaos.ledger import Deletion, Fault, Ledger, Post, Retry, Seen
+from tests.processes import ROOT
 
 CONVERSATION, USER, REPLY = "c" * 24, "a" * 24, "b" * 24
 
 
 def chaos(*options: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "scripts.chaos_lib", "--seed", "6", *options]
+    command = [sys.executable, "-m", "tests.chaos", "--seed", "6", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
 
 
@@ -57,7 +57,7 @@ def test_short_run_holds_every_promise() -> None:
     ],
 )
 def test_server_that_breaks_a_promise_is_caught(mutant: str, faults: str, delay_ms: str, caught: str) -> None:
-    server = f"{sys.executable} -m tests.mutants {mutant}"
+    server = f"{sys.executable} -m tests.chaos.mutants {mutant}"
     options = ["--seconds", "7", "--turns", "1", "--patience", "2.5", "--pause", "4", "--token-delay-ms", delay_ms]
     done = chaos("--server", server, "--faults", faults, *options)
     assert done.returncode == 1, done.stdout + done.stderr

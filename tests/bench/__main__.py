@@ -38,11 +38,11 @@ import sys
 import time
 from pathlib import Path
 
-from scripts.bench_lib import paired, tools
-from scripts.bench_lib.generator import Result
-from scripts.bench_lib.processes import Database, bind, cores
-from scripts.bench_lib.targets import table, verdicts
-from scripts.bench_lib.workloads import BEFORE, SIDES, WORKLOADS, Bench
+from tests.bench import paired, tools
+from tests.bench.generator import Result
+from tests.bench.processes import Database, bind, cores
+from tests.bench.targets import table, verdicts
+from tests.bench.workloads import BEFORE, SIDES, WORKLOADS, Bench
 
 
 def _arguments() -> argparse.Namespace:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import httpx_sse
 
-from scripts.chaos_lib.ledger import Deletion, Ledger, Post, Retry, Seen
+from tests.chaos.ledger import Deletion, Ledger, Post, Retry, Seen
 from tests.clients import Event, EventDecoder
 
 READ_S = 6.0

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from scripts.bench_lib import tools
-from scripts.bench_lib.processes import Server
+from tests.bench import tools
+from tests.processes import Server
 
 Result = dict[str, Any]
 
@@ -36,7 +36,7 @@ def load(mode: str, server: Server, *others: int, **options: object) -> Result:
     """
     done = subprocess.run(_command(mode, server, others, options), capture_output=True, text=True, timeout=300)
     if done.returncode:
-        raise LoadError(f"{done.stderr.strip()}\n{server.log[-2000:]}")
+        raise LoadError(f"{done.stderr.strip()}\n{server.output[-2000:]}")
     result: Result = json.loads(done.stdout)
     return result
 
@@ -59,5 +59,5 @@ def idle(server: Server, *others: int, seconds: float, measure: Callable[[], flo
         process.stdin.close()
         holding = process.stdout.readline()
     if process.returncode or not holding:
-        raise LoadError(f"the load generator ended with {process.returncode}\n{server.log[-2000:]}")
+        raise LoadError(f"the load generator ended with {process.returncode}\n{server.output[-2000:]}")
     return {"opening": json.loads(opening), "holding": json.loads(holding), "measured": measured}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
-from scripts.bench_lib.generator import Result
+from tests.bench.generator import Result
 
 CONFIDENCE = 0.95
 Verdict = tuple[bool, str]

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from chatserver.sources.simulated import compose, tokenise
+from tests.processes import ROOT
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 BENCH = ROOT / ".bench"
 INPUT = "Say something, please."
 """What the load generator posts."""

@@ -16,19 +16,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pymongo
 
-from scripts.chaos_lib.check import Verdict, check
-from scripts.chaos_lib.clients import Conversation, Talker, Watcher
-from scripts.chaos_lib.cuts import Cuts
-from scripts.chaos_lib.faults import Faults
-from scripts.chaos_lib.ledger import Ledger
-from scripts.chaos_lib.processes import ChatServer, Mongod
+from tests.chaos.check import Verdict, check
+from tests.chaos.clients import Conversation, Talker, Watcher
+from tests.chaos.cuts import Cuts
+from tests.chaos.faults import Faults, start
+from tests.chaos.ledger import Ledger
+from tests.processes import MongoServer, Server, steady_port
 from tests.proxy import CuttingProxy
 
 KINDS = ("server killed", "server paused", "server restarted", "database killed", "database frozen", "lines cut")
@@ -62,9 +61,10 @@ async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stor
     """Run it all; return what happened, what is stored and where lines were cut."""
     dice = random.Random(arguments.seed)
     ledger = Ledger(CHECKPOINT_MS / 1000, LEASE_MS / 1000)
-    mongod = Mongod(folder / "db")
+    mongod = MongoServer(folder / "db", port=steady_port())
+    uri = mongod.database_uri("chaos")
     variables: dict[str, object] = {
-        "MONGODB_URI": mongod.uri,
+        "MONGODB_URI": uri,
         "CHECKPOINT_MS": CHECKPOINT_MS,
         "LEASE_MS": LEASE_MS,
         "SIMULATED_TOKEN_DELAY_MS": arguments.token_delay_ms,
@@ -73,19 +73,21 @@ async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stor
         "LOG_LEVEL": "warning",
     }
     command = shlex.split(arguments.server) if arguments.server else [sys.executable, "-m", "chatserver"]
-    server = ChatServer(folder / "server", variables, command)
-    numbers = count(1)
-    spares: list[ChatServer] = []
+    servers: list[Server] = []
 
-    def spare() -> ChatServer:
-        spares.append(ChatServer(folder / f"spare-{next(numbers)}", variables, command))
-        return spares[-1]
+    def make_server() -> Server:
+        # On a port that stays free while the server is down.
+        own = {**variables, "PORT": steady_port()}
+        servers.append(Server(folder / f"server-{len(servers)}", own, command))
+        return servers[-1]
+
+    server = make_server()
 
     conversations = [Conversation() for _ in range(arguments.conversations)]
     proxy, cuts = CuttingProxy(), Cuts(random.Random(dice.random()))
     try:
         await mongod.start()
-        await server.start()
+        await start(server)
         await proxy.start(server.port)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", limits=limits, trust_env=False) as http:
@@ -98,20 +100,20 @@ async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stor
             talkers = [Talker(http, each, ledger, random.Random(dice.random())) for each in conversations]
             watching = [asyncio.create_task(each.run()) for each in watchers]
             talking = [asyncio.create_task(each.run()) for each in talkers]
-            faults = Faults(ledger, dice, server, spare, mongod, proxy, cuts, LEASE_MS / 1000)
+            faults = Faults(ledger, dice, server, make_server, mongod, proxy, cuts, LEASE_MS / 1000)
             await faults.run(arguments.faults, arguments.seconds, arguments.pause)
             for talker in talkers:
                 talker.stopping = True
             await _come_to_rest(ledger, talking, conversations, arguments.patience)
-            stored = _read(mongod.uri)
+            stored = _read(uri)
             await _catch_up(ledger, stored, conversations, arguments.patience)
             for task in watching:
                 task.cancel()
             await asyncio.gather(*watching, return_exceptions=True)
-        return ledger, _read(mongod.uri), cuts
+        return ledger, _read(uri), cuts
     finally:
         await proxy.close()
-        for each in (server, *spares):
+        for each in servers:
             each.kill()
         mongod.remove()
 

@@ -1,0 +1,122 @@
+"""Processes bound to a core: the servers under test, on one core, and all that serves to measure them, on another."""
+
+import asyncio
+import os
+import re
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from bson import ObjectId
+from pymongo import MongoClient
+
+from tests.bench import tools
+from tests.processes import ROOT, MongoServer, Server
+
+
+def cores() -> tuple[int, int]:
+    """Return the core for the server and the one for everything else.
+
+    :raises SystemExit: if there is only one
+    """
+    available = sorted(os.sched_getaffinity(0))
+    if len(available) < 2:
+        raise SystemExit("bench: needs two cores, one for the server and one for the load generator")
+    return available[0], available[1]
+
+
+def bind(core: int) -> None:
+    """Bind the calling process, and those it starts, to a core."""
+    os.sched_setaffinity(0, {core})
+
+
+class Database:
+    """A private MongoDB server in a new folder, on the core of whoever starts it."""
+
+    def __init__(self) -> None:
+        self._mongod = MongoServer(Path(tempfile.mkdtemp(prefix="chatserver-bench-")))
+        self._count = 0
+
+    @property
+    def pid(self) -> int:
+        return self._mongod.pid
+
+    def __enter__(self) -> Self:
+        asyncio.run(self._mongod.start())
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._mongod.remove()
+
+    def seed(self, uri: str, conversation_ids: Sequence[str], length: int) -> str:
+        """Store conversations of so many messages, as the server would have; return their last message's id."""
+        time = datetime.now(UTC)
+        messages = [
+            {
+                "_id": ObjectId(),
+                "role": "assistant" if number % 2 else "user",
+                "content": "Some words of a usual length, and then a few more. " * (8 if number % 2 else 1),
+                "createdAt": time,
+            }
+            for number in range(length)
+        ]
+        with MongoClient[dict[str, Any]](uri) as client:
+            client.get_default_database()["conversations"].insert_many(
+                {"_id": ObjectId(each), "createdAt": time, "updatedAt": time, "messages": messages}
+                for each in conversation_ids
+            )
+        return str(messages[-1]["_id"])
+
+    def fresh_uri(self) -> str:
+        """Return the URI of a database that nobody has used yet."""
+        self._count += 1
+        return self._mongod.database_uri(f"bench-{self._count}")
+
+
+def memory_kib(server: Server) -> int:
+    """Return the resident memory of a server's process."""
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    match = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+    assert match is not None
+    return int(match[1])
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Return the metrics of a chatserver, by their names."""
+    with urllib.request.urlopen(f"{server.url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (each.rpartition(" ") for each in lines if each[:1] != "#")}
+
+
+def ours(core: int, uri: str, tokens: int, delay_ms: int, *, checkout: Path = ROOT, **settings: object) -> Server:
+    """Return the whole product, with limits that are higher than any load here, but in force.
+
+    :param checkout: whose code to run: with its own `.venv` if it has one, else with the packages of this one
+    """
+    limits = {"MAX_STREAMS": 100_000, "MAX_REPLIES": 100_000}
+    simulated = {"SIMULATED_TOKENS": tokens, "SIMULATED_TOKEN_DELAY_MS": delay_ms, "REPLY_SOURCE": "simulated"}
+    process = {"PYTHONPATH": checkout, "MONGODB_URI": uri}
+    own = checkout / ".venv" / "bin" / "python"
+    python = own if own.exists() else sys.executable
+    variables = {**process, **limits, **simulated, **settings}
+    return Server(tools.BENCH, variables, [python, "-m", "chatserver"], core=core)
+
+
+def express(core: int, tokens: int, delay_ms: int, **settings: object) -> Server:
+    """Return the Express twin."""
+    process = {"NODE_ENV": "production", "NODE_PATH": tools.express_modules(), "TOKENS_FILE": tools.tokens_file()}
+    reply = {"TOKENS": tokens, "DELAY_MS": delay_ms}
+    return Server(tools.BENCH, {**process, **reply, **settings}, ["node", tools.HERE / "express.js"], core=core)
+
+
+def fastapi(core: int, tokens: int, delay_ms: int, **settings: object) -> Server:
+    """Return the FastAPI twin, without a database unless MONGODB_URI is among the settings."""
+    # Its packages are those of its own virtual environment only.
+    process = {"PYTHONPATH": None, "TOKENS_FILE": tools.tokens_file()}
+    reply = {"TOKENS": tokens, "DELAY_MS": delay_ms}
+    command = [tools.twin_python(), tools.HERE / "fastapi_twin.py"]
+    return Server(tools.BENCH, {**process, **reply, **settings}, command, core=core)

@@ -1,4 +1,4 @@
-"""A plain client for the tests: it follows the contract, keeps its position and puts the replies together."""
+"""A plain client for the tests: it follows the protocol, keeps its position and assembles the replies."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ def new_id() -> str:
 
 @dataclass(frozen=True)
 class Event:
-    """An event as it came: `data` is the decoded JSON."""
+    """A received event: `data` is the decoded JSON."""
 
     name: str
     id: str
@@ -26,14 +26,14 @@ class Event:
 
 
 class EventDecoder:
-    """Turns lines into events, as the HTML standard's section "Server-sent events" says; keeps the last event id."""
+    """Turns lines into events, as in the HTML standard's section "Server-sent events"; keeps the last event id."""
 
     def __init__(self, last_event_id: str = "") -> None:
         self.last_event_id = last_event_id
         self._fields: dict[str, str] = {}
 
     def feed(self, line: str) -> Event | None:
-        """Take a line without its end; return the event that it ends, if any."""
+        """Take a line without its line feed; return the event that it completes, if any."""
         if line:
             name, _, value = line.partition(":")
             if name:
@@ -48,7 +48,7 @@ class EventDecoder:
 
 @dataclass
 class Transcript:
-    """What a client has put together of a conversation, message by message."""
+    """The messages of a conversation that a client has assembled from events."""
 
     said: dict[str, str] = field(default_factory=dict)
     ended: dict[str, str] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Transcript:
         message_id = event.data.get("messageId") or event.id.rpartition("-")[0]
         if event.name == "token":
             self._begin(message_id)
-            assert message_id not in self.ended, "a token after its reply's end"
+            assert message_id not in self.ended, "a token after the end of its reply"
             self.said[message_id] += event.data["text"]
         elif event.name == "input":
             assert message_id not in self.said, "an input twice"
@@ -77,7 +77,7 @@ class Transcript:
 
 
 class Client:
-    """Speaks to a server at a base URL."""
+    """A client of the server at a base URL."""
 
     def __init__(self, url: str) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
@@ -92,7 +92,7 @@ class Client:
         return await self.http.post("/chat", json=body, headers={"Idempotency-Key": key} if key else {})
 
     async def say(self, text: str, conversation_id: str | None = None, key: str | None = None) -> dict[str, str]:
-        """Post and return the 202's body."""
+        """Post a text; return the body of the answer, which must be a 202."""
         response = await self.post(text, conversation_id, key)
         assert response.status_code == 202, response.text
         answer: dict[str, str] = response.json()
@@ -107,9 +107,9 @@ class Client:
     async def stream(
         self, conversation_id: str, position: str = "", *, until_done: bool = False, in_query: bool = False
     ) -> AsyncIterator[Event]:
-        """Yield events, keep-alives left out, until the response ends, in order or not.
+        """Yield events, without keep-alives, until the response ends, cleanly or not.
 
-        Opens it again while the server answers 503.
+        Repeats the request while the server answers 503.
         """
         query = {"until": "done"} if until_done else {}
         headers = {}
@@ -135,13 +135,13 @@ class Client:
         return [event async for event in self.stream(conversation_id, position, until_done=True, **options)]
 
     async def turn(self, text: str, conversation_id: str | None = None) -> tuple[dict[str, str], list[Event]]:
-        """Say something and return the answer and the reply's events."""
+        """Post a text; return the answer and the events of the reply."""
         answer = await self.say(text, conversation_id)
         return answer, await self.events(answer["conversationId"], answer["lastEventId"])
 
 
 class ChunkedBody:
-    """The body of a chunked response (RFC 9112, 7.1), with a `StreamReader`'s methods; reads no further than needed."""
+    """The body of a chunked response (RFC 9112, 7.1), with a `StreamReader`'s methods; it never reads ahead."""
 
     def __init__(self, reader: asyncio.StreamReader) -> None:
         self.ended = False
@@ -188,7 +188,7 @@ class ChunkedBody:
 
 
 class RawStream:
-    """A stream over a bare socket, for what happens below HTTP; `reader` gives its body."""
+    """A stream over a bare socket, for tests below HTTP; `reader` reads its body."""
 
     def __init__(self, port: int, path: str, *, version: str = "1.1", headers: str = "") -> None:
         self._request = f"GET {path} HTTP/{version}\r\nHost: localhost\r\n{headers}\r\n"
@@ -203,7 +203,7 @@ class RawStream:
         return self
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield the events, keep-alives left out."""
+        """Yield the events, without keep-alives."""
         decoder = EventDecoder()
         while line := await self.reader.readline():
             event = decoder.feed(line.decode().removesuffix("\n"))
@@ -221,7 +221,7 @@ def text_of(events: list[Event]) -> str:
 
 async def _events(response: httpx.Response) -> AsyncIterator[Event]:
     decoder = EventDecoder()
-    # Not aiter_lines: it also splits at U+2028 and its like, which is no line's end in an event stream.
+    # Not aiter_lines: it also splits at U+2028 and the like, which end no line in an event stream.
     rest = ""
     async for chunk in response.aiter_text():
         *lines, rest = (rest + chunk).split("\n")

@@ -1,8 +1,8 @@
-"""Programs around SSE clients of others' making, each as its documentation uses it.
+"""Programs around third-party SSE clients, each used as its documentation shows.
 
-`python -m tests.foreign_clients CLIENT TURNS URL` watches a conversation until it has had so many replies, and prints,
-as JSON, what the stream brought; `pooled-CLIENT TURNS SERVER` posts right after each reply's stream has ended, and
-prints how many posts were answered 202.
+`python -m tests.foreign_clients CLIENT TURNS URL` watches a conversation for TURNS replies, and prints the received
+events as JSON. `pooled-CLIENT TURNS SERVER` posts right after the end of each reply's stream, and prints how many posts
+were answered 202.
 """
 
 import json
@@ -25,12 +25,12 @@ from ld_eventsource.config import ErrorStrategy
 from tests.clients import EventDecoder
 
 PAUSE_S = 0.2
-"""How long a client without reconnects of its own waits before it comes again."""
+"""How long to wait before reopening a stream for a client that does not reconnect by itself."""
 
 
 @dataclass
 class Seen:
-    """What a stream brought."""
+    """The events of a stream."""
 
     turns: int
     opens: int = 0
@@ -39,7 +39,7 @@ class Seen:
     ids: list[str] = field(default_factory=list)
 
     def take(self, name: str, data: str, position: str) -> bool:
-        """Take an event; return whether it was the last one."""
+        """Take an event; return whether it was the last expected one."""
         if name in ("input", "token", "done", "reset"):
             self.ids.append(position)
         if name == "input":
@@ -92,7 +92,7 @@ ATTEMPTS: dict[str, Attempt] = {"httpx-sse": _httpx_sse, "requests": _requests, 
 
 
 def watch(client: str, url: str, seen: Seen) -> None:
-    """Watch a conversation with a client, which resumes by itself or is opened again with the last id."""
+    """Watch a conversation with a client, which resumes by itself or is restarted with the last id."""
     if client == "launchdarkly":
         for action in SSEClient(url, initial_retry_delay=PAUSE_S, error_strategy=ErrorStrategy.always_continue()).all:
             seen.opens += isinstance(action, Start)

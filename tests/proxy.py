@@ -1,4 +1,4 @@
-"""A TCP proxy that cuts lines, for tests of clients that must get over it."""
+"""A TCP proxy that aborts connections, to test how clients recover."""
 
 import asyncio
 import socket
@@ -11,17 +11,17 @@ from typing import Protocol, Self
 
 
 class Cutter(Protocol):
-    """Decides where one connection is cut."""
+    """Decides where to abort one connection."""
 
     def take(self, data: bytes) -> tuple[bytes, bool]:
-        """Take bytes for the client; return those that it gets now, and whether the connection is cut after them."""
+        """Take bytes for the client; return the bytes to pass on, and whether to abort the connection after them."""
 
     def rest(self) -> bytes:
-        """Return what is held back, for when the server has ended the connection."""
+        """Return the bytes held back, once the server has closed the connection."""
 
 
 class After:
-    """Cuts after a number of bytes."""
+    """Aborts a connection after a number of bytes."""
 
     def __init__(self, n_bytes: int) -> None:
         self._left = n_bytes
@@ -36,19 +36,19 @@ class After:
 
 
 class CuttingProxy:
-    """Passes bytes on between its clients and a server on 127.0.0.1, and breaks off when told to."""
+    """Passes bytes on between its clients and a server on 127.0.0.1, and aborts connections on request."""
 
     def __init__(self) -> None:
         self.port = 0
         self.refuse = False
-        """Whether new connections are closed at once."""
+        """Whether to close new connections at once."""
         self.connections = 0
-        """How many connections were passed on so far; those that were refused do not count."""
+        """The number of connections passed on so far, without the refused ones."""
         self.refused = 0
         self.cuts = 0
-        """How many lines were cut, by `cut` and by a cutter."""
+        """The number of connections aborted by `cut` or by a cutter."""
         self.resets = False
-        """Whether a client whose connection is cut by a cutter is sent a RST instead of a FIN."""
+        """Whether a cutter ends a client's connection with a RST instead of a FIN."""
         self._cutter: Callable[[], Cutter] | None = None
         self._target = 0
         self._server: asyncio.Server | None = None
@@ -56,12 +56,12 @@ class CuttingProxy:
         self._streams: set[asyncio.WriteTransport] = set()
         self._muted: set[asyncio.WriteTransport] = set()
         self.streams = 0
-        """How many streams were asked for so far."""
+        """The number of requests for a stream so far."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Condition()
 
     async def start(self, target_port: int, port: int = 0) -> int:
-        """Listen on `port` (0: one that is free), pass on to `target_port` and return the port."""
+        """Listen on `port` (0: any free port), pass bytes on to `target_port` and return the port."""
         self._target = target_port
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
         self.port = self._server.sockets[0].getsockname()[1]
@@ -72,7 +72,7 @@ class CuttingProxy:
         self._target = target_port
 
     def cut(self) -> int:
-        """Cut all open lines in both directions at once, what is on its way included, and return how many."""
+        """Abort all open connections in both directions, with the bytes in transit; return their number."""
         lines = list(self._lines)
         for line in lines:
             line.abort()
@@ -80,30 +80,30 @@ class CuttingProxy:
         return len(lines)
 
     def mute_streams(self) -> int:
-        """Let the streams that are open die without closing: pass nothing on any more. Return how many there are."""
+        """Pass no more bytes on for the open streams, without closing them; return their number."""
         self._muted |= self._streams
         return len(self._streams)
 
     def cut_after(self, n_bytes: int | None) -> None:
-        """Cut each new connection after it has passed `n_bytes` to the client (its headers count); None: no more."""
+        """Abort each new connection after `n_bytes` to the client, headers included; None: stop aborting."""
         self.cut_by(None if n_bytes is None else lambda: After(n_bytes))
 
     def cut_by(self, cutter: Callable[[], Cutter] | None) -> None:
-        """Cut each new connection where its cutter says, of which this makes one for each; None: no more."""
+        """Abort each new connection where its own cutter decides, made by `cutter`; None: stop aborting."""
         self._cutter = cutter
 
     async def wait_for(self, *, connections: int = 0, refused: int = 0, cuts: int = 0) -> None:
-        """Return once so many connections in all have been passed on, refused and cut by a limit."""
+        """Wait until the total numbers of connections passed on, refused and aborted have reached these."""
         async with self._changed:
             await self._changed.wait_for(
                 lambda: self.connections >= connections and self.refused >= refused and self.cuts >= cuts
             )
 
     async def close(self) -> None:
-        """Stop listening and drop all lines."""
+        """Stop listening and abort all connections."""
         if self._server is not None:
             self._server.close()
-            self.cut()  # which ends the tasks, too; asyncio's streams would log it if they were cancelled
+            self.cut()  # ends the tasks, too; asyncio's streams would log a cancellation
             await asyncio.gather(*self._tasks)
             await self._server.wait_closed()
 
@@ -125,7 +125,7 @@ class CuttingProxy:
             else:
                 await self._pass_on(reader, writer)
         except OSError:
-            pass  # one of the two has left; that ends both
+            pass  # one end has closed the connection: close the other
         finally:
             await _drop(writer)
             self._tasks.discard(task)
@@ -158,7 +158,7 @@ class CuttingProxy:
             await _drop(upstream)
 
     def _passes_up(self, line: asyncio.WriteTransport, data: bytes) -> bool:
-        # A connection whose stream has ended may be used for the next request.
+        # A client may use the connection of an ended stream for its next request.
         self._streams.discard(line)
         if data.startswith(b"GET /chat/stream/"):
             self._streams.add(line)
@@ -174,7 +174,7 @@ class CuttingProxy:
 
 
 async def _drop(writer: asyncio.StreamWriter) -> None:
-    """Close a connection and wait until its socket is closed; cut it if its other end takes nothing for a second."""
+    """Close a connection and wait until its socket is closed; abort it if the other end reads nothing for a second."""
     writer.close()
     with suppress(OSError, TimeoutError):
         async with asyncio.timeout(1):
@@ -185,7 +185,7 @@ async def _drop(writer: asyncio.StreamWriter) -> None:
 async def _pump(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, cutter: Cutter | None, passes: Callable[[bytes], bool]
 ) -> bool:
-    """Pass bytes on to the end, or until they are cut; return whether they were. Drop those that `passes` refuses."""
+    """Pass bytes on until the end or an abort; return whether it was an abort. Drop bytes that `passes` rejects."""
     with suppress(OSError):
         while data := await reader.read(65536):
             if not passes(data):

@@ -1,32 +1,32 @@
 """Measure chatserver side by side with Express and FastAPI twins: `scripts/bench`.
 
-    scripts/bench                                    A to G three times, and H once: about three quarters of an hour
+    scripts/bench                                    A to G three times, and H once: about 45 minutes
     scripts/bench --workloads A,C --rounds 5         some of them
     scripts/bench --workloads A --sides ours         ours only, while working on it
-    scripts/bench --json out.json                    the results of every run, too
+    scripts/bench --json out.json                    also write the results of every run
     scripts/bench --before ../old --sides ours --workloads A --rounds 15
-                                                     the code of another checkout, too, as the side `before`
+                                                     also the code of another checkout, as the side `before`
 
-What is measured is the whole product, `python -m chatserver` with the simulated source and a private `mongod`, against
-servers that do as little as they can: `express.js` (the same design in Node: a Map of Sets, `res.write` per client) and
-`fastapi_twin.py` (sse-starlette, uvicorn, uvloop; with Motor where turns are stored). All say the same words at the
-same pace under positions of the same form. The twins have no database in A to D and no resume at all; F to H are ours
-alone, the columns of F being lengths of conversations.
+The bench compares the whole product, `python -m chatserver` with the simulated source and a private `mongod`, with two
+minimal servers: `express.js` (the same design in Node: a Map of Sets, `res.write` per client) and `fastapi_twin.py`
+(sse-starlette, uvicorn, uvloop; with Motor where turns are stored). All of them send the same tokens at the same pace,
+with positions of the same form. The twins have no database in A to D, and no resume. F to H measure chatserver only;
+the columns of F are lengths of conversations.
 
-The server under test has one core, `load.c` (compiled at run time) and `mongod` have another. `load.c` checks every
-token of every subscriber; see its head for what latency means. CPU is the server process's own, all its threads;
-`mongod`'s is told apart. The sides take turns, so that a noisy minute hits them all. A table of medians with the
-smallest and the largest, then the targets: the exit code is 1 if one is missed.
+The server under test runs on one core, `load.c` (compiled at run time) and `mongod` on another. `load.c` checks every
+token of every subscriber; its head defines latency. CPU time is that of the server process with all its threads; the
+time of `mongod` has its own row. The sides take turns, so that noise affects all of them. The output is a table of
+medians with minimum and maximum, then the targets. The exit code is 1 if a target is missed.
 
-With `--before`, the other checkout's code runs with the same settings as ours, in its own process and database. Rounds
+With `--before`, the code of the other checkout runs with the same settings, in its own process and database. Rounds
 alternate the order of the sides, and the main figures are compared in pairs, round by round: the median of the ratios
-ours / before, with an interval that holds the true median with a probability of at least 95 % whatever the noise looks
-like (`paired.py`); it takes six rounds. Beside each ratio stands how busy the machine was.
+ours / before, with an interval that contains the true median with a probability of at least 95 % for any distribution
+of the noise (`paired.py`). The interval needs six rounds. Each ratio is printed with the load of the machine.
 
-Needs two cores, `cc`, Node with npm, and what the server needs. What it makes is in `.bench/`.
+Needs two cores, `cc`, Node with npm, and the requirements of the server. Compiled and installed tools are in `.bench/`.
 
 The files: `workloads.py`, `targets.py`, `paired.py`, `processes.py` (servers, cores), `generator.py` and `load.c`,
-`tools.py` (what is compiled and installed), the twins.
+`tools.py` (compiles and installs), the twins.
 """
 
 import argparse
@@ -50,16 +50,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of A to H; default: all")
     parser.add_argument("--sides", default=",".join(SIDES), help=f"of {', '.join(SIDES)}; default: all")
     parser.add_argument(
-        "--before", type=Path, metavar="CHECKOUT", help=f"another checkout, whose code is the side {BEFORE}"
+        "--before", type=Path, metavar="CHECKOUT", help=f"another checkout: its code is the side {BEFORE}"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--scale", type=float, default=1.0, help="of loads and times; to try the bench itself")
-    parser.add_argument("--json", type=Path, help="where to write every run's results")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of loads and times, to try the bench")
+    parser.add_argument("--json", type=Path, help="file for the results of every run")
     return parser.parse_args()
 
 
 def _machine() -> Result:
-    """Return what the figures depend on."""
+    """Return the machine and the versions that the figures depend on."""
     node = subprocess.run(["node", "--version"], capture_output=True, text=True, check=False).stdout.strip()
     model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
     return {
@@ -106,7 +106,7 @@ def main() -> int:
                 taking_part = WORKLOADS[name].taking_part(sides)
                 if WORKLOADS[name].once and number:
                     continue
-                # There and back: of any two sides each comes first every other round.
+                # Alternate the order, so that each side comes first in every other round.
                 for side in taking_part[:: -1 if number % 2 else 1]:
                     print(f"round {number + 1}: {name} {side}", file=sys.stderr, flush=True)
                     load = os.getloadavg()[0]

@@ -1,9 +1,9 @@
 // The Express twin: a Map of conversations to Sets of responses, and `res.write` per client and token.
 //
-// The same routes, events, positions and pace as chatserver's, but no database, no resume and no limits: what is measured
-// is the delivery. Each event is encoded once, whoever watches. Settings come from the environment:
-// PORT, TOKENS_FILE (a JSON array of strings, said over and over), TOKENS (of a reply), DELAY_MS, LATE_MS (0: a token
-// that is late makes all after it late), KEEPALIVE_S.
+// The same routes, events, positions and pace as chatserver's, but no database, no resume and no limits: the bench
+// measures delivery. Each event is encoded once for all subscribers. Settings come from the environment:
+// PORT, TOKENS_FILE (a JSON array of strings, sent in a loop), TOKENS (of a reply), DELAY_MS, LATE_MS (0: a late token
+// delays all tokens after it), KEEPALIVE_S.
 
 const fs = require("node:fs");
 const { randomBytes } = require("node:crypto");
@@ -25,7 +25,7 @@ function reply(conversationId) {
   const messageId = randomBytes(12).toString("hex");
   let chars = 0;
   let said = 0;
-  // By the clock, so that timers that fire late do not add up; what fell due within LATE_MS is said at once.
+  // By the clock, so that late timers do not add up: tokens that fell due within LATE_MS are sent at once.
   let due = performance.now();
   const wait = () => {
     const now = performance.now();

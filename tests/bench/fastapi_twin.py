@@ -1,10 +1,9 @@
 """The FastAPI twin: sse-starlette on uvicorn with uvloop, a queue per client, Motor if there is a database.
 
-The same routes, events, positions and pace as chatserver's, but no resume and no limits. Each event is encoded once,
-whoever watches. With `MONGODB_URI` a turn is the same two writes with the same write concern, and the history that a
-source would need is read. Settings come from the environment: TOKENS_FILE (a JSON array of strings, said over and
-over), TOKENS (of a reply), DELAY_MS, LATE_MS (0: a token that is late makes all after it late), KEEPALIVE_S,
-MONGODB_URI.
+The same routes, events, positions and pace as chatserver's, but no resume and no limits. Each event is encoded once for
+all subscribers. With `MONGODB_URI` a turn makes the same two writes with the same write concern, and reads the history
+that a source would need. Settings come from the environment: TOKENS_FILE (a JSON array of strings, sent in a loop),
+TOKENS (of a reply), DELAY_MS, LATE_MS (0: a late token delays all tokens after it), KEEPALIVE_S, MONGODB_URI.
 
 Run it in its own venv: `python fastapi_twin.py`; it prints its address.
 """
@@ -62,7 +61,7 @@ app = FastAPI(lifespan=lifespan)
 
 
 def broadcast(conversation_id: str, event: str, position: str, data: dict[str, Any]) -> None:
-    """Put one event, encoded, into the queue of everybody who watches."""
+    """Put one encoded event into the queue of each subscriber."""
     if watching := clients.get(conversation_id):
         text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
         encoded = ServerSentEvent(text, event=event, id=position, sep="\n").encode()
@@ -71,7 +70,7 @@ def broadcast(conversation_id: str, event: str, position: str, data: dict[str, A
 
 
 async def begin(conversation_id: str, reply_id: ObjectId, text: str) -> list[dict[str, Any]]:
-    """Store what the user said and that a reply runs; return the newest messages."""
+    """Store the user's message and the mark of a running reply; return the newest messages."""
     if conversations is None:
         return []
     now = datetime.now(UTC)
@@ -103,14 +102,14 @@ async def finish(conversation_id: str, reply_id: ObjectId, text: str) -> None:
 
 
 async def answer(conversation_id: str, reply_id: ObjectId) -> None:
-    """Say a reply and store it."""
+    """Send a reply and store it."""
     clock = asyncio.get_running_loop().time
     chars = 0
     said: list[str] = []
     due = clock()
     for text in islice(cycle(texts), tokens):
         now = clock()
-        # By the clock, so that timers that fire late do not add up; what fell due within LATE_MS is said at once.
+        # By the clock, so that late timers do not add up: tokens that fell due within LATE_MS are sent at once.
         due = max(due + delay_s, now - late_s)
         if due > now or not late_s:
             await asyncio.sleep(due - now)
@@ -123,7 +122,7 @@ async def answer(conversation_id: str, reply_id: ObjectId) -> None:
 
 @app.post("/chat", status_code=202)
 async def say(body: Say) -> dict[str, str]:
-    """Store what the user said and start the reply."""
+    """Store the user's message and start the reply."""
     conversation_id = body.conversationId or str(ObjectId())
     reply_id = ObjectId()
     await begin(conversation_id, reply_id, body.input)
@@ -135,7 +134,7 @@ async def say(body: Say) -> dict[str, str]:
 
 @app.get("/chat/stream/{conversation_id}")
 async def stream(conversation_id: str) -> EventSourceResponse:
-    """Stream what is said from now on."""
+    """Stream all events from now on."""
     queue: asyncio.Queue[bytes] = asyncio.Queue()
     clients.setdefault(conversation_id, set()).add(queue)
 
@@ -155,6 +154,6 @@ async def stream(conversation_id: str) -> EventSourceResponse:
 if __name__ == "__main__":
     config = uvicorn.Config(app, "127.0.0.1", 0, loop="uvloop", http="httptools", access_log=False, log_level="warning")
     listener = config.bind_socket()
-    listener.listen(config.backlog)  # so that it can be connected to once its address is told
+    listener.listen(config.backlog)  # so that clients can connect as soon as the address is printed
     print(f"fastapi listens on http://127.0.0.1:{listener.getsockname()[1]}/", flush=True)
     uvicorn.Server(config).run([listener])

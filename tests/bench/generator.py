@@ -1,4 +1,4 @@
-"""The load generator, `load.c`, as functions: each runs it to its end and returns what it says."""
+"""The load generator, `load.c`, as functions: each runs it to its end and returns its results."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ Result = dict[str, Any]
 
 
 class LoadError(Exception):
-    """The load generator could not do its work."""
+    """The load generator, or the server under it, failed."""
 
 
 def _command(mode: str, server: Server, others: tuple[int, ...], options: dict[str, object]) -> list[str]:
@@ -31,7 +31,7 @@ def _command(mode: str, server: Server, others: tuple[int, ...], options: dict[s
 def load(mode: str, server: Server, *others: int, **options: object) -> Result:
     """Run the load generator in one of its modes (see `load.c`) against a server.
 
-    :param others: ids of further processes whose CPU time is to be known
+    :param others: ids of more processes whose CPU time to measure
     :raises LoadError: if it fails, or the server has died
     """
     done = subprocess.run(_command(mode, server, others, options), capture_output=True, text=True, timeout=300)
@@ -42,9 +42,9 @@ def load(mode: str, server: Server, *others: int, **options: object) -> Result:
 
 
 def idle(server: Server, *others: int, seconds: float, measure: Callable[[], float], **options: object) -> Result:
-    """Open streams and keep them open for so many seconds, then `measure()` while they are.
+    """Open streams, keep them open for `seconds`, then call `measure` before they are closed.
 
-    :return: `opening` and `holding`, what the generator says of either, and `measured`
+    :return: the generator's results of `opening` and `holding` the streams, and the value `measured`
     :raises LoadError: if it fails
     """
     command = _command("idle", server, others, options)

@@ -1,25 +1,25 @@
 /* The load generator of scripts/bench: one process, one core, epoll.
  *
- *   load deliver  opens streams, posts to each conversation, watches the replies; --cut cuts streams and resumes them
- *   load idle     opens streams that nothing happens on, until its standard input ends
- *   load turns    clients that each post, wait for the stored reply, and post again; --turns: so often, else for a time,
+ *   load deliver  opens streams, posts to each conversation, reads the replies; --cut aborts streams and resumes them
+ *   load idle     holds idle streams open until its standard input ends
+ *   load turns    clients that each post, wait for the stored reply, and post again; --turns: how often, else for a time,
  *                 with a new conversation after each --rotate turns; --conversation: the first 20 digits of the ids
- *   load get      asks for one path again and again
+ *   load get      requests one path repeatedly
  *
  * Every token of every subscriber is checked: the position in its id is the one before it plus the code points of its
  * text, and at the end all subscribers of a conversation have the same number of characters, the same bytes of text
- * and a `done`. A result is one line of JSON on standard output; what went wrong is counted in it.
+ * and a `done`. A result is one line of JSON on standard output, which includes the number of errors.
  *
- * Bodies may be chunked or end with the connection, and the lines of a frame may come in any order, so that servers of
- * different ages are measured by the same program. Comments and `ping` events are keep-alives, never deliveries.
- * `waited` is how long the main thread of a watched process was runnable without a core (schedstat): a share above a
- * few per cent tells that the machine was too busy to measure on.
+ * Bodies may be chunked or end with the connection, and the lines of a frame may come in any order, so that one program
+ * measures servers of different versions. Comments and `ping` events are keep-alives, never deliveries.
+ * `waited` is how long the main thread of a watched process was runnable without a core (schedstat): with a share above
+ * a few per cent, the machine was too busy for a measurement.
  *
- * Latency: nothing in the wire format tells when a token was due, but its source keeps a pace, token k of a reply being
- * due at start + k * interval. A token's latency is how much later than that it was read; `start` is the one, of each
- * conversation, by which its most punctual token in the window was on time. So it holds all that a user sees: the
- * source's lateness, the server's queues, the kernel's buffers. A server that is late with everything, ever more, shows
- * in the delivered share of what was due, which is told, too. */
+ * Latency: the wire format has no due time of a token, but the source keeps a pace: token k of a reply is due at
+ * start + k * interval. The latency of a token is the time from then until it was read. `start` is chosen for each
+ * conversation such that its most punctual token in the window has no latency. So latency includes every delay that a
+ * user notices: in the source, in the server's queues, in the kernel's buffers. A server that falls further and further
+ * behind shows in the delivered share of the due tokens, which is part of the result. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -86,7 +86,7 @@ static void fault(const char *format, ...) {
     }
 }
 
-/* So far, in ns: CPU time used by this process and by each of those that are watched (all their threads), and how long
+/* So far, in ns: CPU time used by this process and by each watched process (all threads), and how long
  * their main threads have waited for a core. */
 struct usage {
     int64_t at, own, of[MAX_PIDS], waited[MAX_PIDS];
@@ -177,7 +177,7 @@ struct connection {
     long body_left; /* of a body with a length */
     enum { SIZE, DATA, END } chunk;
     long chunk_left;
-    char *in; /* not yet understood: of the head, or of the body without its chunks */
+    char *in; /* not yet parsed: of the head, or of the body without its chunk headers */
     size_t length, room;
 };
 
@@ -202,7 +202,7 @@ static void send_all(struct connection *c, const char *bytes, size_t length) {
     if (send(c->fd, bytes, length, MSG_NOSIGNAL) != (ssize_t)length) fault("send: %s", strerror(errno));
 }
 
-/* A connection from one of many loopback addresses, so that there are ports enough. */
+/* Connect from one of many loopback addresses, so that ports suffice. */
 static void open_connection(struct connection *c) {
     int one = 1;
     c->fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -222,7 +222,7 @@ static void open_connection(struct connection *c) {
     c->length = 0;
 }
 
-/* At once, with a reset: no port stays behind in TIME_WAIT. */
+/* Close at once, with a reset, so that no port stays in TIME_WAIT. */
 static void close_connection(struct connection *c) {
     if (c->fd < 0) return;
     struct linger abruptly = {.l_onoff = 1};
@@ -231,7 +231,7 @@ static void close_connection(struct connection *c) {
     c->fd = -1;
 }
 
-/* Read a head if it is there in full; return whether it is. */
+/* Read a head if it is complete; return whether it is. */
 static bool read_head(struct connection *c) {
     char *end = memmem(c->in, c->length, "\r\n\r\n", 4);
     if (!end) return false;
@@ -247,7 +247,7 @@ static bool read_head(struct connection *c) {
     return true;
 }
 
-/* Append what arrived of a body, without its chunks; return false once the last chunk is there. */
+/* Append bytes of a body, without its chunk headers; return false after the last chunk. */
 static bool append_body(struct connection *c, const char *bytes, size_t length) {
     if (!c->chunked) {
         append(c, bytes, length);
@@ -275,7 +275,7 @@ static bool append_body(struct connection *c, const char *bytes, size_t length) 
     return true;
 }
 
-/* Go over from the head to the body, of which a part may have come with it; return false if its last chunk has, too. */
+/* Proceed from the head to the body, which may have arrived with it; return false if its last chunk has, too. */
 static bool begin_body(struct connection *c) {
     size_t rest = c->length;
     if (!c->chunked || !rest) return true;
@@ -345,7 +345,7 @@ static int64_t measure(const char *text, const char *end, uint64_t *hash) {
         if (*c == '\\') {
             h = (h ^ (unsigned char)*++c) * 1099511628211u;
             int digits = *c == 'u' ? 4 : 0;
-            /* The second half of a surrogate pair is no code point of its own. */
+            /* The second half of a surrogate pair is not a code point. */
             if (!digits || strncasecmp(c + 1, "dc", 2) < 0 || strncasecmp(c + 1, "df", 2) > 0) points++;
             while (digits--) h = (h ^ (unsigned char)*++c) * 1099511628211u;
         } else if ((*c & 0xc0) != 0x80) {
@@ -456,7 +456,7 @@ static void read_stream(struct stream *s, const char *bytes, size_t length) {
     char *block = c->in, *end = c->in + c->length, *blank;
     while (block < end && (blank = memmem(block, (size_t)(end - block), "\n\n", 2))) {
         take_event(s, block, blank + 1, at);
-        if (!c->status) return; /* for what it said, it was closed and opened anew */
+        if (!c->status) return; /* its events made the client close it and open the next one */
         block = blank + 2;
     }
     forget(c, (size_t)(block - c->in));
@@ -543,7 +543,7 @@ static void turn_loop(int64_t until) {
     int count = epoll_wait(poll_fd, events, 1024, milliseconds);
     for (int i = 0; i < count; i++) {
         struct connection *c = events[i].data.ptr;
-        if (c->fd < 0) continue; /* closed by what came before it in this round */
+        if (c->fd < 0) continue; /* closed by an earlier event of this round */
         ssize_t length = read(c->fd, buffer, sizeof buffer);
         if (length > 0) {
             if (c->kind == STREAM)
@@ -561,7 +561,7 @@ static void run_for(int milliseconds) {
     while (now() < until) turn_loop(until);
 }
 
-/* Run until a count is reached; return whether it was in time. */
+/* Run until a count is reached; return whether it was reached in time. */
 static bool run_until(const int *count, int target, const char *what) {
     int64_t until = now() + options.patience_ms * MS;
     while (*count < target && now() < until) turn_loop(until);
@@ -617,7 +617,7 @@ static void watch_resumed(struct stream *s, int64_t at) {
     }
 }
 
-/* Cut the first --cut subscribers of each conversation, all at once, and have them resume where they were. */
+/* Abort the first --cut subscribers of each conversation, all at once, and resume them from their positions. */
 static void cut_and_resume(void) {
     int64_t at = now();
     for (int i = 0; i < stream_count; i++)
@@ -711,7 +711,7 @@ static void idle(void) {
     struct request input = {.connection = {.kind = REQUEST, .fd = STDIN_FILENO}};
     event.data.ptr = &input;
     if (epoll_ctl(poll_fd, EPOLL_CTL_ADD, STDIN_FILENO, &event)) die("standard input is no pipe");
-    run_for(200); /* what a stream begins with is no keep-alive of a quiet one */
+    run_for(200); /* do not count the first frames of a stream as keep-alives */
     keepalives = 0;
     for (int i = 0; i < stream_count; i++) streams[i].keepalives = 0;
     from = usage();

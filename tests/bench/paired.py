@@ -1,4 +1,4 @@
-"""Two versions of the same program compared in pairs, one pair a round. Pure."""
+"""Compares two versions of a program in pairs, one pair per round. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from tests.bench.generator import Result
 
 CONFIDENCE = 0.95
 Verdict = tuple[bool, str]
-"""Whether a limit is met, and how that reads."""
+"""Whether a limit is met, with a line of text."""
 FIGURES = {
     "A": ("us_per_delivery", "latency_p99_ms"),
     "B": ("rate",),
@@ -18,9 +18,9 @@ FIGURES = {
     "E": ("us_per_turn", "turns_per_second"),
     "G": ("us_per_delivery", "caught_up_max_ms"),
 }
-"""What is compared, by workload."""
+"""The compared figures, by workload."""
 LIMITS = {("A", "us_per_delivery"): 1.03}
-"""The most that a figure may be of what it was before."""
+"""The largest permitted ratio of a figure to its value before."""
 
 
 class Interval(NamedTuple):
@@ -32,10 +32,10 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval | None:
-    """Return the median of independent values with its interval; None if they are too few for that confidence.
+    """Return the median of independent values with its interval; None if there are too few values for the confidence.
 
     Each value lies below the true median with a probability of one half, whatever their distribution. So the number of
-    those that do is binomial, and the k-th smallest and the k-th largest enclose the true median unless fewer than k
+    lower values is binomial, and the k-th smallest and the k-th largest enclose the true median unless fewer than k
     values lie on one side of it. For 15 values and 95 %, k is 4.
     """
     ordered = sorted(values)
@@ -49,11 +49,12 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
 
 
 def compare(workload: str, ours: Sequence[Result], before: Sequence[Result]) -> tuple[list[str], list[Verdict]]:
-    """Return how the paired ratios ours / before read, and a verdict on each limit.
+    """Return lines about the paired ratios ours / before, and a verdict on each limit.
 
-    A limit is missed only if the whole interval lies above it: then noise does not explain it.
+    A limit is missed only if the whole interval lies above it: noise does not explain that.
 
-    :param ours: the results of the rounds, and those of `before` in the same order
+    :param ours: the results of the rounds
+    :param before: the results of the other checkout, in the same order
     """
     lines: list[str] = []
     verdicts: list[Verdict] = []

@@ -1,4 +1,4 @@
-"""Processes bound to a core: the servers under test, on one core, and all that serves to measure them, on another."""
+"""Binds processes to cores: the servers under test to one, the load generator and MongoDB to another."""
 
 import asyncio
 import os
@@ -19,9 +19,9 @@ from tests.processes import ROOT, MongoServer, Server
 
 
 def cores() -> tuple[int, int]:
-    """Return the core for the server and the one for everything else.
+    """Return the core of the server under test and the core of the other processes.
 
-    :raises SystemExit: if there is only one
+    :raises SystemExit: if there is only one core
     """
     available = sorted(os.sched_getaffinity(0))
     if len(available) < 2:
@@ -30,12 +30,12 @@ def cores() -> tuple[int, int]:
 
 
 def bind(core: int) -> None:
-    """Bind the calling process, and those it starts, to a core."""
+    """Bind the calling process, and the processes that it starts, to a core."""
     os.sched_setaffinity(0, {core})
 
 
 class Database:
-    """A private MongoDB server in a new folder, on the core of whoever starts it."""
+    """A private MongoDB server in a new folder, on the core of the calling process."""
 
     def __init__(self) -> None:
         self._mongod = MongoServer(Path(tempfile.mkdtemp(prefix="chatserver-bench-")))
@@ -53,7 +53,7 @@ class Database:
         self._mongod.remove()
 
     def seed(self, uri: str, conversation_ids: Sequence[str], length: int) -> str:
-        """Store conversations of so many messages, as the server would have; return their last message's id."""
+        """Store conversations of `length` messages, as the server does; return the id of their last message."""
         time = datetime.now(UTC)
         messages = [
             {
@@ -72,7 +72,7 @@ class Database:
         return str(messages[-1]["_id"])
 
     def fresh_uri(self) -> str:
-        """Return the URI of a database that nobody has used yet."""
+        """Return the URI of a new database."""
         self._count += 1
         return self._mongod.database_uri(f"bench-{self._count}")
 
@@ -93,9 +93,9 @@ def metrics(server: Server) -> dict[str, float]:
 
 
 def ours(core: int, uri: str, tokens: int, delay_ms: int, *, checkout: Path = ROOT, **settings: object) -> Server:
-    """Return the whole product, with limits that are higher than any load here, but in force.
+    """Return a chatserver, with limits that are in force, but higher than any load here.
 
-    :param checkout: whose code to run: with its own `.venv` if it has one, else with the packages of this one
+    :param checkout: the checkout to run; with its own `.venv` if it has one, else with the packages of this one
     """
     limits = {"MAX_STREAMS": 100_000, "MAX_REPLIES": 100_000}
     simulated = {"SIMULATED_TOKENS": tokens, "SIMULATED_TOKEN_DELAY_MS": delay_ms, "REPLY_SOURCE": "simulated"}
@@ -115,7 +115,7 @@ def express(core: int, tokens: int, delay_ms: int, **settings: object) -> Server
 
 def fastapi(core: int, tokens: int, delay_ms: int, **settings: object) -> Server:
     """Return the FastAPI twin, without a database unless MONGODB_URI is among the settings."""
-    # Its packages are those of its own virtual environment only.
+    # It imports packages from its own virtual environment only.
     process = {"PYTHONPATH": None, "TOKENS_FILE": tools.tokens_file()}
     reply = {"TOKENS": tokens, "DELAY_MS": delay_ms}
     command = [tools.twin_python(), tools.HERE / "fastapi_twin.py"]

@@ -1,4 +1,4 @@
-"""The targets, and the table that tells whether they are met."""
+"""The targets, the verdicts on them, and the table of all figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ def _median(runs: Runs, side: str, name: str) -> float:
 
 @dataclass(frozen=True)
 class Target:
-    """A promise about one figure of a side (ours): against a number, or against a multiple of another side's."""
+    """A bound for one figure of a side (ours): a number, or a multiple of the figure of another side."""
 
     workload: str
     figure: str
     most: bool
-    """Whether the bound is the most that it may be; else the least."""
+    """Whether the bound is a maximum; else a minimum."""
     bound: float
     of: str | None = None
     side: str = "ours"
 
     def judge(self, runs: Runs) -> tuple[bool, str] | None:
-        """Return whether it is met, and how that reads; None if a side was not measured."""
+        """Return whether the target is met, with a line of text; None if a side was not measured."""
         if self.side not in runs or (self.of and self.of not in runs):
             return None
         value = _median(runs, self.side, self.figure)
@@ -67,21 +67,21 @@ TARGETS = (
 
 
 def verdicts(results: Mapping[str, Runs]) -> list[tuple[bool, str]]:
-    """Return, for each target that was measured, whether it is met and how that reads; and each run's faults."""
+    """Return a verdict, with a line of text, on each measured target and on each run with errors."""
     found = [target.judge(results[target.workload]) for target in TARGETS if target.workload in results]
     faults = [
         (False, f"{name} {side}, round {number}: {run['errors']} errors, first: {run['first_error']}")
         for name, runs in results.items()
         for side, rounds in runs.items()
         for number, run in enumerate(rounds, 1)
-        # A twin that does not keep up is a finding; what is asked of ours is asked without exception.
+        # A twin that does not keep up is a finding; chatserver must not have a single error.
         if run["errors"] and side not in TWINS
     ]
     return [verdict for verdict in found if verdict is not None] + faults
 
 
 def table(results: Mapping[str, Runs], titles: Callable[[str], str]) -> str:
-    """Return all figures: for each side the median and, in brackets, the smallest and the largest."""
+    """Return all figures: for each side the median, with minimum and maximum in brackets."""
     lines: list[str] = []
     for name, runs in results.items():
         sides = list(runs)

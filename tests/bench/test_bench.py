@@ -1,5 +1,5 @@
-"""The bench: its load generator reads every form of a stream and notices what is wrong, its comparison is right, and it
-runs; a moment of it, for counts that do not vary, never for times.
+"""The bench: its load generator reads every form of a stream and reports wrong events, its comparison is right, and
+short runs succeed. The tests check counts, which do not vary, never times.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ def block(event: str, data: object, position: str | None, *, id_first: bool) -> 
 
 
 def stream(*, id_first: bool, pings: bool) -> list[bytes]:
-    """Return a stream's blocks: what it begins with, and a whole turn."""
+    """Return the blocks of a stream: its first events, and a whole turn."""
     keepalive = block("ping", {"everyS": 15}, None, id_first=False) if pings else b":\n\n"
     named = b"event: stream\n" if pings else b""
     blocks = [b"retry: 1000\n: chatserver\n" + named + b"id: " + b"c" * 24 + b"-0\n\n", keepalive]
@@ -44,15 +44,15 @@ def stream(*, id_first: bool, pings: bool) -> list[bytes]:
 
 
 def chunked(blocks: list[bytes], size: int) -> list[bytes]:
-    """Return the same bytes as chunks of at most `size` bytes, which begin and end anywhere."""
+    """Return the same bytes in chunks of at most `size` bytes."""
     whole = b"".join(blocks)
     parts = [whole[begin : begin + size] for begin in range(0, len(whole), size)]
     return [b"%x\r\n%b\r\n" % (len(part), part) for part in parts]
 
 
 @asynccontextmanager
-async def scripted(pieces: list[bytes], *, is_chunked: bool) -> AsyncIterator[int]:
-    """Serve streams of these pieces of a body, each a write of its own, once something was posted; yield the port."""
+async def scripted(parts: list[bytes], *, is_chunked: bool) -> AsyncIterator[int]:
+    """Serve streams of these parts of a body, with a write for each part, after the first post; yield the port."""
     posted = asyncio.Event()
     served: set[asyncio.Task[None]] = set()
 
@@ -68,10 +68,10 @@ async def scripted(pieces: list[bytes], *, is_chunked: bool) -> AsyncIterator[in
                 await reader.read()
             else:
                 coding = b"Transfer-Encoding: chunked\r\n" if is_chunked else b""
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" + coding + b"\r\n" + pieces[0])
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n" + coding + b"\r\n" + parts[0])
                 await posted.wait()
-                for piece in pieces[1:]:
-                    writer.write(piece)
+                for part in parts[1:]:
+                    writer.write(part)
                     await asyncio.sleep(0)
                 await reader.read()
         writer.close()
@@ -86,10 +86,10 @@ async def scripted(pieces: list[bytes], *, is_chunked: bool) -> AsyncIterator[in
         await asyncio.gather(*served, return_exceptions=True)
 
 
-async def load(pieces: list[bytes], *, is_chunked: bool) -> dict[str, Any]:
-    """Return what the load generator says of a server that answers with these pieces of a body."""
+async def load(parts: list[bytes], *, is_chunked: bool) -> dict[str, Any]:
+    """Return the load generator's result for a server that answers with these parts of a body."""
     command: list[object] = [await asyncio.to_thread(tools.load_generator), "deliver", "--finish"]
-    async with scripted(pieces, is_chunked=is_chunked) as port:
+    async with scripted(parts, is_chunked=is_chunked) as port:
         options = {"port": port, "subscribers": SUBSCRIBERS, "tokens": len(TEXTS), "settle-ms": 1, "window-ms": 1}
         for name, value in {**options, "patience-ms": 3000}.items():
             command += [f"--{name}", value]
@@ -106,18 +106,18 @@ async def load(pieces: list[bytes], *, is_chunked: bool) -> dict[str, Any]:
 async def test_load_generator_reads_every_form_of_a_stream(is_chunked: bool, id_first: bool, pings: bool) -> None:
     blocks = stream(id_first=id_first, pings=pings)
     for size in (7, 64, 100_000) if is_chunked else (7, 64):
-        pieces = chunked(blocks, size)
+        parts = chunked(blocks, size)
         if not is_chunked:
             whole = b"".join(blocks)
-            pieces = [whole[begin : begin + size] for begin in range(0, len(whole), size)]
-        result = await load(pieces, is_chunked=is_chunked)
+            parts = [whole[begin : begin + size] for begin in range(0, len(whole), size)]
+        result = await load(parts, is_chunked=is_chunked)
 
         assert (result["errors"], result["first_error"]) == (0, "")
 
 
 @pytest.mark.needs("cc")
 @pytest.mark.gen_test
-async def test_load_generator_notices_what_is_wrong_with_a_stream() -> None:
+async def test_load_generator_reports_wrong_streams() -> None:
     right = stream(id_first=False, pings=True)
     ping = block("ping", {"everyS": 15}, f"{REPLY}-3", id_first=False)
     wrong = {
@@ -169,17 +169,17 @@ def test_limit_is_missed_only_if_the_whole_interval_lies_above_it(ratios: list[f
 
 
 def bench(results: Path, *options: object) -> tuple[dict[str, Any], str]:
-    """Run the bench for a moment; return its results and what it printed."""
+    """Run a short bench; return its results and its output."""
     command = [sys.executable, "-m", "tests.bench", "--rounds", "1", "--scale", "0.05", "--json", str(results)]
     done = subprocess.run([*command, *map(str, options)], cwd=ROOT, capture_output=True, text=True, timeout=170)
-    # Exit code 1 tells that a target was missed, which a busy machine may do; no results are another thing.
+    # Exit code 1 means a missed target, which a busy machine may cause. Missing results are an error.
     assert done.returncode in (0, 1) and results.is_file(), done.stdout + done.stderr
     return json.loads(results.read_text())["results"], done.stdout
 
 
 @pytest.mark.needs("cc", "node", "npm")
 @pytest.mark.timeout(180)
-def test_bench_delivers_every_token_in_order_to_everybody(tmp_path: Path) -> None:
+def test_bench_delivers_every_token_in_order_to_all(tmp_path: Path) -> None:
     results, printed = bench(tmp_path / "results.json", "--workloads", "A,D", "--sides", "ours,express")
     for workload in ("A", "D"):
         for side in ("ours", "express"):
@@ -206,7 +206,7 @@ def test_bench_compares_with_the_code_of_another_checkout(tmp_path: Path) -> Non
     assert "A us_per_delivery, ours / before" in printed
 
 
-def test_bench_refuses_a_side_that_it_does_not_know(tmp_path: Path) -> None:
+def test_bench_refuses_an_unknown_side(tmp_path: Path) -> None:
     for options in (["--sides", "before"], ["--before", str(tmp_path)], ["--sides", "theirs"]):
         command = [sys.executable, "-m", "tests.bench", *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

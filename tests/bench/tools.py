@@ -1,4 +1,4 @@
-"""What the measurements are made with, all in `.bench/`: the load generator, Express, the FastAPI twin's venv."""
+"""Compiles and installs the tools of the bench in `.bench/`: load generator, Express, the FastAPI twin's venv."""
 
 import hashlib
 import json
@@ -14,12 +14,12 @@ from tests.processes import ROOT
 HERE = Path(__file__).parent
 BENCH = ROOT / ".bench"
 INPUT = "Say something, please."
-"""What the load generator posts."""
+"""The text that the load generator posts."""
 
 
 @contextmanager
 def _made_from(source: Path, path: Path) -> Iterator[bool]:
-    """Give whether `path` is to be made: it was not yet, or not from this very source. Take note once it has been."""
+    """Yield whether `path` must be made, because it is missing or its source has changed; then record the source."""
     stamp = BENCH / f"{path.name}.stamp"
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     stale = not (path.exists() and stamp.exists() and stamp.read_text() == digest)
@@ -29,7 +29,7 @@ def _made_from(source: Path, path: Path) -> Iterator[bool]:
 
 
 def load_generator() -> Path:
-    """Compile the load generator, if need be; return its path."""
+    """Compile the load generator if necessary; return its path."""
     path, source = BENCH / "load", HERE / "load.c"
     with _made_from(source, path) as stale:
         if stale:
@@ -38,7 +38,7 @@ def load_generator() -> Path:
 
 
 def express_modules() -> Path:
-    """Install Express by npm, if need be; return the folder of the modules."""
+    """Install Express with npm if necessary; return the folder of the modules."""
     modules, package = BENCH / "express" / "node_modules", HERE / "package.json"
     with _made_from(package, modules) as stale:
         if stale:
@@ -49,7 +49,7 @@ def express_modules() -> Path:
 
 
 def twin_python() -> Path:
-    """Make the FastAPI twin's venv, if need be; return its Python."""
+    """Create the FastAPI twin's venv if necessary; return its Python."""
     folder, requirements = BENCH / "fastapi", HERE / "requirements.txt"
     python = folder / "bin" / "python"
     with _made_from(requirements, folder) as stale:
@@ -61,7 +61,7 @@ def twin_python() -> Path:
 
 
 def tokens_file() -> Path:
-    """Write down the tokens that our simulated source says, over and over, for the twins to say the same."""
+    """Write the tokens of the simulated source to a file, for the twins to send in a loop; return its path."""
     path = BENCH / "tokens.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps([*tokenise(compose(INPUT, 1)), "\n\n"]))

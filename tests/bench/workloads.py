@@ -1,8 +1,8 @@
-"""The workloads A to H, each measured on one side at a time; a run's result is what the table is made of.
+"""The workloads A to H. Each run measures one side; its result is one cell of the table for each figure.
 
-A result has plain numbers by name; `errors` counts whatever was not as promised (a token out of order, an answer of
-500), `first_error` says the first of them, `generator` is the load generator's share of its core, `waiting` the share
-of the time in which the server's main thread could have run, but had no core.
+A result maps names to numbers: `errors` counts violations of the protocol (a token out of order, a status 500),
+`first_error` describes the first of them, `generator` is the load generator's share of its core, and `waiting` the
+share of time in which the server's main thread was runnable, but had no core.
 """
 
 import math
@@ -21,30 +21,30 @@ from tests.processes import ROOT, Server
 
 INTERVAL_MS = 20
 LATENCY_MS = 100.0
-"""B: the 99th percentile must stay below."""
+"""B: the 99th percentile must stay below this."""
 SHARE = 0.99
-"""B: and so much of what was due must have been delivered."""
+"""B: at least this share of the due tokens must have been delivered."""
 BEFORE = "before"
-"""The side that runs the code of another checkout; a workload that ours takes part in by name has it, too."""
+"""The side that runs the code of another checkout, in all workloads that have the side `ours`."""
 ALL = ("ours", "express", "fastapi")
 _PACED = "-paced"
 PACED = ("express-paced", "fastapi-paced")
 SIDES = (*ALL, *PACED)
-"""Those of every run; `before` is one more."""
+"""The sides of every run, without `before`."""
 _LATE_MS = 500
 IDLE_KEEPALIVE_S = 4
 _LONG = 4
-"""F: so many conversations of each length."""
+"""F: the number of conversations of each length."""
 _LEAST_SAMPLES = 4
 
 
 @dataclass
 class Bench:
-    """What all measurements of a run share.
+    """The state that all measurements share.
 
-    :param core: of the server under test
-    :param scale: of all loads and times; 1 but for trying the bench itself
-    :param before: the checkout whose code is the side `before`
+    :param core: the core of the server under test
+    :param scale: factor of all loads and times; 1 except to try the bench itself
+    :param before: the checkout that the side `before` runs
     """
 
     database: Database
@@ -61,12 +61,12 @@ class Bench:
             "fastapi-paced": 500,
         }
     )
-    """B: the number of conversations to begin the search with, by side."""
+    """B: the number of conversations at which the search begins, by side."""
 
     def server(self, side: str, tokens: int, delay_ms: int, *, stored: bool = False, **settings: object) -> Server:
-        """Return a server of one side, yet to be started.
+        """Return a server of one side, not yet started.
 
-        :param stored: whether the twin is to have a database
+        :param stored: whether a twin has a database
         """
         if checkout := {"ours": ROOT, BEFORE: self.before}.get(side):
             uri = self.database.fresh_uri()
@@ -80,21 +80,21 @@ class Bench:
         return processes.fastapi(self.core, tokens, delay_ms, **settings)
 
     def count(self, number: int, least: int = 1) -> int:
-        """Return a number of conversations, clients or streams, scaled."""
+        """Return a scaled number of conversations, clients or streams."""
         return max(least, round(number * self.scale))
 
     def ms(self, milliseconds: int) -> int:
-        """Return a time, scaled."""
+        """Return a scaled time."""
         return max(200, round(milliseconds * self.scale))
 
 
 def tokens_for(milliseconds: float, delay_ms: int = INTERVAL_MS) -> int:
-    """Return how many tokens a reply needs to last for so long."""
+    """Return how many tokens a reply needs to last for a time."""
     return math.ceil(milliseconds / delay_ms)
 
 
 def figures(result: Result) -> Result:
-    """Return a delivery's figures by name."""
+    """Return the figures of a delivery by name."""
     return {
         "us_per_delivery": 1e6 * result["cpu"][0] / max(1, result["delivered"]),
         "rate": result["rate"],
@@ -106,7 +106,7 @@ def figures(result: Result) -> Result:
 
 
 def closing(result: Result) -> Result:
-    """Return what every run has."""
+    """Return the figures that every run has."""
     return {
         "generator": result["own_cpu"] / result["seconds"],
         "waiting": result["waited"][0] / result["seconds"],
@@ -118,7 +118,7 @@ def closing(result: Result) -> Result:
 def _deliver(
     bench: Bench, side: str, conversations: int, subscribers: int, window_ms: int, *, finish: bool, cut: int = 0
 ) -> Result:
-    # No reply may end within the window, however long the posts before it take; those that must end end soon after it.
+    # No reply may end within the window, however long the posts before it take. With `finish`, replies end soon after.
     tokens = tokens_for((8 if finish else 40) * conversations + 500 + window_ms + 1500)
     with bench.server(side, tokens, INTERVAL_MS) as server:
         result = load(
@@ -148,11 +148,11 @@ def many_conversations(bench: Bench, side: str) -> Result:
 def highest_load(bench: Bench, side: str) -> Result:
     """B: as A with more conversations: the highest rate at which everything arrives in time.
 
-    Under that load a loop is late. Our simulated source then says at once what fell due, as a model's tokens would be
-    there by then; the twins' sleeps between two tokens, as a loop in such a program does, and falls behind. The paced
-    twins are the same servers with a source like ours.
+    Under that load an event loop is late. Our simulated source then sends all due tokens at once, as a model's tokens
+    would have arrived by then. The twins' source sleeps between two tokens, like a loop in such a program, and falls
+    behind. The paced twins are the same servers with a source like ours.
 
-    The first round brackets the limit to 12 % and later rounds look around what the last one found.
+    The first round brackets the limit to 12 %; later rounds search around the last result.
     """
     conversations = bench.highest[side]
     factor = 1.3 if f"{side} found" not in bench.highest else 1.12
@@ -161,10 +161,10 @@ def highest_load(bench: Bench, side: str) -> Result:
     reached = 0
     for _ in range(7):
         result = _deliver(bench, side, conversations, 2, bench.ms(4000), finish=False)
-        said = (
-            f"{result['rate']:.0f}/s, p99 {result['latency_ms'].get('p99')} ms, {result['share']:.3f} of what was due"
+        found = (
+            f"{result['rate']:.0f}/s, p99 {result['latency_ms'].get('p99')} ms, {result['share']:.3f} of the due tokens"
         )
-        print(f"  {conversations} conversations: {said} {result['first_error']}", file=sys.stderr, flush=True)
+        print(f"  {conversations} conversations: {found} {result['first_error']}", file=sys.stderr, flush=True)
         in_time = result["latency_ms"].get("p99", math.inf) < LATENCY_MS and result["share"] >= SHARE
         if in_time and not result["errors"]:
             best, reached = result, conversations
@@ -177,7 +177,7 @@ def highest_load(bench: Bench, side: str) -> Result:
         else:
             conversations = round(conversations * factor if best else conversations / factor)
     if best is None:
-        return {"errors": 1, "first_error": "no load was carried", **figures(result)}
+        return {"errors": 1, "first_error": "the server kept up with no load", **figures(result)}
     bench.highest[side] = reached
     bench.highest[f"{side} found"] = 1
     return {**figures(best), "conversations": reached}
@@ -238,7 +238,7 @@ def turns(bench: Bench, side: str) -> Result:
 
 
 def long_conversations(bench: Bench, length: str) -> Result:
-    """F: a turn, a page of history and a resume in conversations of so many messages, and what MongoDB pays."""
+    """F: a turn, a page of history and a resume in long conversations, with the CPU time of MongoDB."""
     uri = bench.database.fresh_uri()
     prefix = secrets.token_hex(10)
     ids = [f"{prefix}{number:04x}" for number in range(_LONG)]
@@ -269,14 +269,14 @@ def _costs(what: str, result: Result, times: Result) -> Result:
 
 
 def mass_reconnect(bench: Bench, side: str) -> Result:
-    """G: 2 of 3 clients of each of 500 running replies are cut at once and resume; `latency` is the others'."""
+    """G: 2 of 3 clients of 500 running replies are disconnected at once and resume; `latency` is of the third."""
     result = _deliver(bench, side, bench.count(500), 3, bench.ms(4000), finish=True, cut=2)
     resumed = {f"caught_up_{name}_ms": value for name, value in result["caught_up_ms"].items() if name != "count"}
     return {**resumed, **figures(result)}
 
 
 def soak(bench: Bench, side: str) -> Result:
-    """H: 20 minutes of turns, joins and cuts; memory and what is left are taken in the quiet after each round."""
+    """H: 20 minutes of turns, joins and disconnects; memory and leftovers are measured after each round."""
     until = time.monotonic() + bench.ms(20 * 60_000) / 1000
     samples: list[tuple[int, dict[str, float]]] = []
     turns = cuts = errors = 0
@@ -324,7 +324,7 @@ def soak(bench: Bench, side: str) -> Result:
 
 @dataclass(frozen=True)
 class Workload:
-    """A workload that several sides take turns at."""
+    """A workload, and the sides that take turns at it."""
 
     run: Callable[[Bench, str], Result]
     sides: tuple[str, ...]
@@ -332,7 +332,7 @@ class Workload:
     """Whether one round is enough."""
 
     def taking_part(self, chosen: Sequence[str]) -> list[str]:
-        """Return the sides of a run, of those that were chosen; `before` comes right after ours."""
+        """Return the chosen sides that this workload has; `before` comes right after `ours`."""
         sides = [side for side in self.sides if side in chosen or side not in SIDES]
         if "ours" in self.sides and BEFORE in chosen:
             sides.insert(sides.index("ours") + 1 if "ours" in sides else 0, BEFORE)
@@ -340,7 +340,7 @@ class Workload:
 
     @property
     def title(self) -> str:
-        """The first line of its description."""
+        """The first line of the description."""
         return (self.run.__doc__ or "").partition("\n")[0].rstrip(".")
 
 

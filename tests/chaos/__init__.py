@@ -1,1 +1,1 @@
-"""The program that shows the promises under faults: real processes, real clients, and a comparison at the end."""
+"""The chaos program: real processes and clients under injected faults, and a comparison with MongoDB at the end."""

@@ -1,9 +1,10 @@
-"""Break everything while clients chat, then compare what they were told with what is stored.
+"""Inject faults while clients chat, then compare the events that the clients received with the stored documents.
 
-Connections are cut within frames, chunk headers included, at no byte offset twice before all were cut once; the summary
-counts the offsets. Some of the clients store a position before its frame is complete, as clients in use do.
+Connections are aborted within frames, chunk headers included. No byte offset is used twice before all were used once;
+the summary counts the offsets. Some clients store a position before its frame is complete, as several published SSE
+clients do.
 
-Exit code 0: every promise held, every kind of fault was injected, and enough turns ended. 1: not so.
+Exit code 0: every promise held, every kind of fault was injected, and enough turns ended. Exit code 1: otherwise.
 """
 
 import argparse
@@ -30,22 +31,29 @@ from tests.chaos.ledger import Ledger
 from tests.processes import MongoServer, Server, steady_port
 from tests.proxy import CuttingProxy
 
-KINDS = ("server killed", "server paused", "server restarted", "database killed", "database frozen", "lines cut")
+KINDS = (
+    "server killed",
+    "server paused",
+    "server restarted",
+    "database killed",
+    "database frozen",
+    "connections aborted",
+)
 CHECKPOINT_MS = 250
 LEASE_MS = 2000
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/chaos", description=__doc__)
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="what is broken, and when")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long things are broken")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000), help="of all random choices")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long faults are injected")
     parser.add_argument("--conversations", type=int, default=12)
-    parser.add_argument("--clients", type=int, default=3, help="watching each conversation")
-    parser.add_argument("--faults", default=",".join(KINDS), help="which kinds, separated by commas")
-    parser.add_argument("--turns", type=int, default=100, help="how many must end")
-    parser.add_argument("--token-delay-ms", type=int, default=15, help="between two tokens of a reply")
-    parser.add_argument("--pause", type=float, default=2.5, help="at most so many seconds between two faults")
-    parser.add_argument("--patience", type=float, default=40.0, help="seconds to come to rest at the end")
+    parser.add_argument("--clients", type=int, default=3, help="number of clients that watch each conversation")
+    parser.add_argument("--faults", default=",".join(KINDS), help="kinds of faults, separated by commas")
+    parser.add_argument("--turns", type=int, default=100, help="how many turns must end")
+    parser.add_argument("--token-delay-ms", type=int, default=15, help="pause between two tokens of a reply")
+    parser.add_argument("--pause", type=float, default=2.5, help="longest pause between two faults, in seconds")
+    parser.add_argument("--patience", type=float, default=40.0, help="longest wait for replies and clients at the end")
     parser.add_argument("--server", help="another command to run as the server")
     arguments = parser.parse_args()
     arguments.faults = arguments.faults.split(",")
@@ -58,7 +66,7 @@ Stored = dict[str, dict[str, Any]]
 
 
 async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stored, Cuts]:
-    """Run it all; return what happened, what is stored and where lines were cut."""
+    """Run processes, clients and faults; return the ledger, the stored documents and the chosen offsets."""
     dice = random.Random(arguments.seed)
     ledger = Ledger(CHECKPOINT_MS / 1000, LEASE_MS / 1000)
     mongod = MongoServer(folder / "db", port=steady_port())
@@ -92,7 +100,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stor
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{proxy.port}", limits=limits, trust_env=False) as http:
             watchers = [
-                # Some take positions early, as some clients in use do.
+                # Every second client stores positions early.
                 Watcher(http, conversation, number, ledger, random.Random(dice.random()), eager=number % 2 == 1)
                 for conversation in conversations
                 for number in range(arguments.clients)
@@ -121,11 +129,11 @@ async def run(arguments: argparse.Namespace, folder: Path) -> tuple[Ledger, Stor
 async def _come_to_rest(
     ledger: Ledger, talking: list["asyncio.Task[None]"], conversations: list[Conversation], patience_s: float
 ) -> None:
-    """Wait until every reply that was asked for has ended, as its clients are told."""
+    """Wait until the clients have received the end of every requested reply."""
     _, pending = await asyncio.wait(talking, timeout=patience_s)
     for task, conversation in zip(talking, conversations, strict=True):
         if task in pending:
-            ledger.stuck.append(f"{conversation.id}: who talks there waits for an answer, or for watchers")
+            ledger.stuck.append(f"{conversation.id}: its talker still waits for an answer, or for watchers")
             task.cancel()
         else:
             task.result()
@@ -133,17 +141,17 @@ async def _come_to_rest(
 
 
 async def _catch_up(ledger: Ledger, stored: Stored, conversations: list[Conversation], patience_s: float) -> None:
-    """Wait until every client stands at the end of what is stored."""
+    """Wait until every client has reached the end of its stored conversation."""
     deadline = time.monotonic() + patience_s
     for conversation in conversations:
-        # One that was deleted just before the end is yet to begin again.
+        # A conversation whose predecessor was deleted just before the end has no document yet.
         document = stored.get(conversation.id)
         end = f"{document['messages'][-1]['_id']}-done" if document else f"{conversation.id}-0"
         for watcher in conversation.watchers:
             while watcher.position != end and time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
             if watcher.position != end:
-                ledger.stuck.append(f"{watcher.id}: client {watcher.number} stands at {watcher.position}, not at {end}")
+                ledger.stuck.append(f"{watcher.id}: client {watcher.number} is at {watcher.position}, not at {end}")
 
 
 def _read(uri: str) -> Stored:
@@ -152,22 +160,22 @@ def _read(uri: str) -> Stored:
 
 
 def report(ledger: Ledger, verdict: Verdict, cuts: Cuts, arguments: argparse.Namespace) -> list[str]:
-    """Print the table; return why the run does not count, if it does not."""
+    """Print the table; return the reasons why the run failed."""
     injected = Counter(fault.kind for fault in ledger.faults)
     retried = {retry.new_id for retry in ledger.retries if retry.new_id}
     turns = len({post.answer["replyId"] for post in ledger.posts} | retried)
     rows = [(kind, injected[kind]) for kind in arguments.faults]
     rows += [("turns", turns), ("posts sent again", ledger.resent), ("replies stopped", len(ledger.stops))]
     rows += [("replies retried", len(retried)), ("conversations deleted", len(ledger.deletions))]
-    rows += [("streams opened again", ledger.reconnects), ("streams ended in order", verdict.orderly)]
-    rows += [("cuts within a frame", sum(counts.total() for counts in cuts.offsets.values()))]
+    rows += [("streams reopened", ledger.reconnects), ("streams ended cleanly", verdict.orderly)]
+    rows += [("aborts within a frame", sum(counts.total() for counts in cuts.offsets.values()))]
     rows += [("at distinct offsets", sum(map(len, cuts.offsets.values())))]
     rows += [("events checked", verdict.events), ("ends checked", verdict.ends)]
     print(f"seed {arguments.seed}, {arguments.conversations} conversations x {arguments.clients} clients")
     for name, number in rows:
         print(f"  {name:<24}{number:>9,}")
     for event, counts in sorted(cuts.offsets.items()):
-        print(f"  offsets cut: {event:<11}{len(counts):>9,} of {cuts.longest[event]}, the bytes of the longest frame")
+        print(f"  offsets used: {event:<10}{len(counts):>9,} of {cuts.longest[event]}, the bytes of the longest frame")
     print("violations")
     for name, number in verdict.counts.items():
         print(f"  {name:<24}{number:>9,}")
@@ -176,7 +184,7 @@ def report(ledger: Ledger, verdict: Verdict, cuts: Cuts, arguments: argparse.Nam
     wrong = [f"{len(verdict.lines)} violations"] if verdict.lines else []
     wrong += [f"no {kind}" for kind in arguments.faults if not injected[kind]]
     if injected["server restarted"] and not verdict.orderly:
-        wrong.append("no stream ended in order at a shutdown")
+        wrong.append("no stream ended cleanly at a shutdown")
     if turns < arguments.turns:
         wrong.append(f"fewer than {arguments.turns} turns")
     print("FAILED: " + ", ".join(wrong) if wrong else "every promise held")

@@ -1,4 +1,4 @@
-"""The comparison: every conversation and every client, against MongoDB and against what the clients were told."""
+"""Compares every conversation and every client's events with the documents in MongoDB."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -18,23 +18,22 @@ KINDS = (
     "text repeated",
     "text skipped",
     "text lost",
-    "end not told",
-    "cut taken for an end",
+    "end not sent",
+    "premature last chunk",
     "stuck",
 )
 SLACK_S = 0.25
-"""How much older than an interval a last checkpoint may be: on two cores with a load of eight, 0.1 s was seen."""
+"""How far the last checkpoint may exceed its interval: 0.1 s was measured on two cores under a load of eight."""
 RECOVERY_S = 1.0
-"""How long after an outage the driver and the server, each of which looks every half second, find the database."""
+"""How long the driver and the server, which both check twice a second, take to find the database after an outage."""
 RESET_S = 2.0
-"""How long the reset of a deleted conversation may be on its way."""
-_HITS_SERVERS = ("server", "shutdown")
+"""How long the reset of a deleted conversation may take to arrive."""
 Stored = Mapping[str, Any]
 
 
 @dataclass
 class Verdict:
-    """What was found: violations by kind, with a line for each."""
+    """The result: violations by kind, with a line for each."""
 
     events: int = 0
     ends: int = 0
@@ -53,7 +52,7 @@ class Verdict:
 
 
 def check(ledger: Ledger, conversations: Mapping[str, Stored]) -> Verdict:
-    """Return what is wrong with a run.
+    """Return the violations of a run.
 
     :param conversations: the documents by their ids, as MongoDB has them at the end
     """
@@ -64,7 +63,7 @@ def check(ledger: Ledger, conversations: Mapping[str, Stored]) -> Verdict:
         if "reply" in document:
             verdict.blame("stuck", f"{conversation_id} is still streaming")
     _check_deletions(ledger, conversations, verdict)
-    # Of one that was deleted, what was stored before its last turn takes its place.
+    # A deleted conversation is compared with its messages before its last turn.
     deleted = {each: {"messages": deletion.messages} for each, deletion in ledger.deletions.items()}
     conversations = {**conversations, **deleted}
     _check_posts(ledger, conversations, verdict)
@@ -85,45 +84,45 @@ def _is_about(event: Seen, document: Stored) -> bool:
 
 
 def _check_deletions(ledger: Ledger, conversations: Mapping[str, Stored], verdict: Verdict) -> None:
-    """Nothing of a deleted conversation comes back, and its streams are ended with `reset`."""
+    """A deleted conversation stays deleted, and its streams end with `reset`."""
     for conversation_id in ledger.deletions.keys() & conversations.keys():
         verdict.blame("deletion not kept", f"{conversation_id} is stored again")
     for (conversation_id, number), seen in ledger.seen.items():
         name = f"{conversation_id} client {number}"
         if (deletion := ledger.deletions.get(conversation_id)) is None:
             if seen and seen[-1].kind == "gone":
-                verdict.blame("message lost", f"{name}: the conversation was gone, but not deleted")
+                verdict.blame("message lost", f"{name}: the conversation is unknown, but was not deleted")
             continue
         if not seen or seen[-1].kind != "gone":
-            verdict.blame("deletion not kept", f"{name} was not told")
+            verdict.blame("deletion not kept", f"{name} received no reset")
         for stream in (each for each in seen if each.kind == "left"):
             late = stream.data["opened"] < deletion.time < stream.time - RESET_S
-            # A server that was paused, or another one, cannot know at once.
+            # A server that was paused, or a second server, learns of the deletion later.
             if late and not any(
                 fault.kind == "server paused" and fault.begin < stream.time and deletion.time < fault.end + 1
                 for fault in ledger.faults
             ):
-                verdict.blame("deletion not kept", f"{name} was told {stream.time - deletion.time:.2f} s later")
+                verdict.blame("deletion not kept", f"{name}: reset after {stream.time - deletion.time:.2f} s")
 
 
 def _check_endings(ledger: Ledger, conversations: Mapping[str, Stored], verdict: Verdict) -> None:
-    """A stop that took effect and a retry that was answered are stored so; no reply is superseded by itself."""
+    """Answered stops and retries are stored as such, and no reply is superseded without a retry."""
     nothing: Stored = {"messages": []}
     for conversation_id, reply_id in ledger.stops:
         messages = conversations.get(conversation_id, nothing)["messages"]
-        # One whose server was lost before it was stored is interrupted; but it never goes on to its end.
+        # If the server died before it stored the stop, the reply is interrupted; but it never runs to its end.
         if not any(str(each["_id"]) == reply_id and each.get("status", "complete") != "complete" for each in messages):
-            verdict.blame("stop not kept", f"{conversation_id}: {reply_id} was stopped, but is not stored so")
+            verdict.blame("stop not kept", f"{conversation_id}: {reply_id} was stopped, but is not stored as stopped")
     for retry in ledger.retries:
         messages = conversations.get(retry.conversation_id, nothing)["messages"]
         pairs = [(str(old["_id"]), old.get("status"), str(new["_id"])) for old, new in pairwise(messages)]
         if retry.new_id and (retry.reply_id, "superseded", retry.new_id) not in pairs:
-            verdict.blame("retry not kept", f"{retry} is not stored so")
+            verdict.blame("retry not kept", f"{retry} is not stored")
     asked = {retry.reply_id for retry in ledger.retries}
     for conversation_id, document in conversations.items():
         for message in document["messages"]:
             if message.get("status") == "superseded" and str(message["_id"]) not in asked:
-                verdict.blame("retry not kept", f"{conversation_id}: nobody retried {message['_id']}")
+                verdict.blame("retry not kept", f"{conversation_id}: no client retried {message['_id']}")
 
 
 def _check_posts(ledger: Ledger, conversations: Mapping[str, Stored], verdict: Verdict) -> None:
@@ -152,7 +151,7 @@ def _check_posts(ledger: Ledger, conversations: Mapping[str, Stored], verdict: V
 
 
 class _Reader:
-    """Puts together what one client was told, and compares."""
+    """Assembles the events of one client, and compares the result with the stored messages."""
 
     def __init__(self, ledger: Ledger, name: str, document: Stored, verdict: Verdict) -> None:
         self._ledger, self._name, self._verdict = ledger, name, verdict
@@ -176,20 +175,20 @@ class _Reader:
         self._check_order()
 
     def _check_order(self) -> None:
-        """From the first message that it was told of, a client is told of all, in their order."""
-        told, stored = list(self._texts), list(self._stored)
-        if told and told[0] in stored:
-            first = stored.index(told[0])
-            stored = stored[first : first + len(told)]
-        if told and told != stored:
-            self._verdict.blame("text skipped", f"{self._name}: told of {told}, stored {stored}")
+        """A client receives all messages from its first one on, in order."""
+        received, stored = list(self._texts), list(self._stored)
+        if received and received[0] in stored:
+            first = stored.index(received[0])
+            stored = stored[first : first + len(received)]
+        if received and received != stored:
+            self._verdict.blame("text skipped", f"{self._name}: received {received}, stored {stored}")
 
     def _take_history(self, event: Seen) -> None:
-        """After a reset a client has what the history says, and nothing else; it must have had what is not stored."""
+        """After a reset, a client has the text of the history only. It must have had text that is not stored."""
         kept = {message_id: message["content"] for message_id, message in self._stored.items()}
         texts = {message_id: _text(pieces) for message_id, pieces in self._texts.items()}
         if all(kept.get(message_id, "").startswith(text) for message_id, text in texts.items()):
-            self._verdict.blame("text repeated", f"{self._name}: a reset, although all that it had is stored")
+            self._verdict.blame("text repeated", f"{self._name}: a reset, although all its text is stored")
         self._texts, self._ended = {}, set()
         for message in event.data["messages"]:
             self._texts[message["id"]] = [(event.time, message["content"])]
@@ -216,30 +215,30 @@ class _Reader:
         self._texts[message_id] = [(event.time, event.data["text"])]
         stored = self._stored.get(message_id)
         if stored is None or stored["content"] != event.data["text"]:
-            self._verdict.blame("message lost", f"{self._name}: input {message_id} is not stored so")
+            self._verdict.blame("message lost", f"{self._name}: input {message_id} is not stored with this text")
 
     def _take_leave(self, event: Seen) -> None:
-        """A stream that a server ends as it shuts down, whose replies are all stored by then, has told their ends.
+        """A server that shuts down has stored its replies, and sends their ends before it ends their streams.
 
-        But for the replies of a server that was lost right before: they end when their leases have run out. And a last
-        chunk is sent by a server that shuts down alone, to a client that has everything.
+        Except for the replies of a server that died just before: they end when their leases have expired. And only a
+        server that shuts down sends a last chunk, to a client that has received everything.
         """
-        faults, heir_s = self._ledger.faults, 1.5 * self._ledger.lease_s
+        faults, takeover_s = self._ledger.faults, 1.5 * self._ledger.lease_s
         ended = any(
             fault.kind == "server restarted"
             and event.data["opened"] < fault.begin < event.time < fault.end + 1
-            and not any(lost.hits == "server" and lost.begin < fault.begin < lost.end + heir_s for lost in faults)
+            and not any(lost.hits == "server" and lost.begin < fault.begin < lost.end + takeover_s for lost in faults)
             for fault in faults
         )
         message_id, _, chars = event.id.rpartition("-")
         if ended and chars != "done" and message_id in self._stored:
-            self._verdict.blame("end not told", f"{self._name}: left at {event.id} by a server that shut down")
+            self._verdict.blame("end not sent", f"{self._name}: left at {event.id} by a server that shut down")
         if event.data["clean"]:
             self._verdict.orderly += 1
             if chars not in ("done", "0") or not any(
                 fault.hits == "shutdown" and fault.begin < event.time < fault.end + 1 for fault in faults
             ):
-                self._verdict.blame("cut taken for an end", f"{self._name}: a last chunk at {event.id}")
+                self._verdict.blame("premature last chunk", f"{self._name}: a last chunk at {event.id}")
 
     def _take_end(self, event: Seen) -> None:
         message_id = event.data["messageId"]
@@ -253,28 +252,28 @@ class _Reader:
         kept = stored["content"] if stored else ""
         if event.kind == "done":
             status = stored.get("status", "complete") if stored else None
-            as_told = status == event.data["status"] or (status == "superseded" and event.data["status"] == "stopped")
-            if not as_told or kept != text:
-                line = f"{self._name}: done of {message_id}: told {text!r}, stored {kept!r} as {status}"
+            as_sent = status == event.data["status"] or (status == "superseded" and event.data["status"] == "stopped")
+            if not as_sent or kept != text:
+                line = f"{self._name}: done of {message_id}: sent {text!r}, stored {kept!r} as {status}"
                 self._verdict.blame("done not kept", line)
         elif stored is None or stored.get("error", {}).get("code") != event.data["code"]:
-            self._verdict.blame("done not kept", f"{self._name}: error of {message_id} is not stored so")
+            self._verdict.blame("done not kept", f"{self._name}: error of {message_id} is not stored")
         elif not any(
             fault.hits in ("server", "shutdown") and fault.begin <= event.time for fault in self._ledger.faults
         ):
             self._verdict.blame("text lost", f"{self._name}: {message_id} has an error, but no server was hit")
         elif not text.startswith(kept):
-            self._verdict.blame("text skipped", f"{self._name}: {message_id}: told {text!r}, stored {kept!r}")
+            self._verdict.blame("text skipped", f"{self._name}: {message_id}: sent {text!r}, stored {kept!r}")
         elif len(text) > len(kept):
             self._check_loss(message_id, pieces, len(kept), event)
 
     def _check_loss(self, message_id: str, pieces: list[tuple[float, str]], kept: int, end: Seen) -> None:
-        """Only what came after the last checkpoint that was taken may be gone, and only of interrupted replies."""
+        """Only the text after the last checkpoint may be lost, and only of interrupted replies."""
         first_lost = next(time for time, total in _running_totals(pieces) if total > kept)
         bound = last_checkpoint(self._ledger, first_lost, end.time)
         code = end.data["code"]
         if code != "interrupted" or bound is None or first_lost < bound:
-            late = "no server lost" if bound is None else f"{bound - first_lost:.2f} s before the last checkpoint"
+            late = "no server died" if bound is None else f"{bound - first_lost:.2f} s before the last checkpoint"
             self._verdict.blame("text lost", f"{self._name}: {message_id} ({code}), first lost token {late}")
 
 
@@ -291,11 +290,11 @@ def _running_totals(pieces: list[tuple[float, str]]) -> list[tuple[float, int]]:
 
 
 def last_checkpoint(ledger: Ledger, after: float, before: float) -> float | None:
-    """Return the time by which what was seen must have been saved before the server was lost; None if it never was.
+    """Return the time up to which a checkpoint must have saved the text before the server died; None if none died.
 
-    A checkpoint is taken every interval while the database answers; one that it was asked for during an outage may have
-    come to nothing, until the database was found again and an interval after. A client sees a token later than it was
-    said, never earlier, so that its way there needs no allowance.
+    A checkpoint is taken every interval while the database answers. During an outage a checkpoint may fail, until the
+    server has found the database again and one more interval has passed. A client receives a token after the server
+    has produced it, never before, so that the delay needs no allowance.
     """
     margin = ledger.interval_s + SLACK_S
     lost = [
@@ -305,7 +304,7 @@ def last_checkpoint(ledger: Ledger, after: float, before: float) -> float | None
     ]
     if not lost:
         return None
-    # The first one is it: its reply was not taken up again.
+    # The first one counts: its reply was not continued.
     bound = min(lost) - margin
     for outage in sorted((each for each in ledger.faults if each.hits == "database"), key=_begin, reverse=True):
         if outage.begin <= bound + margin and outage.end + RECOVERY_S + margin >= bound:

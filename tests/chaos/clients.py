@@ -1,4 +1,4 @@
-"""The clients: those who talk post, stop, retry and delete; those who watch reconnect with their positions."""
+"""The clients: talkers post, stop, retry and delete; watchers read streams and resume from their positions."""
 
 import asyncio
 import random
@@ -16,7 +16,7 @@ from tests.chaos.ledger import Deletion, Ledger, Post, Retry, Seen
 from tests.clients import Event, EventDecoder
 
 READ_S = 6.0
-"""A stream that brings nothing for so long, not even a keep-alive, is opened anew."""
+"""A watcher reopens a stream that has sent nothing, not even a keep-alive, for this time."""
 
 
 def new_id() -> str:
@@ -25,9 +25,9 @@ def new_id() -> str:
 
 @dataclass
 class Conversation:
-    """One conversation after the other, each until it is deleted: who watches, and what was told of its replies' ends.
+    """A conversation that a talker and its watchers share, until it is deleted and the next one takes its place.
 
-    `ended` is by reply: whether it was complete, as any client was told.
+    `ended` maps the ids of the ended replies to whether they are complete, as any client has received it.
     """
 
     id: str = field(default_factory=new_id)
@@ -47,20 +47,20 @@ class Conversation:
         return self.ended[message_id]
 
     async def wait_for_watchers(self) -> None:
-        """Wait until every watcher has its stream, so that each is told of all."""
+        """Wait until every watcher has an open stream, so that each receives all events."""
         while not all(each.id == self.id and each.position for each in self.watchers):
             await asyncio.sleep(0.05)
 
     @property
     def has_been_read(self) -> bool:
-        """Whether every watcher has a position that is gone when the conversation is."""
+        """Whether every watcher has the position of a message, which becomes unknown with the conversation."""
         return all(each.position[:24] not in ("", self.id) for each in self.watchers)
 
 
 class Talker:
-    """Says one thing after the other, each with a key, until told to stop; asks again whenever an answer is missing.
+    """Posts one message after the other, each with an idempotency key, and repeats requests without an answer.
 
-    Some replies are stopped, some that were not completed are retried, some conversations deleted.
+    It stops some replies, retries some incomplete ones and deletes some conversations. It ends once `stopping` is set.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Talker:
         return again
 
     async def _delete(self) -> None:
-        """Delete the conversation while a reply runs, or just when it is stopped; go on in a new one."""
+        """Delete the conversation while a reply runs, sometimes while it is stopped; continue in a new one."""
         conversation_id = self._conversation.id
         history = await self._ask("GET", f"/chat/{conversation_id}", 200)
         await self._say()
@@ -127,7 +127,7 @@ class Talker:
         self._conversation.id = new_id()
 
     async def _ask(self, method: str, path: str, *wanted: int, **body: Any) -> httpx.Response:
-        """Send a request until it is answered as wanted; return the answer."""
+        """Send a request until its answer has one of the wanted status codes; return the answer."""
         while True:
             response = await self._try(method, path, **body)
             if response is not None:
@@ -139,17 +139,17 @@ class Talker:
             await asyncio.sleep(0.1 if response is None else 0.2)
 
     async def _try(self, method: str, path: str, **body: Any) -> httpx.Response | None:
-        """Send a request; return the answer, or None if there is none."""
+        """Send a request; return the answer, or None if the connection fails."""
         with suppress(httpx.TransportError):
             return await self._http.request(method, path, timeout=8, **body)
         return None
 
 
 class Watcher:
-    """Watches a conversation, going on from its position whenever the stream ends, however it ends.
+    """Watches a conversation, and resumes from its position whenever the stream ends.
 
-    :param eager: whether it takes a position over before its frame is complete, as npm `eventsource` 2 and
-        `@microsoft/fetch-event-source` do, and not with its event, as the standard has it
+    :param eager: whether to store a position before its frame is complete, as npm `eventsource` 2 and
+        `@microsoft/fetch-event-source` do, rather than with its event, as the standard requires
     """
 
     def __init__(
@@ -180,9 +180,9 @@ class Watcher:
             await asyncio.sleep(0.05 + 0.2 * self._dice.random())
 
     async def watch(self) -> None:
-        """Open a stream and take what it brings, to its end.
+        """Open a stream and read its events to the end.
 
-        :raises httpx.TransportError: if it does not end in order
+        :raises httpx.TransportError: if the connection is aborted
         """
         headers = {"Last-Event-ID": self.position} if self.position else {}
         url, timeout = f"/chat/stream/{self.id}", httpx.Timeout(READ_S)
@@ -203,17 +203,17 @@ class Watcher:
                     self.position = event.id or self.position
                     if event.data and event.name != "ping":
                         self._take(event.name, event.id, event.data)
-            # Without its last chunk, httpx raises an error; a body that is not chunked cannot tell.
+            # Without the last chunk, httpx raises an error; a body without chunks has no such mark.
             left["clean"] = source.response.headers.get("Transfer-Encoding") == "chunked"
             return False
         finally:
             self._take("left", self.position, left)
 
     async def _eagerly(self, response: httpx.Response) -> AsyncGenerator[Event, None]:
-        """Yield the events of a stream, each after its position was taken over.
+        """Yield the events of a stream, and store the position of each before its frame is complete.
 
-        That is done as soon as the line after an `id` begins. Clients that do so at the end of its own line lose the
-        frame if they are cut at the one byte between them, whatever order its lines have.
+        The position is stored as soon as the line after the `id` begins. A client that stores it at the end of the `id`
+        line loses the frame if the connection is aborted at the one byte in between, in any order of the lines.
         """
         decoder, line, position = EventDecoder(), "", ""
         async for text in response.aiter_text():
@@ -230,7 +230,7 @@ class Watcher:
             self._conversation.end(data["messageId"], complete=data.get("status") == "complete")
 
     async def _start_over(self) -> None:
-        """Fetch the history, as a reset demands, and go on from there; not there: go on in the next conversation."""
+        """After a reset, continue from the history; if it is deleted, continue in the next conversation."""
         while True:
             with suppress(httpx.TransportError):
                 response = await self._http.get(f"/chat/{self.id}", timeout=8)

@@ -1,4 +1,4 @@
-"""Cuts at every byte offset within a frame, of a stream's bytes as they are on the wire. Pure."""
+"""Chooses byte offsets within the frames of a stream at which to abort its connection. Pure."""
 
 import random
 import re
@@ -9,18 +9,20 @@ from typing import NamedTuple
 
 _TURN = (("token",), ("done", "error"), ("input",))
 KINDS = (*_TURN, *_TURN, ("stream",), ("ping",))
-"""What successive connections are cut in. Each stream begins with the last two, but a turn's end has to be awaited."""
+"""The frames in which successive connections are aborted. The first ones are listed twice, since a client must wait for
+them, while every stream begins with the last two.
+"""
 _LONGEST = 400
-"""Longer frames (many tokens joined into one) are passed on whole: most of their offsets lie within a text."""
+"""Longer frames (many tokens in one) are passed on whole: most of their offsets lie within a text."""
 _TOKENS = 8
-"""A connection cut in a token passes on fewer than so many before: its client would else stay where it is."""
+"""A connection aborted in a token passes on fewer tokens than this first, so that its client advances."""
 _NAME = re.compile(rb"^event: (\w+)$", re.MULTILINE)
 
 
 class Segment(NamedTuple):
     """Bytes from the end of a frame to the end of the next one, chunk headers included, and that frame's event.
 
-    Bytes that belong to no frame (the head, what follows the last chunk, other responses) have the event "".
+    Bytes that belong to no frame (the head, bytes after the last chunk, other responses) have the event "".
     """
 
     event: str
@@ -33,12 +35,12 @@ class _State(Enum):
     CHUNK = auto()
     CHUNK_END = auto()
     BODY = auto()
-    """Of a stream that ends with the connection."""
+    """A body without chunks, which ends with the connection."""
     REST = auto()
 
 
 class Splitter:
-    """Divides a response into segments; what is yet to be completed is held back."""
+    """Divides a response into segments, and holds back an incomplete one."""
 
     def __init__(self) -> None:
         self.held = bytearray()
@@ -48,7 +50,7 @@ class Splitter:
         self._state = _State.HEAD
 
     def feed(self, data: bytes) -> list[Segment]:
-        """Take the next bytes; return the segments that they complete."""
+        """Take the next bytes; return the completed segments."""
         found: list[Segment] = []
         while data:
             taken, event = self._step(data)
@@ -60,7 +62,7 @@ class Splitter:
         return found
 
     def _step(self, data: bytes) -> tuple[int, str | None]:
-        """Return how many bytes belong to the present state, and the event of the segment that they complete."""
+        """Return how many bytes belong to the current state, and the event of the segment that they complete."""
         if self._state is _State.HEAD:
             taken = self._take_line(data)
             if self._line == b"\r\n":
@@ -115,26 +117,26 @@ class Splitter:
 
 
 class Cuts:
-    """Chooses where lines are cut: each time at one of the offsets, within frames of that event, that were cut least.
+    """Chooses the offsets of aborts: at random among the least used ones within frames of an event.
 
-    So none is cut twice before all were cut once; their order is left to the dice, for the sake of short runs.
+    So no offset is used twice before all were used once. The order is random, so that short runs cover all parts.
     """
 
     def __init__(self, dice: random.Random) -> None:
         self._dice = dice
         self._kinds = cycle(KINDS)
         self.offsets: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        """How often each offset was cut, by event."""
+        """How often each offset was used, by event."""
         self.longest: Counter[str] = Counter()
-        """The length of the longest frame that was cut, by event."""
+        """The length of the longest frame that was divided, by event."""
 
     def cutter(self) -> "Cutter":
-        """Return what cuts the next connection."""
+        """Return the cutter of the next connection."""
         kind = next(self._kinds)
         return Cutter(self, kind, self._dice.randrange(_TOKENS) if "token" in kind else 0)
 
     def choose(self, event: str, length: int) -> int:
-        """Return how many bytes of a frame a client gets, at least 0 and fewer than all."""
+        """Return how many bytes of a frame to pass on: at least 0, fewer than `length`."""
         counts = self.offsets[event]
         least = min(counts[each] for each in range(length))
         offset = self._dice.choice([each for each in range(length) if counts[each] == least])
@@ -144,7 +146,7 @@ class Cuts:
 
 
 class Cutter:
-    """Cuts one connection within a frame, after so many frames of that kind; see `tests.proxy.Cutter`."""
+    """Aborts one connection within a frame, after `spared` frames of the same kind; see `tests.proxy.Cutter`."""
 
     def __init__(self, cuts: Cuts, kind: tuple[str, ...], spared: int) -> None:
         self._cuts, self._kind, self._spared = cuts, kind, spared

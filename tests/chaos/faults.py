@@ -1,4 +1,4 @@
-"""What is broken, and how it is mended."""
+"""Injects faults into the server, MongoDB and the connections, and repairs them."""
 
 import asyncio
 import random
@@ -13,10 +13,10 @@ from tests.proxy import CuttingProxy
 
 
 class Faults:
-    """Breaks one thing after the other, by the dice.
+    """Injects one fault after the other, chosen at random.
 
-    :param spare: makes a second server on the same database, for when the first one is paused
-    :param lease_s: a pause is longer than this
+    :param spare: makes a second server on the same database, which takes over while the first one is paused
+    :param lease_s: the lease of a running reply; a pause of its server is longer
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Faults:
             "server restarted": self._restart_server,
             "database killed": self._kill_mongod,
             "database frozen": self._freeze_mongod,
-            "lines cut": self._cut_lines,
+            "connections aborted": self._abort_connections,
         }
 
     async def run(self, kinds: list[str], seconds: float, pause_s: float) -> None:
-        """Break things for so long; every kind comes once before any comes again."""
+        """Inject faults for `seconds`. Every kind is used once before any is used again."""
         until = time.monotonic() + seconds
         while True:
             for kind in self._dice.sample(kinds, len(kinds)):
@@ -68,7 +68,7 @@ class Faults:
         await start(self._server)
 
     async def _pause_server(self) -> None:
-        """Pause it for longer than its lease; another one finishes its replies, and half the time takes its clients."""
+        """Pause it for longer than its lease. A second server finishes its replies, and may serve its clients."""
         begin = time.monotonic()
         self._server.signal(signal.SIGSTOP)
         spare = self._spare()
@@ -101,15 +101,15 @@ class Faults:
         self._mongod.signal(signal.SIGCONT)
         self._note("database frozen", "database", begin)
 
-    async def _cut_lines(self) -> None:
-        """Cut the open lines at once, and for a while each new one within a frame."""
+    async def _abort_connections(self) -> None:
+        """Abort the open connections at once, and each new one within a frame, for a few seconds."""
         begin = time.monotonic()
         self._proxy.cut_by(self._cuts.cutter)
         self._proxy.cut()
         await asyncio.sleep(self._dice.uniform(2.0, 4.0))
         self._proxy.cut_by(None)
-        self._proxy.cut()  # so that no line with a cutter is left
-        self._note("lines cut", "line", begin)
+        self._proxy.cut()  # so that no connection with a cutter is left
+        self._note("connections aborted", "connection", begin)
 
 
 async def start(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""What was done and what clients were told, with times; plain data, so that the checker is tested on made-up ones."""
+"""The record of a run: requests, received events and faults, with times. Plain data, so that tests can make it up."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,9 +15,7 @@ class Post:
 
 @dataclass(frozen=True)
 class Retry:
-    """That a reply was to be made anew, and the id of the new one; None if no answer came, so that it may or may not
-    have been.
-    """
+    """A retry of a reply, and the id of the new reply; None without an answer, so that the outcome is unknown."""
 
     conversation_id: str
     reply_id: str
@@ -26,7 +24,7 @@ class Retry:
 
 @dataclass(frozen=True)
 class Deletion:
-    """A conversation that was deleted: when that was answered, and its messages before its last turn, as stored."""
+    """The deletion of a conversation: the time of its answer, and the stored messages before its last turn."""
 
     time: float
     messages: list[dict[str, Any]]
@@ -34,11 +32,11 @@ class Deletion:
 
 @dataclass(frozen=True)
 class Seen:
-    """An event as a client got it; `kind` is its name.
+    """An event that a client received; `kind` is the event's name.
 
-    Or `history`, what it fetched after a reset; `gone`, if there was none; `left`, when the server or the line ended a
-    stream that was `opened` at that time: with the last chunk of its body, which says that the client has everything
-    (`clean`), or without.
+    Three further kinds: `history`, the history that the client fetched after a reset; `gone`, if there was no history;
+    `left`, the end of a stream. Its data holds the time when the stream was `opened` and whether its body ended with
+    the last chunk (`clean`), which promises that the client has received everything.
     """
 
     time: float
@@ -49,9 +47,9 @@ class Seen:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that was broken, from when to when (seconds).
+    """An injected fault, with the times of its begin and end in seconds.
 
-    `hits` is `server`, `shutdown` (a server that ended in order, and may lose nothing), `database` or `line`.
+    `hits` is `server`, `shutdown` (of a server, which must lose nothing), `database` or `connection`.
     """
 
     kind: str
@@ -62,13 +60,13 @@ class Fault:
 
 @dataclass
 class Ledger:
-    """All of a run."""
+    """The whole record of a run."""
 
     interval_s: float
     lease_s: float
     posts: list[Post] = field(default_factory=list)
     stops: list[tuple[str, str]] = field(default_factory=list)
-    """Conversation and reply, of the stops that took effect by their answers."""
+    """Conversation and reply of each stop that was answered with a reply's id."""
     retries: list[Retry] = field(default_factory=list)
     deletions: dict[str, Deletion] = field(default_factory=dict)
     """By conversation."""
@@ -76,6 +74,6 @@ class Ledger:
     """By conversation and number of the client."""
     faults: list[Fault] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
-    """What had not come to its end when the run was over."""
+    """Descriptions of clients that had not finished when the run ended."""
     resent: int = 0
     reconnects: int = 0

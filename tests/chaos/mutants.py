@@ -1,4 +1,4 @@
-"""Servers that break one promise each: `python -m tests.chaos.mutants NAME`. The chaos program must catch them all."""
+"""Servers that each break one promise: `python -m tests.chaos.mutants NAME`. The chaos program must catch each."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from chatserver.wire import sse
 
 
 def post_stored_twice() -> None:
-    """A key is not kept, so that a post that is sent again is stored again."""
+    """Idempotency keys are not stored, so that a repeated post is stored twice."""
     begin = Turns.start_turn
 
     async def without_key(self: Turns, turn: Any, content: str, key: str | None, *, new: bool = False) -> Any:
@@ -24,7 +24,7 @@ def post_stored_twice() -> None:
 
 
 def done_before_the_write() -> None:
-    """The end is told at once, and stored a moment later."""
+    """The end is sent at once, and stored two seconds later."""
     finish = Replies._finish
 
     async def early(self: Replies, conversation_id: str, message: Any) -> Any:
@@ -39,7 +39,7 @@ def done_before_the_write() -> None:
 
 
 def text_repeated_on_resume() -> None:
-    """A position in a running reply is taken for the one before."""
+    """A position in a running reply is located one character too early."""
     locate = LiveReply.locate
 
     def before(self: LiveReply, chars: int) -> Place:
@@ -48,8 +48,8 @@ def text_repeated_on_resume() -> None:
     LiveReply.locate = before  # type: ignore[method-assign]
 
 
-def lost_replies_left_alone() -> None:
-    """Nobody finishes the replies of a server that was lost."""
+def expired_replies_ignored() -> None:
+    """No server finishes the replies of a dead server."""
 
     async def nothing(*_: Any, **__: Any) -> bool:
         await asyncio.sleep(0.05)
@@ -59,29 +59,29 @@ def lost_replies_left_alone() -> None:
     Replies.finish_from_checkpoint = nothing  # type: ignore[method-assign]
 
 
-def seldom_checkpoints() -> None:
-    """What was said is saved every second, not every quarter of one."""
+def rare_checkpoints() -> None:
+    """Checkpoints are taken every second instead of every quarter of a second."""
     os.environ |= {"CHECKPOINT_MS": "1000", "LEASE_MS": "3000"}
 
 
-def end_untold_at_shutdown() -> None:
-    """Streams end without a word of the replies that the shutdown interrupts."""
+def end_not_sent_at_shutdown() -> None:
+    """Streams end without the end of the replies that the shutdown interrupts."""
     publish_end = Replies._publish_end
 
-    def untold(self: Replies, live: LiveConversation, reply: LiveReply, message: Any) -> None:
+    def skipped(self: Replies, live: LiveConversation, reply: LiveReply, message: Any) -> None:
         if not self._out_of_time:
             publish_end(self, live, reply, message)
 
-    Replies._publish_end = untold  # type: ignore[method-assign]
+    Replies._publish_end = skipped  # type: ignore[method-assign]
 
 
-def deletion_untold() -> None:
-    """A conversation that is deleted while a reply runs leaves its streams as they are."""
+def deletion_not_sent() -> None:
+    """The streams of a conversation that is deleted while a reply runs receive no reset."""
     LiveConversation.reset = lambda self: None  # type: ignore[method-assign]
 
 
 def position_first() -> None:
-    """A frame begins with its `id`, which clients take over that are then cut before its text."""
+    """A frame begins with its `id`, so that a client may have stored the position of a frame that is aborted."""
 
     def moved(frame: bytes) -> bytes:
         head, _, position = frame.removesuffix(b"\n").rpartition(b"\nid: ")
@@ -92,9 +92,9 @@ def position_first() -> None:
     sse.token_frame = lambda *token: moved(token_frame(*token))
 
 
-def last_chunk_in_mid_reply() -> None:
-    """Streams that end without a word of the replies that the shutdown interrupts end in order nevertheless."""
-    end_untold_at_shutdown()
+def last_chunk_within_reply() -> None:
+    """Streams that end without the end of an interrupted reply end with the last chunk nevertheless."""
+    end_not_sent_at_shutdown()
     LiveConversation.is_complete_for = lambda self, subscriber: True  # type: ignore[method-assign]
 
 
@@ -104,12 +104,12 @@ MUTANTS: dict[str, Callable[[], None]] = {
         post_stored_twice,
         done_before_the_write,
         text_repeated_on_resume,
-        lost_replies_left_alone,
-        seldom_checkpoints,
-        end_untold_at_shutdown,
-        deletion_untold,
+        expired_replies_ignored,
+        rare_checkpoints,
+        end_not_sent_at_shutdown,
+        deletion_not_sent,
         position_first,
-        last_chunk_in_mid_reply,
+        last_chunk_within_reply,
     )
 }
 

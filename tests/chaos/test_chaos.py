@@ -1,7 +1,7 @@
-"""The chaos program: a short run holds every promise, and it catches servers that do not.
+"""The chaos program: a short run finds no violation, and runs with broken servers find theirs.
 
-Such a server gets a run of its own, shorter and with the one kind of fault that brings its error to light. The options
-of the first run catch each of the first seven, too, as was tried by hand; but that would take six minutes more.
+Each broken server has its own, shorter run with the one kind of fault that exposes its error. The options of the first
+run catch each of the first seven, too, as was tried by hand; but that would take six minutes more.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ def chaos(*options: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.alone
 @pytest.mark.timeout(180)
-def test_short_run_holds_every_promise() -> None:
+def test_short_run_finds_no_violation() -> None:
     done = chaos("--seconds", "40")
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -44,19 +44,19 @@ def test_short_run_holds_every_promise() -> None:
 @pytest.mark.parametrize(
     ("mutant", "faults", "delay_ms", "caught"),
     [
-        ("post_stored_twice", "lines cut", "5", "post stored twice"),
-        # Short replies, so that a kill finds many that have ended and are yet to be written.
+        ("post_stored_twice", "connections aborted", "5", "post stored twice"),
+        # Short replies, so that a kill finds many that have ended, but are not written yet.
         ("done_before_the_write", "server killed", "2", "done not kept"),
-        ("text_repeated_on_resume", "lines cut", "15", "text repeated"),
-        ("lost_replies_left_alone", "server killed", "15", "stuck"),
-        ("seldom_checkpoints", "server killed", "15", "text lost"),
-        ("end_untold_at_shutdown", "server restarted", "15", "end not told"),
-        ("deletion_untold", "lines cut", "15", "deletion not kept"),
-        ("position_first", "lines cut", "15", "text skipped"),
-        ("last_chunk_in_mid_reply", "server restarted", "15", "cut taken for an end"),
+        ("text_repeated_on_resume", "connections aborted", "15", "text repeated"),
+        ("expired_replies_ignored", "server killed", "15", "stuck"),
+        ("rare_checkpoints", "server killed", "15", "text lost"),
+        ("end_not_sent_at_shutdown", "server restarted", "15", "end not sent"),
+        ("deletion_not_sent", "connections aborted", "15", "deletion not kept"),
+        ("position_first", "connections aborted", "15", "text skipped"),
+        ("last_chunk_within_reply", "server restarted", "15", "premature last chunk"),
     ],
 )
-def test_server_that_breaks_a_promise_is_caught(mutant: str, faults: str, delay_ms: str, caught: str) -> None:
+def test_broken_server_is_caught(mutant: str, faults: str, delay_ms: str, caught: str) -> None:
     server = f"{sys.executable} -m tests.chaos.mutants {mutant}"
     options = ["--seconds", "7", "--turns", "1", "--patience", "2.5", "--pause", "4", "--token-delay-ms", delay_ms]
     done = chaos("--server", server, "--faults", faults, *options)
@@ -64,7 +64,7 @@ def test_server_that_breaks_a_promise_is_caught(mutant: str, faults: str, delay_
     assert re.search(rf"^  {caught} +[1-9]", done.stdout, re.M), done.stdout
 
 
-def test_run_without_enough_faults_or_turns_does_not_count() -> None:
+def test_run_without_enough_faults_or_turns_fails() -> None:
     done = chaos("--seconds", "1", "--turns", "100000", "--conversations", "1")
     assert done.returncode == 1
     assert "no server killed" in done.stdout and "fewer than 100000 turns" in done.stdout
@@ -116,10 +116,11 @@ def kinds(run: Ledger, conversations: dict[str, Any]) -> set[str]:
     return {kind for kind, _ in check(run, conversations).lines}
 
 
-def test_checker_finds_nothing_where_nothing_is_wrong() -> None:
+def test_checker_accepts_a_correct_run() -> None:
     verdict = check(ledger(said(), token("Hel", 3), token("lo", 5), done()), stored())
     assert not verdict.lines and (verdict.events, verdict.ends) == (4, 1)
-    # A client that came after the question, and one that began anew with the history, as it had what is not stored.
+    # A client that connected after the question, and a client that restarted from the history, since it had text that
+    # is not stored.
     assert not kinds(ledger(token("Hello", 5), done()), stored())
     messages = [
         {"id": USER, "content": "hi", "status": "complete"},
@@ -146,11 +147,11 @@ def test_checker_finds_nothing_where_nothing_is_wrong() -> None:
         ([said("ho"), token("Hello", 5), done()], "message lost"),
     ],
 )
-def test_checker_names_what_a_client_was_told_wrongly(seen: list[Seen], kind: str) -> None:
+def test_checker_names_wrong_events(seen: list[Seen], kind: str) -> None:
     assert kind in kinds(ledger(*seen), stored())
 
 
-def test_checker_compares_posts_with_the_record() -> None:
+def test_checker_compares_posts_with_the_documents() -> None:
     answer = {"conversationId": CONVERSATION, "messageId": USER, "replyId": REPLY}
     other = {**answer, "messageId": "d" * 24}
     assert kinds(ledger(posts=[Post(CONVERSATION, "k", other)]), stored()) == {"message lost"}
@@ -169,7 +170,7 @@ def test_checker_compares_posts_with_the_record() -> None:
         (4.9, [Fault("server killed", "server", 5.0, 5.0)], False),
         (4.2, [Fault("server killed", "server", 5.0, 5.0)], True),
         (4.9, [], True),
-        (4.9, [Fault("lines cut", "line", 5.0, 5.0)], True),
+        (4.9, [Fault("connections aborted", "connection", 5.0, 5.0)], True),
         (4.9, [Fault("server restarted", "shutdown", 5.0, 5.5)], True),
         (4.55, [Fault("server killed", "server", 5.0, 5.0)], False),
         (4.4, [Fault("server killed", "server", 5.0, 5.0)], True),
@@ -178,9 +179,7 @@ def test_checker_compares_posts_with_the_record() -> None:
         (4.2, [Fault("database killed", "database", 1.0, 2.0), Fault("server killed", "server", 5.0, 5.0)], True),
     ],
 )
-def test_only_what_came_after_the_last_checkpoint_may_be_lost(
-    lost_at: float, faults: list[Fault], blamed: bool
-) -> None:
+def test_only_text_after_the_last_checkpoint_may_be_lost(lost_at: float, faults: list[Fault], blamed: bool) -> None:
     run = ledger(said(), token("Hel", 3, 1.5), token("lo", 5, lost_at), failed(), faults=faults)
     assert (kinds(run, stored("Hel", **INTERRUPTED)) == {"text lost"}) is blamed
     crashed: dict[str, Any] = {"status": "failed", "error": {"code": "source_failed"}}
@@ -189,14 +188,14 @@ def test_only_what_came_after_the_last_checkpoint_may_be_lost(
     assert last_checkpoint(run, 100.0, 101.0) is None
 
 
-def test_stopped_reply_may_be_interrupted_but_never_go_on_to_its_end() -> None:
+def test_stopped_reply_may_be_interrupted_but_not_complete() -> None:
     run = ledger(stops=[(CONVERSATION, REPLY)])
     assert kinds(run, stored()) == {"stop not kept"}
     assert not kinds(run, stored(status="stopped"))
     assert not kinds(run, stored(**INTERRUPTED))
 
 
-def test_retry_stands_right_after_the_reply_that_it_supersedes() -> None:
+def test_retry_follows_the_reply_that_it_supersedes() -> None:
     new = "d" * 24
     run = ledger(said(), token("Hello", 5), done("stopped"), retries=[Retry(CONVERSATION, REPLY, new)])
     documents = stored(status="superseded")
@@ -210,7 +209,7 @@ def test_retry_stands_right_after_the_reply_that_it_supersedes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seen", "faults", "told"),
+    ("seen", "faults", "reset"),
     [
         ([left(f"{REPLY}-done", 4.1), gone()], [], True),
         ([left(f"{REPLY}-done", 4.1)], [], False),
@@ -219,18 +218,18 @@ def test_retry_stands_right_after_the_reply_that_it_supersedes() -> None:
         ([left(f"{REPLY}-done", 9.0), gone(9.0)], [Fault("server paused", "server", 3.5, 7.0)], True),
     ],
 )
-def test_streams_of_a_deleted_conversation_are_told_at_once(seen: list[Seen], faults: list[Fault], told: bool) -> None:
+def test_streams_of_a_deleted_conversation_are_reset(seen: list[Seen], faults: list[Fault], reset: bool) -> None:
     doomed = {"conversationId": CONVERSATION, "messageId": "d" * 24, "replyId": "e" * 24}
     last = Seen(3.5, "token", f"{'e' * 24}-1", {"text": "x"})
     run = ledger(said(), token("Hello", 5), done(), last, *seen, faults=faults)
     run.posts.append(Post(CONVERSATION, "l", doomed))
     run.deletions[CONVERSATION] = Deletion(4.0, stored()[CONVERSATION]["messages"])
-    assert kinds(run, {}) == (set() if told else {"deletion not kept"})
+    assert kinds(run, {}) == (set() if reset else {"deletion not kept"})
     assert "deletion not kept" in kinds(run, stored())
     assert "message lost" in kinds(ledger(said(), gone()), {})
 
 
-def test_conversation_that_was_deleted_was_right_before_that() -> None:
+def test_conversation_is_checked_up_to_its_deletion() -> None:
     run = ledger(said(), token("Hel", 3), done(), gone(), posts=[])
     run.deletions[CONVERSATION] = Deletion(4.0, stored()[CONVERSATION]["messages"])
     assert kinds(run, {}) == {"done not kept"}
@@ -239,20 +238,18 @@ def test_conversation_that_was_deleted_was_right_before_that() -> None:
 @pytest.mark.parametrize(
     ("end", "killed_s", "wrong"),
     [
-        (left(f"{REPLY}-3", 5.6, clean=True), 0.0, {"end not told", "cut taken for an end"}),
-        (left(f"{REPLY}-3", 5.6), 0.0, {"end not told"}),
+        (left(f"{REPLY}-3", 5.6, clean=True), 0.0, {"end not sent", "premature last chunk"}),
+        (left(f"{REPLY}-3", 5.6), 0.0, {"end not sent"}),
         (left(f"{REPLY}-3", 5.6), 3.5, set()),
         (left(f"{REPLY}-done", 5.6, clean=True), 0.0, set()),
         (left(f"{REPLY}-done", 5.6, clean=True), 3.5, set()),
         (left(f"{REPLY}-done", 5.6), 0.0, set()),
         (left(f"{REPLY}-3", 4.9), 0.0, set()),
-        (left(f"{REPLY}-done", 4.9, clean=True), 0.0, {"cut taken for an end"}),
+        (left(f"{REPLY}-done", 4.9, clean=True), 0.0, {"premature last chunk"}),
         (left(f"{REPLY}-3", 5.6, opened=5.1), 0.0, set()),
     ],
 )
-def test_stream_that_ends_at_a_shutdown_ends_after_the_end_of_its_reply(
-    end: Seen, killed_s: float, wrong: set[str]
-) -> None:
+def test_shutdown_ends_a_stream_after_the_end_of_its_reply(end: Seen, killed_s: float, wrong: set[str]) -> None:
     faults = [
         Fault("server killed", "server", killed_s, killed_s + 0.1),
         Fault("server restarted", "shutdown", 5.0, 5.5),
@@ -261,7 +258,7 @@ def test_stream_that_ends_at_a_shutdown_ends_after_the_end_of_its_reply(
     assert kinds(run, stored(**INTERRUPTED)) == wrong
 
 
-# -- cuts, and clients that are cut --------------------------------------------------------------------------------
+# -- aborts within frames --------------------------------------------------------------------------------
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 FRAMES = [
@@ -272,7 +269,7 @@ FRAMES = [
 ]
 EVENTS = ["stream", "ping", "token", "done"]
 POSITIONS = ["", f"{USER}-done", f"{USER}-done", f"{REPLY}-3", f"{REPLY}-done"]
-"""Before the first frame, and after each."""
+"""The position before the first frame, and after each frame."""
 
 
 def response(*, chunked: bool) -> list[bytes]:
@@ -298,7 +295,7 @@ def test_splitter_divides_a_response_after_each_frame(chunked: bool, size: int) 
         assert bytes(splitter.held) in (b"", b"\r\n" + rest, rest)
 
 
-def test_splitter_finds_several_frames_in_a_chunk_and_one_in_several() -> None:
+def test_splitter_finds_several_frames_in_a_chunk_and_a_frame_in_several_chunks() -> None:
     head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
     body = b"".join(FRAMES)
     for size in (10, 100, len(body)):
@@ -309,7 +306,7 @@ def test_splitter_finds_several_frames_in_a_chunk_and_one_in_several() -> None:
     assert {segment.event for segment in Splitter().feed(other)} == {""}
 
 
-def test_cuts_go_through_every_offset_within_a_frame() -> None:
+def test_cuts_use_every_offset_within_a_frame() -> None:
     cuts = Cuts(random.Random(1))
     pieces = response(chunked=True)
     wire = b"".join(pieces) + 10 * b"".join(pieces[3:])  # some frames are spared
@@ -324,7 +321,7 @@ def test_cuts_go_through_every_offset_within_a_frame() -> None:
 
 
 async def watch(wires: list[bytes], *, eager: bool) -> list[tuple[str, list[Seen]]]:
-    """Return the positions of clients that were given these bytes of a response each, and what they have seen."""
+    """Give each client the bytes of one response; return the clients' positions and events."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = (await reader.readuntil(b"\r\n\r\n")).split()[1]
@@ -350,7 +347,7 @@ async def watch(wires: list[bytes], *, eager: bool) -> list[tuple[str, list[Seen
 @pytest.mark.gen_test
 @pytest.mark.parametrize("chunked", [True, False])
 @pytest.mark.parametrize("eager", [True, False])
-async def test_client_that_is_cut_takes_no_part_of_a_frame(chunked: bool, eager: bool) -> None:
+async def test_aborted_client_ignores_an_incomplete_frame(chunked: bool, eager: bool) -> None:
     pieces = response(chunked=chunked)
     # A frame is complete before the end of its chunk, two bytes, has come.
     ends = [sum(map(len, pieces[: count + 1])) - (2 if chunked else 0) for count in range(1, len(pieces))]
@@ -368,7 +365,7 @@ async def test_client_that_is_cut_takes_no_part_of_a_frame(chunked: bool, eager:
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("eager", [True, False])
-async def test_client_takes_the_last_chunk_alone_for_an_end(eager: bool) -> None:
+async def test_only_the_last_chunk_is_a_clean_end(eager: bool) -> None:
     whole = b"".join(response(chunked=True)) + sse.LAST_CHUNK
     cut = len(sse.LAST_CHUNK)
 

@@ -1,4 +1,4 @@
-// An Express server that passes everything on and compresses it: node compressing_proxy.mjs TARGET_URL. Prints its port.
+// An Express proxy that compresses all responses: node compressing_proxy.mjs TARGET_URL. Prints its port.
 import compression from "compression";
 import express from "express";
 import { createProxyMiddleware } from "http-proxy-middleware";

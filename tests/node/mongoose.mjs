@@ -1,4 +1,4 @@
-// Another application on the same collection: Mongoose models with and without ids, timestamps and createdAt.
+// Another application that uses the same collection, with Mongoose models with and without ids, timestamps and createdAt.
 // Usage: mongoose.mjs URI write|read '{"<variant>": "<id of a conversation to append to>", ...}'
 import mongoose from "mongoose";
 

@@ -1,4 +1,4 @@
-// Posts right after each reply's stream has ended, on connections that Node keeps: node pooled.mjs agent|fetch URL TURNS.
+// Posts right after the end of each reply's stream, on Node's keep-alive connections: node pooled.mjs agent|fetch URL TURNS.
 // Prints how many posts were answered 202.
 import http from "node:http";
 

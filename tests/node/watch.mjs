@@ -1,5 +1,5 @@
-// Watches conversations with a client of others' making, over streams of its own, until each has had so many replies:
-// node watch.mjs CLIENT TURNS URL... Prints, as JSON, what each stream brought.
+// Watches conversations with a third-party client, one stream each, for TURNS replies: node watch.mjs CLIENT TURNS URL...
+// Prints the events of each stream as JSON.
 import { createRequire } from "node:module";
 
 const [client, turns, ...urls] = process.argv.slice(2);
@@ -10,7 +10,7 @@ class Seen {
     Object.assign(this, { opens: 0, inputs: [], texts: [""], ids: [] });
   }
 
-  /** Take an event; return whether it was the last one. */
+  /** Take an event; return whether it was the last expected one. */
   take(name, data, id) {
     this.ids.push(id);
     if (name === "input") {
@@ -33,7 +33,7 @@ const clients = {
   async "fetch-event-source"(url, seen) {
     globalThis.document ??= { hidden: false, addEventListener() {}, removeEventListener() {} };
     globalThis.window ??= { setTimeout, clearTimeout, fetch };
-    // Its files for import have no extensions, which Node does not find.
+    // Its ES modules import files without extensions, which Node does not find.
     const { fetchEventSource } = createRequire(import.meta.url)("@microsoft/fetch-event-source");
     const leaving = new AbortController();
     await fetchEventSource(url, {
@@ -73,5 +73,5 @@ async function withEventSource(name, url, seen) {
 
 const seen = Array.from({ length }, () => new Seen());
 await Promise.all(urls.map((url, index) => clients[client](url, seen[index])));
-// What is left open is given up once the pipe has taken everything.
+// Exit with open connections, once the pipe has taken the output.
 process.stdout.write(JSON.stringify(seen), () => process.exit(0));

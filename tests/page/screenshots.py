@@ -1,4 +1,4 @@
-"""Take pictures of the chat page, of a server and a database of their own; see `scripts/screenshots`."""
+"""Take screenshots of the chat page, with a private server and database; see `scripts/screenshots`."""
 
 import tempfile
 from pathlib import Path
@@ -62,7 +62,7 @@ def _say(page: Page, text: str) -> None:
 
 
 def _wait(page: Page, answers: int) -> None:
-    """Wait until so many answers are complete."""
+    """Wait until `answers` answers are complete."""
     expect(page.get_by_role("button", name="Copy answer")).to_have_count(answers, timeout=TIMEOUT_MS)
 
 

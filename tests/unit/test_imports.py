@@ -34,7 +34,7 @@ BOTTOM = [
     "chatserver.settings",
     "chatserver.tasks",
 ]
-# A room is a module or a package, with all that is in it. The modules of a package may import each other, but not in a
+# A room is a module, or a package with all its modules. The modules of a package may import each other, but not in a
 # circle. `chatserver.__main__` may import everything.
 ALLOWED: dict[str, list[str]] = {
     "chatserver.errors": [],
@@ -190,7 +190,7 @@ def test_rooms_exist_and_form_no_circle() -> None:
 
 
 def test_modules_import_each_other_in_no_circle() -> None:
-    """But for deferred imports: `make_source` beside the port `Source` imports the source that it is to build."""
+    """Except by deferred imports: `make_source`, in the module of the port `Source`, imports what it builds."""
     graph = {
         module: {resolve(name) for name in imports(path, deferred=False)} - {module, ""}
         for module, path in PATHS.items()

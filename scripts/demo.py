@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Chat in a terminal: the example of a client, in the order that loses nothing.
+"""Chat in a terminal: an example of a client that loses and repeats no text.
 
-1. Choose an id for the conversation, or take one that exists and fetch its history.
-2. Open the stream before the first post, so that no word comes too early; a thread of its own reads it.
-3. Post what the user says, with a key, so that it can be sent again if the answer gets lost.
-4. Print the tokens as they arrive. When the line drops, or is silent for longer than the server's pings allow, open the
-   stream again with the last position seen.
-5. A reply that has ended is stored: compare it with the history.
+1. Choose an id for a new conversation, or fetch the history of an existing one.
+2. Open the stream before the first post, so that no event is missed. A separate thread reads it.
+3. Post the user's message with an idempotency key, so that the post can be repeated if its answer is lost.
+4. Print the tokens as they arrive. If the connection fails, or is silent for longer than the server's ping interval
+   allows, reopen the stream from the last position.
+5. A reply is stored before its end is sent: compare it with the history.
 
-It needs nothing but Python's standard library. Ctrl-C stops a reply, Ctrl-D leaves, /help lists the commands.
+It needs only Python's standard library. Ctrl-C stops a reply, Ctrl-D exits, /help lists the commands.
 """
 
 import argparse
@@ -30,27 +30,27 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
-PING_S = 15  # how often a quiet stream gets a ping, until the server says so itself
-SILENT_PINGS = 2.5  # a stream that is silent for so many intervals is dead
+PING_S = 15  # the ping interval of an idle stream, until the server announces its own
+SILENT_PINGS = 2.5  # a stream without data for this number of ping intervals is dead
 TIMEOUT_S = 15
-PATIENCE_S = 60  # how long a request is tried again
+PATIENCE_S = 60  # how long to repeat a request
 COMMANDS = (
     "/stop stops the reply, /retry asks for another one if it was stopped or failed, /help lists the commands; "
     "//text sends a text that begins with a slash"
 )
-LATER = (429, 502, 503, 504)  # what a server that is busy or away answers, or the proxy before it
+LATER = (429, 502, 503, 504)  # status codes of a server that is busy or unavailable, or of its proxy
 
 
 @dataclass
 class Event:
-    """What the stream says, what becomes of it ("open", "lost", "refused") or what the user does ("typed", "eof")."""
+    """An event of the stream, a state of the stream ("open", "lost", "refused") or an input ("typed", "eof")."""
 
     name: str
     data: dict[str, Any]
 
 
 class Refused(Exception):
-    """There is no answer, or it is an error; the text is for the user. `pause_s`: when to try again, None: never."""
+    """A request failed; the text is for the user. `pause_s`: repeat it after this time; None: do not repeat it."""
 
     def __init__(self, text: str, code: str | None = None, pause_s: float | None = None) -> None:
         super().__init__(text.rstrip("."))
@@ -59,17 +59,17 @@ class Refused(Exception):
 
 
 class Conversation:
-    """One conversation, over HTTP; `notice` takes what the user should know while it tries again."""
+    """One conversation, over HTTP. `notice` shows a text to the user while a request is repeated."""
 
     def __init__(self, url: SplitResult, conversation_id: str, notice: Callable[[str], None]) -> None:
         self.id = conversation_id
         self.position = ""
         self._url = url
         self._notice = notice
-        self._pause_s = 1.0  # after a line that dropped
+        self._pause_s = 1.0  # before reconnecting; the server sets it by `retry`
 
     def history(self) -> dict[str, Any] | None:
-        """Return the conversation as it is stored, or None if there is none; the stream goes on from there."""
+        """Return the stored conversation, or None if it does not exist; the stream continues from its end."""
         try:
             answer = self._request("GET", f"/{self.id}")
         except Refused as refusal:
@@ -86,19 +86,19 @@ class Conversation:
         return next((message["content"] for message in messages if message["id"] == message_id), None)
 
     def say(self, text: str) -> dict[str, Any]:
-        """Post what the user says; return the ids of the message and of the reply to come."""
+        """Post the user's message; return the ids of the message and of its reply."""
         return self._request("POST", "", {"conversationId": self.id, "input": text})
 
     def stop(self) -> None:
-        """End the running reply; what was said so far is kept."""
+        """Stop the running reply; its text so far is kept."""
         self._request("POST", f"/{self.id}/stop")
 
     def retry(self) -> dict[str, Any]:
-        """Ask for another reply in place of one that was stopped or failed."""
+        """Request another reply in place of a stopped or failed one."""
         return self._request("POST", f"/{self.id}/retry")
 
     def events(self) -> Iterator[Event]:
-        """Return all events after `position`, for ever; open the stream again whenever it ends."""
+        """Yield all events after `position`, and reopen the stream whenever it ends."""
         while True:
             headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": self.position} if self.position else {})
             try:
@@ -110,10 +110,10 @@ class Conversation:
                     yield Event("refused", {"reason": str(refusal)})
                     return
                 yield Event("lost", {"reason": str(refusal)})
-                time.sleep(refusal.pause_s * random.uniform(0.5, 1))  # so that not all clients come back at once
+                time.sleep(refusal.pause_s * random.uniform(0.5, 1))  # so that clients do not reconnect all at once
 
     def _read(self, response: http.client.HTTPResponse, connection: socket.socket) -> Iterator[Event]:
-        """Return the events of one connection, as https://html.spec.whatwg.org/#event-stream-interpretation has it."""
+        """Yield the events of one connection (https://html.spec.whatwg.org/#event-stream-interpretation)."""
         opened = False
         name, data, position = "", "", self.position
         for line in response:
@@ -127,8 +127,8 @@ class Conversation:
                 position = value
             elif field == "retry":
                 self._pause_s = int(value) / 1000
-            elif line in (b"\n", b"\r\n"):  # the end of an event, which counts only now that it is whole
-                if name == "reset":  # our position is gone; the history says where to go on
+            elif line in (b"\n", b"\r\n"):  # the end of an event: only now it counts
+                if name == "reset":  # our position is unknown: continue from the history
                     yield Event("reset", self.history() or {})
                     return
                 self.position = position
@@ -143,12 +143,12 @@ class Conversation:
         raise ConnectionError("the stream has ended")
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the server's answer; try again while there is none, or while the server asks to come later."""
+        """Return the server's answer; repeat the request without an answer, or if the server asks to retry later."""
         headers = {"Content-Type": "application/json"} if body else {}
         if method == "POST":
-            headers["Idempotency-Key"] = secrets.token_hex(16)  # one for all attempts: said twice, stored once
+            headers["Idempotency-Key"] = secrets.token_hex(16)  # the same for all attempts: posted twice, stored once
         give_up = time.monotonic() + PATIENCE_S
-        told = ""
+        notified = ""
         while True:
             try:
                 with self._answer(method, path, headers, json.dumps(body) if body else None) as (response, _):
@@ -156,33 +156,37 @@ class Conversation:
             except Refused as refusal:
                 if refusal.pause_s is None or time.monotonic() + refusal.pause_s > give_up:
                     raise
-                if told != str(refusal):
-                    told = str(refusal)
-                    self._notice(f"{told}; trying again in {refusal.pause_s:.0f} s")
+                if notified != str(refusal):
+                    notified = str(refusal)
+                    self._notice(f"{notified}; trying again in {refusal.pause_s:.0f} s")
                 time.sleep(refusal.pause_s)
 
     @contextmanager
     def _answer(
         self, method: str, path: str, headers: dict[str, str], body: str | None = None, timeout_s: float = TIMEOUT_S
     ) -> Iterator[tuple[http.client.HTTPResponse, socket.socket]]:
-        """Give the answer to one request, and its connection; raise Refused if it is an error or breaks off."""
+        """Yield the answer to one request and its socket; raise Refused on an error or a broken connection."""
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._url.hostname or "", self._url.port, timeout=timeout_s)
         try:
             connection.connect()
-            connected = connection.sock  # forgotten by `connection` once an answer that ends with it has begun
+            # `connection` drops its socket when an answer begins that ends with the connection.
+            connected = connection.sock
             connection.request(method, f"{self._url.path.rstrip('/')}/chat{path}", body, headers)
             response = connection.getresponse()
             if response.status >= 300:
                 text = response.read()
-                problem = json.loads(text) if "json" in response.headers.get("Content-Type", "") else {}  # or a page
+                # A proxy may answer HTML.
+                problem = json.loads(text) if "json" in response.headers.get("Content-Type", "") else {}
                 pause_s = float(response.headers.get("Retry-After", 5)) if response.status in LATER else None
-                raise Refused(problem.get("detail", f"it answers {response.status}"), problem.get("code"), pause_s)
+                raise Refused(
+                    problem.get("detail", f"the server answered {response.status}"), problem.get("code"), pause_s
+                )
             yield response, connected
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
             if isinstance(error, ConnectionRefusedError):
-                reason = "nothing answers there; does scripts/run run? see --url"
+                reason = "no server listens there; is scripts/run running? see --url"
             raise Refused(f"no connection to {self._url.geturl()}: {reason}", pause_s=self._pause_s) from error
         finally:
             connection.close()
@@ -198,28 +202,28 @@ class Screen:
         self._asks = self._terminal and sys.stdin.isatty() and not only_the_reply
         self._prompting = False
         self._line_open = False
-        self._as_typed = False  # whether the last thing on the screen is what the user typed at the prompt
+        self._as_typed = False  # whether the screen ends with the line typed at the prompt
 
     def prompt(self) -> None:
         """Show that it is the user's turn."""
         if self._asks and not self._prompting:
             self.end_line()
-            self._prompting = True  # first, since Ctrl-C may come as soon as it stands there
+            self._prompting = True  # set first: Ctrl-C may come as soon as the prompt is visible
             self._write(self._paint("1;36", "you › "))
 
     def typed(self) -> None:
-        """Take note that the user has ended a line, which a terminal shows."""
+        """Record that the user has ended a line, which the terminal has echoed."""
         if self._asks:
             self._as_typed = self._prompting
             self._prompting = self._line_open = False
 
     def said(self, text: str) -> None:
-        """Print what the user says here, unless it stands there as it was typed."""
+        """Print the user's message, unless the typed line is still the last one on the screen."""
         if not self._as_typed:
             self.speaker("you", text)
 
     def speaker(self, who: str, text: str = "") -> None:
-        """Begin what somebody says."""
+        """Begin a message with the name of its speaker."""
         if not self._only_the_reply:
             self.end_line()
             self._write(
@@ -235,11 +239,11 @@ class Screen:
                 self.notice(message.get("error", {}).get("message") or message["status"])
 
     def token(self, text: str) -> None:
-        """Print the next piece of a reply."""
+        """Print the next token of a reply."""
         self._write(self._harmless(text))
 
     def end_line(self) -> None:
-        """End the line, if one was begun; take back a prompt, which is shown again below."""
+        """End an open line; erase a prompt, which is printed again later."""
         if self._prompting:
             self._write("\r\033[K")
             self._prompting = self._line_open = False
@@ -247,7 +251,7 @@ class Screen:
             self._write("\n")
 
     def notice(self, text: str) -> None:
-        """Tell the user something beside the conversation."""
+        """Show a note to the user, apart from the conversation."""
         if self._only_the_reply:
             print(f"({text})", file=sys.stderr, flush=True)
         else:
@@ -264,33 +268,33 @@ class Screen:
         return f"\033[{colour}m{text}\033[0m" if self._colours else text
 
     def _harmless(self, text: str) -> str:
-        """Return the text without what a terminal would obey; a file or a pipe gets it as it is."""
+        """Replace control characters, which a terminal would obey; leave the text unchanged for a file or a pipe."""
         return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text) if self._terminal else text
 
 
 class Chat:
-    """Brings together what the user types and what the stream says, one after the other, in one thread."""
+    """Handles the user's input and the stream's events, one after the other, in one thread."""
 
     def __init__(self, conversation: Conversation, screen: Screen, once: str | None) -> None:
         self._conversation = conversation
         self._screen = screen
         self._once = once is not None
-        # Lines as they are typed: commands, and texts whose first slash is doubled.
+        # Lines as typed: commands, and texts with a doubled first slash.
         self._unsent = deque(["/" + once if once.startswith("/") else once] if once else [])
         self._leaving = self._once
         self._inbox: queue.Queue[Event] = queue.Queue()
-        self._question: str | None = None  # the ids of what we said and of the reply to it, while that is to come
+        self._question: str | None = None  # the ids of our message and of its reply, until the reply has ended
         self._answer: str | None = None
-        self._busy = False  # whether a reply runs, whoever asked for it
+        self._busy = False  # whether any reply runs, ours or another client's
         self._streamed = ""
-        self._visible = not self._once  # with --once, the end of somebody else's reply is not shown
-        self._open = False  # whether the stream is open: if not, nothing is posted whose reply might be missed
+        self._visible = not self._once  # with --once, hide the end of another client's reply
+        self._open = False  # while the stream is closed, post nothing: its reply might be missed
         self._lost_at: float | None = None
         self._stopping = False
         self._good = True
 
     def run(self) -> int:
-        """Chat until the user leaves; return the exit code: 0 if each reply was streamed as it is stored."""
+        """Chat until the user exits; return the exit code: 0 if each reply was streamed as stored."""
         threading.Thread(target=self._listen, daemon=True).start()
         while not self._open:
             self._take(self._inbox.get())
@@ -309,12 +313,12 @@ class Chat:
         return 0 if self._good else 1
 
     def show(self, history: dict[str, Any]) -> None:
-        """Print what was said so far; a running reply goes on where its text ends."""
+        """Print the history; a running reply continues at the end of its text."""
         self._busy, self._streamed = False, ""
         for message in history["messages"]:
             if message["status"] == "streaming":
                 self._busy, self._streamed = True, message["content"]
-            if message["content"] or message["status"] != "streaming":  # the first token begins a reply
+            if message["content"] or message["status"] != "streaming":  # a reply begins with its first token
                 self._screen.past(message)
 
     def _listen(self) -> None:
@@ -328,7 +332,7 @@ class Chat:
         self._inbox.put(Event("eof", {}))
 
     def _wait(self) -> None:
-        """Take the next event; Ctrl-C stops our reply, and leaves when there is none."""
+        """Handle the next event; Ctrl-C stops our reply, or exits if there is none."""
         try:
             self._take(self._inbox.get())
         except KeyboardInterrupt:
@@ -338,7 +342,7 @@ class Chat:
             self._conversation.stop()
 
     def _send(self, line: str) -> None:
-        """Say what was typed, or do what a command says."""
+        """Post a typed text, or execute a command."""
         try:
             if line == "/stop":
                 self._conversation.stop()
@@ -350,8 +354,8 @@ class Chat:
                 self._expect(self._conversation.say(text))
         except Refused as refusal:
             if refusal.code == "reply_in_progress" and line != "/retry":
-                # Somebody was faster. Their words are on their way to us; ours wait until the reply to them has ended.
-                self._screen.notice("another reply runs; this is sent when it has ended")
+                # Another client was faster. Post after the reply to its message, which the stream will show.
+                self._screen.notice("another reply is running; your message will be sent after it")
                 self._unsent.appendleft(line)
                 self._busy = True
             else:
@@ -359,7 +363,7 @@ class Chat:
                 self._good = self._good and not self._once
 
     def _type(self, line: str) -> None:
-        """Take a line that was typed: what can be done at once is done, the rest waits for its turn."""
+        """Execute a typed line at once if possible; otherwise queue it."""
         if line == "/stop":
             self._send(line)
         elif line == "/help":
@@ -374,7 +378,7 @@ class Chat:
         self._stopping = False
 
     def _take(self, event: Event) -> None:
-        """Act on one event."""
+        """Handle one event."""
         data = event.data
         match event.name:
             case "typed":
@@ -418,7 +422,7 @@ class Chat:
                 self._reset(data)
 
     def _end(self, event: Event) -> None:
-        """End a reply, and compare one that we asked for with what is stored."""
+        """End a reply; if it is ours, compare it with the stored text."""
         self._busy = False
         if self._visible:
             self._screen.end_line()
@@ -430,28 +434,31 @@ class Chat:
             whole = event.name == "done" and event.data["status"] == "complete"
             same = self._conversation.stored(event.data["messageId"]) == self._streamed
             if not same and event.name == "done":
-                self._screen.notice("✗ what is stored is not what was streamed")
+                self._screen.notice("✗ the stored reply differs from the streamed one")
             if whole or self._once:
                 self._good = self._good and whole and same
             self._question = self._answer = None
         self._streamed = ""
 
     def _reset(self, history: dict[str, Any]) -> None:
-        """Begin again from the history, since our position in the conversation is gone; the stream is closed."""
+        """Restart from the history, after the server has rejected our position and closed the stream."""
         self._open = False
         if history:
-            self._screen.notice("the conversation has changed; this is how it stands")
+            self._screen.notice("the conversation has changed; this is its current state")
             self.show(history)
         else:
             self._busy = False
-            self._screen.notice("the conversation was deleted; what you say begins it anew")
+            self._screen.notice("the conversation was deleted; your next message starts a new one")
         if self._answer is not None and not self._busy:
             self._question = self._answer = None
             self._good = self._good and not self._once
 
 
 def server_url(text: str) -> SplitResult:
-    """Return the parts of a server's address; raise ValueError if it is none."""
+    """Return the parts of a server's address.
+
+    :raises ValueError: if it is not an HTTP address
+    """
     url = urlsplit(text if "//" in text else f"http://{text}")
     if url.scheme not in ("http", "https") or not (url.hostname or "").encode("idna") or url.port == 0:
         raise ValueError
@@ -461,11 +468,13 @@ def server_url(text: str) -> SplitResult:
 def main() -> int:
     """Parse the arguments and chat."""
     parser = argparse.ArgumentParser(
-        description="Chat in a terminal. Ctrl-C stops a reply, Ctrl-D leaves, /help lists commands."
+        description="Chat in a terminal. Ctrl-C stops a reply, Ctrl-D exits, /help lists commands."
     )
-    parser.add_argument("--url", default="http://127.0.0.1:3000", help="where the server is (%(default)s)")
-    parser.add_argument("--conversation", metavar="ID", help="go on with a conversation: its id, 24 hex digits")
-    parser.add_argument("--once", metavar="TEXT", help="one turn: print the reply; exit code 0 only if it is stored so")
+    parser.add_argument("--url", default="http://127.0.0.1:3000", help="address of the server (default: %(default)s)")
+    parser.add_argument("--conversation", metavar="ID", help="continue a conversation: its id, 24 hex digits")
+    parser.add_argument(
+        "--once", metavar="TEXT", help="one turn: print the reply; exit code 0 if it is stored as streamed"
+    )
     arguments = parser.parse_args()
     try:
         url = server_url(arguments.url)
@@ -474,7 +483,7 @@ def main() -> int:
     if arguments.conversation is not None and not re.fullmatch("[0-9a-fA-F]{24}", arguments.conversation):
         parser.error(f"--conversation: an id has 24 hex digits: {arguments.conversation!r}")
     if arguments.once is not None and not arguments.once.strip():
-        parser.error("--once: there is nothing to say")
+        parser.error("--once: the text is empty")
 
     screen = Screen(only_the_reply=arguments.once is not None)
     conversation = Conversation(url, arguments.conversation or secrets.token_hex(12), screen.notice)
@@ -492,7 +501,7 @@ def main() -> int:
     except KeyboardInterrupt:
         screen.end_line()
         return 130
-    except BrokenPipeError:  # whoever read our output has left
+    except BrokenPipeError:  # the reader of our output has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

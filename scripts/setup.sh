@@ -1,16 +1,16 @@
-# Sourced by the other scripts: makes .venv in the project's folder and installs into it what is asked for.
+# Sourced by the other scripts: creates .venv in the project's folder and installs requirements into it.
 # shellcheck shell=bash
 
 say() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
 
-# set_up FILE...: installs the requirements in FILE..., unless each was installed before as it is now.
+# set_up FILE...: installs the requirements in FILE..., unless they were installed before and have not changed.
 #
-# While .venv is being changed, .venv.lock is not empty. An interrupted change leaves it so, and the next start makes
-# .venv again: it may lack pip, and pip takes a package for installed that is only half there.
+# While .venv is being changed, .venv.lock is not empty. After an interrupted change the next start creates .venv again:
+# it may lack pip, and pip accepts a half-installed package as installed.
 set_up() {
-  trap 'exit 130' INT # else bash goes on if the program that it waits for has handled Ctrl-C
+  trap 'exit 130' INT # otherwise bash continues if the program that it waits for has handled Ctrl-C
   exec 9>>.venv.lock
-  # Held by pip, too, if it outlives this script; closed before the server starts.
+  # pip inherits the lock, in case it outlives this script; the server does not.
   if command -v flock >/dev/null && ! flock --nonblock 9; then
     say "waiting for another script that sets up .venv"
     flock 9
@@ -25,12 +25,12 @@ set_up() {
     cmp -s "$file" ".venv/installed/$file" || changed=1
   done
   if [ -n "$changed" ]; then
-    # Of a script before this one, or of somebody's own.
+    # .venv may come from another tool, without pip.
     .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
     say "installing $*"
     echo installing >.venv.lock
     if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check "${options[@]}"; then
-      # It has failed in order (no network, no such version): what was there can still be used.
+      # pip has failed by itself (no network, no such version): the old packages are still usable.
       : >.venv.lock
       exit 1
     fi

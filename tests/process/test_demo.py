@@ -1,4 +1,4 @@
-"""The demo client, as its users run it: a process of its own, against a real server, over lines that are cut."""
+"""The demo client as users run it: a process, a real server, and a proxy that aborts connections between them."""
 
 import asyncio
 import os
@@ -62,7 +62,7 @@ class Demo:
         await self.process.stdin.drain()
 
     async def until(self, text: str) -> str:
-        """Return what was printed, once `text` has been printed."""
+        """Wait until the demo has printed `text`; return the output so far."""
         assert self.process.stdout is not None
         while text not in self.output:
             data = await asyncio.wait_for(self.process.stdout.read(65536), PATIENCE_S)
@@ -71,7 +71,7 @@ class Demo:
         return self.output
 
     async def end(self) -> tuple[int, str, str]:
-        """Type Ctrl-D and return the exit code, what was printed and what was complained of."""
+        """Type Ctrl-D; return the exit code, the standard output and the standard error."""
         output, errors = await asyncio.wait_for(self.process.communicate(b""), PATIENCE_S)
         assert self.process.returncode is not None
         self.output += output.decode()
@@ -118,7 +118,7 @@ def new_id() -> str:
 
 
 def said(message: dict[str, Any]) -> str:
-    """Return how a reply stands in what was printed."""
+    """Return a reply's text as the demo prints it."""
     return f"bot › {message['content']}\n"
 
 
@@ -140,7 +140,7 @@ def test_once_prints_the_reply_and_nothing_else(quick: str) -> None:
 
 
 @pytest.mark.parametrize("n_bytes", [3_000, 3_333])
-def test_once_loses_nothing_when_the_line_is_cut_again_and_again(
+def test_once_loses_nothing_when_connections_are_aborted_repeatedly(
     make_server: Callable[..., Server], n_bytes: int
 ) -> None:
     server = make_server(SIMULATED_TOKEN_DELAY_MS=20).start()
@@ -159,7 +159,7 @@ def test_once_loses_nothing_when_the_line_is_cut_again_and_again(
     asyncio.run(run())
 
 
-def test_once_waits_for_a_server_that_is_away_for_a_moment(quick: str) -> None:
+def test_once_waits_for_an_unavailable_server(quick: str) -> None:
     async def run() -> None:
         async with proxied(quick) as (proxy, url):
             proxy.refuse = True
@@ -175,7 +175,7 @@ def test_once_waits_for_a_server_that_is_away_for_a_moment(quick: str) -> None:
     asyncio.run(run())
 
 
-def test_once_says_no_to_a_reply_that_was_stopped(slow: str) -> None:
+def test_once_fails_for_a_stopped_reply(slow: str) -> None:
     async def run() -> None:
         async with demo(slow, "--once", "hello") as client:
             await client.until(" ")  # the first words
@@ -234,20 +234,20 @@ async def once_against(handler: type[RequestHandler]) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(("stored", "code"), [("Hallo!", 1), ("Hello", 1), ("Hello!", 0)])
-def test_once_says_no_to_a_server_that_has_stored_something_else(stored: str, code: int) -> None:
-    """That the exit code depends on the comparison; no honest server can show it."""
+def test_once_fails_if_another_text_is_stored(stored: str, code: int) -> None:
+    """Only a server that stores another text shows that the exit code depends on the comparison."""
 
     async def run() -> None:
         result, output, errors = await once_against(type("Lying", (LyingServer,), {"stored": stored}))
         assert output == "Hello!\n"
         assert result == code
-        assert ("not what was streamed" in errors) == (code == 1)
+        assert ("differs from the streamed one" in errors) == (code == 1)
 
     asyncio.run(run())
 
 
 class BusyServer(LyingServer):
-    """Refuses the first requests to the stream and the first posts, as it or a proxy before it would."""
+    """Refuses the first requests for the stream and the first posts, like a busy server or its proxy."""
 
     stored = "Hello!"
     statuses: ClassVar[dict[str, list[int]]]
@@ -259,7 +259,7 @@ class BusyServer(LyingServer):
             self.finish({"detail": "Busy."})
 
 
-def test_a_server_that_is_busy_or_away_is_asked_until_it_answers_and_the_reason_is_said_once() -> None:
+def test_requests_to_a_busy_server_are_repeated_and_the_reason_is_shown_once() -> None:
     async def run() -> None:
         statuses = {"GET": [502, 503], "POST": [504, 502, 503, 429]}
         code, output, errors = await once_against(type("Busy", (BusyServer,), {"statuses": statuses}))
@@ -278,7 +278,7 @@ def test_once_into_a_pipe_that_closes_early_is_quiet(quick: str) -> None:
     assert "Broken" not in done.stderr
 
 
-def test_what_the_server_refuses_is_said(quick: str) -> None:
+def test_refusal_of_the_server_is_shown(quick: str) -> None:
     async def run() -> None:
         async with demo(quick, "--once", "x" * 32_001) as client:
             code, output, errors = await client.end()
@@ -299,11 +299,11 @@ def test_what_the_server_refuses_is_said(quick: str) -> None:
         (["--url", "ftp://127.0.0.1"], "--url: not the address of a server"),
         (["--conversation", "nonsense"], "--conversation: an id has 24 hex digits"),
         (["--conversation", ""], "--conversation: an id has 24 hex digits"),
-        (["--once", "  "], "--once: there is nothing to say"),
-        (["--once", ""], "--once: there is nothing to say"),
+        (["--once", "  "], "--once: the text is empty"),
+        (["--once", ""], "--once: the text is empty"),
     ],
 )
-def test_arguments_that_cannot_be_meant_are_refused_at_once(arguments: list[str], complaint: str) -> None:
+def test_invalid_arguments_are_refused(arguments: list[str], complaint: str) -> None:
     command = [sys.executable, "scripts/demo.py", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 2
@@ -312,13 +312,13 @@ def test_arguments_that_cannot_be_meant_are_refused_at_once(arguments: list[str]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--conversation", "a" * 24]])
-def test_without_a_server_it_says_where_it_looked(arguments: list[str]) -> None:
+def test_missing_server_is_reported_with_its_address(arguments: list[str]) -> None:
     async def run() -> None:
         sock, port = bind_unused_port()
         sock.close()
         url = f"http://127.0.0.1:{port}"
         async with demo(url, *arguments) as client:
-            await client.until(f"(no connection to {url}: nothing answers there; does scripts/run run? see --url; ")
+            await client.until(f"(no connection to {url}: no server listens there; is scripts/run running? see --url; ")
 
     asyncio.run(run())
 
@@ -326,7 +326,7 @@ def test_without_a_server_it_says_where_it_looked(arguments: list[str]) -> None:
 # --- a conversation
 
 
-def test_a_conversation_is_chatted_and_reopened_by_its_id(quick: str) -> None:
+def test_conversation_is_reopened_by_its_id(quick: str) -> None:
     async def run() -> None:
         conversation = new_id()
         async with demo(quick, "--conversation", conversation) as client:
@@ -344,7 +344,7 @@ def test_a_conversation_is_chatted_and_reopened_by_its_id(quick: str) -> None:
     asyncio.run(run())
 
 
-def test_a_reply_that_runs_is_taken_up_where_it_is(quick: str) -> None:
+def test_running_reply_is_continued(quick: str) -> None:
     async def run() -> None:
         conversation = (await post(quick, input="hello"))["conversationId"]
         async with demo(quick, "--conversation", conversation) as client:
@@ -358,14 +358,14 @@ def test_a_reply_that_runs_is_taken_up_where_it_is(quick: str) -> None:
     asyncio.run(run())
 
 
-def test_what_somebody_else_says_is_shown_with_the_reply(quick: str) -> None:
+def test_message_of_another_client_is_shown_with_its_reply(quick: str) -> None:
     async def run() -> None:
         conversation = new_id()
         async with demo(quick, "--conversation", conversation) as one:
             await one.say("first")
             await one.until("bot › ")
             async with demo(quick, "--conversation", conversation) as two:
-                await two.until("you › first")  # the history; whatever comes from here on, it is shown
+                await two.until("you › first")  # the history: the demo shows every event from now on
                 await one.say("from one")
                 await two.until("someone else › from one\nbot › ")
                 await two.say("from two")  # waits for the reply to the other
@@ -379,7 +379,7 @@ def test_what_somebody_else_says_is_shown_with_the_reply(quick: str) -> None:
     asyncio.run(run())
 
 
-def test_a_post_whose_answer_was_lost_is_said_once(quick: str) -> None:
+def test_post_with_a_lost_answer_is_stored_once(quick: str) -> None:
     async def run() -> None:
         conversation = new_id()
         async with proxied(quick) as (proxy, url), demo(url, "--conversation", conversation) as client:
@@ -398,7 +398,7 @@ def test_a_post_whose_answer_was_lost_is_said_once(quick: str) -> None:
     asyncio.run(run())
 
 
-def test_a_line_that_drops_in_the_middle_of_a_reply_is_taken_up_again(quick: str) -> None:
+def test_reply_is_resumed_after_its_connection_is_aborted(quick: str) -> None:
     async def run() -> None:
         conversation = new_id()
         async with proxied(quick) as (proxy, url), demo(url, "--conversation", conversation) as client:
@@ -419,7 +419,7 @@ def test_a_line_that_drops_in_the_middle_of_a_reply_is_taken_up_again(quick: str
     asyncio.run(run())
 
 
-def test_a_stream_that_died_without_closing_is_opened_again(quick: str) -> None:
+def test_stream_that_stays_silent_is_reopened(quick: str) -> None:
     async def run() -> None:
         conversation = new_id()
         async with proxied(quick) as (proxy, url), demo(url, "--conversation", conversation) as client:
@@ -444,12 +444,12 @@ def test_a_stream_that_died_without_closing_is_opened_again(quick: str) -> None:
 
 
 async def wait_for_reply(url: str, conversation_id: str, messages: int) -> str:
-    """Return how the last of so many messages stands in what was printed, once it is complete."""
+    """Wait until the last of `messages` messages is complete; return its text as the demo prints it."""
     assert await wait_until(lambda: has_statuses(url, conversation_id, ["complete"] * messages))
     return said((await history(url, conversation_id))[-1])
 
 
-def test_a_server_that_is_killed_and_started_again_is_got_over(make_server: Callable[..., Server]) -> None:
+def test_demo_survives_a_killed_and_restarted_server(make_server: Callable[..., Server]) -> None:
     server = make_server(SIMULATED_TOKEN_DELAY_MS=80, CHECKPOINT_MS=20, LEASE_MS=300).start()
 
     async def run() -> None:
@@ -473,7 +473,7 @@ def test_a_server_that_is_killed_and_started_again_is_got_over(make_server: Call
     asyncio.run(run())
 
 
-def test_words_wait_while_another_reply_runs(slow: str) -> None:
+def test_message_waits_while_another_reply_runs(slow: str) -> None:
     async def run() -> None:
         conversation = new_id()
         async with demo(slow, "--conversation", conversation) as client:
@@ -483,7 +483,7 @@ def test_words_wait_while_another_reply_runs(slow: str) -> None:
             await client.until("(stopped)")
             await post(slow, f"/{conversation}/retry")  # is not to be seen for a second
             await client.say("second")
-            await client.until("another reply runs")
+            await client.until("another reply is running")
             await post(slow, f"/{conversation}/stop")
             await client.until("you › second\nbot › ")
             client.process.send_signal(signal.SIGINT)
@@ -496,7 +496,7 @@ def test_words_wait_while_another_reply_runs(slow: str) -> None:
     asyncio.run(run())
 
 
-def test_a_busy_server_is_asked_again_when_it_says(slow: str) -> None:
+def test_post_is_repeated_after_the_time_that_the_server_names(slow: str) -> None:
     async def run() -> None:
         others = [(await post(slow, input="hello"))["conversationId"] for _ in range(2)]
         async with demo(slow) as client:
@@ -531,7 +531,7 @@ def test_stop_and_retry(slow: str) -> None:
     asyncio.run(run())
 
 
-def test_an_unknown_command_is_refused_and_the_known_ones_are_listed(quick: str) -> None:
+def test_unknown_command_lists_the_known_ones(quick: str) -> None:
     async def run() -> None:
         conversation = new_id()
         async with demo(quick, "--conversation", conversation) as client:
@@ -552,7 +552,7 @@ def test_an_unknown_command_is_refused_and_the_known_ones_are_listed(quick: str)
     asyncio.run(run())
 
 
-def test_a_text_may_begin_with_a_slash(quick: str) -> None:
+def test_text_may_begin_with_a_slash(quick: str) -> None:
     async def run() -> None:
         conversation = new_id()
         async with demo(quick, "--conversation", conversation) as client:
@@ -577,7 +577,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> bool:
     return True
 
 
-def test_a_conversation_that_is_deleted_begins_anew(quick: str) -> None:
+def test_deleted_conversation_starts_again(quick: str) -> None:
     async def run() -> None:
         conversation = new_id()
         async with demo(quick, "--conversation", conversation) as client:
@@ -603,7 +603,7 @@ def test_a_conversation_that_is_deleted_begins_anew(quick: str) -> None:
 def on_terminal(
     url: str, conversation: str, *, typed: bytes, until: bytes, interrupt: bool = False, **environment: str
 ) -> tuple[bytes, int]:
-    """Type into a demo on a terminal; return all that it shows until, after the last key, it shows `until` and ends."""
+    """Type keys into a demo on a terminal, wait until it shows `until` and ends; return its whole output."""
     main, end = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "scripts/demo.py", "--url", url, "--conversation", conversation],
@@ -630,7 +630,7 @@ def on_terminal(
             process.send_signal(signal.SIGINT)
         else:
             os.write(main, b"\x04")
-        with suppress(OSError):  # what a terminal without a process on it answers
+        with suppress(OSError):  # a terminal without a process answers so
             while data := os.read(main, 65536):
                 shown += data
         return shown, process.wait(PATIENCE_S)
@@ -640,7 +640,7 @@ def on_terminal(
         os.close(main)
 
 
-def test_a_terminal_gets_colours_and_a_prompt(quick: str) -> None:
+def test_terminal_shows_colours_and_a_prompt(quick: str) -> None:
     conversation = new_id()
     asyncio.run(post_and_wait(quick, conversation, "before"))
     reply = asyncio.run(history(quick, conversation))[-1]["content"]
@@ -654,7 +654,7 @@ def test_a_terminal_gets_colours_and_a_prompt(quick: str) -> None:
     assert "you › before".encode() in plain
 
 
-def test_a_terminal_is_not_at_the_mercy_of_what_others_say(quick: str) -> None:
+def test_terminal_gets_no_control_characters_of_others(quick: str) -> None:
     conversation = new_id()
     asyncio.run(post_and_wait(quick, conversation, "\x1b]0;owned\x07 \x9b31m"))
     shown, _ = on_terminal(quick, conversation, typed=b"", until=b"owned")
@@ -672,20 +672,20 @@ def test_typing_on_a_terminal_shows_each_line_once(quick: str) -> None:
     assert code == 0
 
 
-def test_ctrl_c_at_the_prompt_leaves_quietly(quick: str) -> None:
+def test_ctrl_c_at_the_prompt_exits_quietly(quick: str) -> None:
     shown, code = on_terminal(quick, new_id(), typed=b"", until=b"", interrupt=True, NO_COLOR="1")
     assert shown.decode().endswith("you › \r\x1b[K")
     assert code == 130
 
 
-def test_what_was_typed_during_a_reply_is_shown_when_it_is_sent(quick: str) -> None:
+def test_line_typed_during_a_reply_is_shown_when_it_is_sent(quick: str) -> None:
     conversation = new_id()
     shown, code = on_terminal(quick, conversation, typed=b"one\ntwo\n", until=b"> two", NO_COLOR="1")
     assert "\nyou › two\r\nbot › ".encode() in shown
     assert code == 0
 
 
-def test_words_that_are_not_utf8_are_sent_as_far_as_they_can_be_read(quick: str) -> None:
+def test_invalid_utf8_is_replaced_and_sent(quick: str) -> None:
     conversation = new_id()
     command = [sys.executable, "scripts/demo.py", "--url", quick, "--conversation", conversation]
     subprocess.run(command, cwd=ROOT, input=b"caf\xe9\n", capture_output=True, timeout=PATIENCE_S, check=True)

@@ -190,7 +190,7 @@ def test_rooms_exist_and_form_no_circle() -> None:
 
 
 def test_modules_import_each_other_in_no_circle() -> None:
-    """Except by deferred imports: `make_source`, in the module of the port `Source`, imports what it builds."""
+    """Except by deferred imports: `make_source`, in the module of the port `Source`, imports the source it builds."""
     graph = {
         module: {resolve(name) for name in imports(path, deferred=False)} - {module, ""}
         for module, path in PATHS.items()

@@ -1,6 +1,7 @@
 /** The list of conversations; on a narrow screen a drawer. */
 
 import { ApiError } from "./client.js";
+import { button, byId } from "./dom.js";
 
 /** @typedef {import("./client.js").Summary} Summary */
 
@@ -142,11 +143,8 @@ export class Sidebar {
     link.href = `#${summary.conversationId}`;
     link.dir = "auto";
     link.addEventListener("click", () => this.#open(false));
-    const remove = document.createElement("button");
-    remove.type = "button";
-    remove.className = "icon";
+    const remove = button("", "icon", () => this.#confirm(summary.conversationId, item));
     remove.append(cross());
-    remove.addEventListener("click", () => this.#confirm(summary.conversationId, item));
     item.append(link, remove);
     return item;
   }
@@ -192,8 +190,4 @@ function cross() {
   path.setAttribute("d", "M6 6l12 12M18 6L6 18");
   svg.append(path);
   return svg;
-}
-
-function byId(/** @type {string} */ id) {
-  return /** @type {HTMLElement} */ (document.getElementById(id));
 }

@@ -1,28 +1,31 @@
 /**
- * Which of this browser's windows may hold a stream.
+ * Shares this browser's connections between its windows.
  *
- * A browser opens six connections to a host over HTTP/1.1, for all its windows together; with six streams open, nothing
- * else gets through. So only windows that are seen hold one, and of these only the few that were attended last: shown,
- * focused, clicked or typed into. The others let go, and go on from their position when it is their turn again.
+ * Over HTTP/1.1 a browser opens at most six connections to a host, for all its windows together; with six streams open,
+ * no other request gets through. So only visible windows hold a stream, and of these only the few that were used last:
+ * shown, focused, clicked or typed into. The others close their streams, and resume from their positions when they are
+ * used again.
  */
 
 const STREAMS = 4;
 const ATTENTION = ["focus", "pointerdown", "keydown", "pageshow"];
 
 /**
- * Say when this window may hold a stream and when it must let go, for as long as the page lives.
+ * Decide, for the lifetime of the page, when this window may hold a stream and when it must close it.
  * @param {object} actions
- * @param {() => void} actions.hold
- * @param {() => void} actions.letGo
- * @param {() => void} actions.refresh  another window has changed the list of conversations, or this one is seen again
- * @returns {() => void} call it when this window has changed the list of conversations
+ * @param {() => void} actions.hold  called when the window may open its stream
+ * @param {() => void} actions.letGo  called when the window must close its stream
+ * @param {() => void} actions.refresh  called when another window has changed the list of conversations, or this one has
+ *   become visible again
+ * @returns {{mayHold: () => boolean, announceChange: () => void}} whether the window may hold a stream now; a function to
+ *   call when this window has changed the list of conversations
  */
 export function shareConnections({ hold, letGo, refresh }) {
   const me = `${Math.random()}`;
   const channel = openChannel();
-  /** @type {Set<string>} the windows that are seen and were attended after this one */
+  /** @type {Set<string>} the visible windows that were used after this one */
   const later = new Set();
-  /** @type {boolean|undefined} */
+  /** @type {boolean|undefined} undefined until either action has been called */
   let holding;
 
   const settle = () => {
@@ -73,18 +76,18 @@ export function shareConnections({ hold, letGo, refresh }) {
   } else {
     settle();
   }
-  return () => channel.postMessage({ list: true });
+  return { mayHold: () => holding === true, announceChange: () => channel.postMessage({ list: true }) };
 }
 
 /**
- * Return the line to this browser's other windows; where there is none, each is on its own.
+ * Return a channel to this browser's other windows, or a stub where the browser has none: then each window decides alone.
  * @returns {Pick<BroadcastChannel, "postMessage"|"addEventListener">}
  */
 function openChannel() {
   try {
     return new BroadcastChannel("chatserver");
   } catch {
-    // An old browser has none, another was told to keep windows apart.
+    // An old browser lacks the class; a privacy setting makes its constructor throw.
     return { postMessage: () => {}, addEventListener: () => {} };
   }
 }

@@ -1,5 +1,6 @@
 /** The messages of a conversation, as elements that follow it. */
 
+import { button } from "./dom.js";
 import { render } from "./markdown.js";
 
 /** @typedef {import("./client.js").Message} Message */
@@ -204,24 +205,10 @@ function footing(message, isLast, onRetry) {
     parts.push(button("Retry", "retry", onRetry));
   }
   if (message.status !== "streaming" && message.content) {
-    const copy = button("Copy", "copy", () => {});
+    const copy = button("Copy", "copy");
     copy.setAttribute("aria-label", message.role === "user" ? "Copy message" : "Copy answer");
     copy.dataset.text = message.content;
     parts.push(copy);
   }
   return parts;
-}
-
-/**
- * @param {string} label
- * @param {string} name
- * @param {() => void} onClick
- */
-function button(label, name, onClick) {
-  const made = document.createElement("button");
-  made.type = "button";
-  made.className = name;
-  made.textContent = label;
-  made.addEventListener("click", onClick);
-  return made;
 }

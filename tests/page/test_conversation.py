@@ -132,7 +132,7 @@ def test_stop_keeps_what_was_said(page: Page, make_site: MakeSite) -> None:
     site.say(3)
     expect(answers(page)).to_have_text([said(3)])
     say(page, "Impatient")
-    expect(page.get_by_role("alert")).to_have_text("The answer is still being written: wait for its end, or stop it.")
+    expect(page.get_by_role("alert")).to_have_text("The answer is still being written. Wait until it ends, or stop it.")
     page.get_by_role("button", name="Stop").click()
     expect(page.locator(".ending")).to_have_text(["Stopped."])
     expect(page.get_by_role("alert")).to_be_hidden()

@@ -77,7 +77,7 @@ def test_offline_and_back(context: BrowserContext, make_site: MakeSite) -> None:
     expect(page.get_by_label("Message", exact=True)).to_have_value("Lost?")
     context.set_offline(False)
     expect(page.locator("#state")).to_have_text("Live")
-    kept = "Your text is kept; sending it again will not post it twice."
+    kept = "Your text is kept. Sending it again will not post it twice."
     expect(page.get_by_role("alert")).to_have_text(kept)
     page.get_by_label("Message", exact=True).press("Enter")
     expect(said_by_user(page)).to_have_text(["Count", "Lost?"])

@@ -72,7 +72,7 @@ def test_reload_after_a_send_whose_answer_was_lost_shows_it_once(page: Page, mak
     keys = lose_answers(page, taken=True)
     say(page, "Once only")
     expect(page.get_by_role("alert")).to_have_text(
-        "The server cannot be reached. Your text is kept; sending it again will not post it twice."
+        "The server cannot be reached. Your text is kept. Sending it again will not post it twice."
     )
     expect(page.get_by_label("Message", exact=True)).to_have_value("Once only")
     conversation_id = id_of(page)
@@ -93,7 +93,7 @@ def test_send_that_was_lost_keeps_its_key_over_a_reload(page: Page, make_site: M
     open_page(page, site.url)
     keys = lose_answers(page, taken=False)
     say(page, "Once only")
-    kept = "Your text is kept; sending it again will not post it twice."
+    kept = "Your text is kept. Sending it again will not post it twice."
     expect(page.get_by_role("alert")).to_contain_text(kept)
     page.reload()
     expect(page.locator("#state")).to_have_text("Live")
@@ -128,7 +128,7 @@ def test_send_without_an_answer_holds_up_no_other_conversation(page: Page, make_
     expect(page.get_by_role("alert")).to_be_hidden()
     page.goto(f"{site.url}#{slow}")
     expect(page.get_by_label("Message", exact=True)).to_have_value("Slow")
-    expect(page.get_by_role("alert")).to_have_text("Your text is kept; sending it again will not post it twice.")
+    expect(page.get_by_role("alert")).to_have_text("Your text is kept. Sending it again will not post it twice.")
 
 
 @pytest.mark.parametrize("what", ["stop", "retry", "delete"])
@@ -163,8 +163,8 @@ def test_what_failed_is_said_until_it_is_settled(page: Page, make_site: MakeSite
         # The line is tried anew; what was said stays.
         page.wait_for_function("() => states.includes('Reconnecting') && states.at(-1) === 'Live'")
     lasting = {
-        "stop": "Your stop may not have got through.",
-        "retry": "Your retry may not have got through.",
+        "stop": "Your stop may not have arrived.",
+        "retry": "Your retry may not have arrived.",
         "delete": "The server cannot be reached. “Count” may not have been deleted.",
     }
     expect(page.get_by_role("alert")).to_have_text(lasting[what])
@@ -195,7 +195,7 @@ def test_answer_that_is_none_of_ours_breaks_nothing(page: Page, make_site: MakeS
     say(page, "Anybody?")
     expect(page.get_by_role("alert")).to_have_text(
         "The server cannot be reached: something else answered. "
-        "Your text is kept; sending it again will not post it twice."
+        "Your text is kept. Sending it again will not post it twice."
     )
     is_ours = True
     expect(page.locator("#state")).to_have_text("Live")
@@ -216,7 +216,7 @@ def test_refused_send_keeps_the_text_and_says_why(page: Page, make_site: MakeSit
     page.get_by_label("Message", exact=True).fill("Hello")
     page.get_by_role("button", name="Send").click()
     # Perhaps the server took it, and the proxy lost the answer.
-    told = "The server answered 502. Your text is kept; sending it again will not post it twice."
+    told = "The server answered 502. Your text is kept. Sending it again will not post it twice."
     expect(page.get_by_role("alert")).to_have_text(told)
     expect(page.get_by_label("Message", exact=True)).to_have_value("Hello")
     say(page, "a" * 21)

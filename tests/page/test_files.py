@@ -2,11 +2,7 @@
 
 import json
 import re
-import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -15,7 +11,6 @@ from playwright.sync_api import Page, Route, expect
 
 from tests.browser import Site
 from tests.page.steps import (
-    NODE_MODULES,
     MakeSite,
     answers,
     expect_idle,
@@ -98,18 +93,6 @@ def test_client_that_is_copied_needs_nothing_else(page: Page, make_site: MakeSit
     assert (state, busy, messages) == ("paused", False, stored)
 
 
-@pytest.fixture
-def file_server(tmp_path: Path) -> Iterator[str]:
-    """Serve the test's folder as `python3 -m http.server --bind 127.0.0.1` does; the origin."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(tmp_path)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
 def test_page_of_the_readme(
     page: Page, make_site: MakeSite, make_proxy: Callable[[Site], CuttingProxy], file_server: str, tmp_path: Path
 ) -> None:
@@ -157,17 +140,3 @@ def test_page_of_the_readme(
     site.until(lambda: site.open_streams() == 1)
     assert proxy.streams == 3
     assert [each["content"] for each in site.history(id_of(page))] == ["x" * 400, said(2), "Second", said(3)]
-
-
-@pytest.mark.needs("node")
-def test_types_in_the_comments_hold() -> None:
-    """Whoever copies `client.js` gets types that are true."""
-    options = "--noEmit --strict --allowJs --checkJs --target es2023 --module esnext --moduleResolution bundler"
-    files = sorted((ROOT / "chatserver" / "web").glob("*.js"))
-    checked = subprocess.run(
-        [NODE_MODULES / ".bin" / "tsc", *options.split(), "--lib", "es2023,dom,dom.iterable", "--types", "", *files],
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert checked.returncode == 0, checked.stdout

@@ -1,0 +1,187 @@
+/**
+ * Types of `client.js`, for TypeScript. Copy both files into one folder; `import ... from "./client.js"` finds them.
+ */
+
+/** A reply is `superseded` once it has been retried; it stays in the history. */
+export type Status = "complete" | "streaming" | "stopped" | "failed" | "interrupted" | "superseded";
+
+export interface Message {
+  /** null while a reply streams whose id is not known yet */
+  id: string | null;
+  /** `user`, `assistant`, or another role that another application has stored */
+  role: string;
+  content: string;
+  status: Status;
+  /** ISO 8601; present in the history, and in the stream for messages of users */
+  createdAt?: string;
+  /** why a reply failed or was interrupted */
+  error?: { code: string; message: string };
+}
+
+/** A conversation in the list. */
+export interface Summary {
+  conversationId: string;
+  title: string;
+  /** ISO 8601 */
+  createdAt: string;
+  /** ISO 8601 */
+  updatedAt: string;
+  messageCount: number;
+  status: "idle" | "streaming";
+}
+
+/** The answer to an accepted message or retry. */
+export interface Turn {
+  conversationId: string;
+  messageId: string;
+  replyId: string;
+  lastEventId: string;
+}
+
+/** A message that may not have arrived. To survive a reload, store it and assign it to `Conversation.unsent` again. */
+export interface Unsent {
+  text: string;
+  /** the idempotency key: the server accepts a message once per key, however often it is sent */
+  key: string;
+  /** the number of messages before it, if that was known */
+  before?: number;
+}
+
+/** `paused` is the state before `open` and after `pause`; `deleted` is final. */
+export type State = "connecting" | "live" | "reconnecting" | "offline" | "paused" | "deleted";
+
+/** Return a new conversation id: 24 hex digits. */
+export function newId(): string;
+
+/** Tell whether a text has the form of a conversation id. */
+export function isId(text: string): boolean;
+
+/** Return a text with each unpaired surrogate replaced by U+FFFD, since UTF-8 cannot encode one and servers refuse it. */
+export function wellFormed(text: string): string;
+
+/** A request that was refused or not answered. `message` is a sentence for users. */
+export class ApiError extends Error {
+  /**
+   * @param status  of HTTP; 0: no answer, so that it is unknown whether the server carried out the request
+   * @param code  stable, for programs; `unreachable` if there was no answer
+   * @param message
+   * @param retryAfterS  how many seconds the server asks to wait; 0: it does not say
+   */
+  constructor(status: number, code: string, message: string, retryAfterS?: number);
+  readonly status: number;
+  readonly code: string;
+  readonly retryAfterS: number;
+  /** Whether it is unknown if the server carried out the request: there was no answer, or only a proxy's. */
+  get isUnanswered(): boolean;
+}
+
+/** The API's routes, one method each. Every request rejects with `ApiError` if it fails. */
+export class Api {
+  /** @param base  the absolute URL of the server's root, with a slash at the end */
+  constructor(base: string | URL);
+  readonly base: string | URL;
+
+  /**
+   * Return a page of the conversations, the most recently active first.
+   * @param cursor  `nextCursor` of the previous page
+   * @param limit  conversations per page; 30 by default
+   */
+  list(cursor?: string, limit?: number): Promise<{ conversations: Summary[]; nextCursor?: string }>;
+
+  /**
+   * Return the messages of a conversation, and the position after them.
+   * @param id
+   * @param part  `limit`: only this many messages, the newest ones; `before`: only messages before this message's id
+   */
+  history(id: string, part?: { limit?: number; before?: string }): Promise<{ messages: Message[]; lastEventId: string }>;
+
+  /**
+   * Post a message. The reply arrives by the stream.
+   * @param id  of the conversation; an unknown id starts a new one
+   * @param text  sent and stored as `wellFormed` returns it
+   * @param key  the idempotency key: the server accepts the same text with the same key once, however often it is sent
+   */
+  say(id: string, text: string, key: string): Promise<Turn>;
+
+  /** Stop the running reply; the text so far is kept. */
+  stop(id: string): Promise<{ status: "stopping" | "idle" }>;
+
+  /** Request a new reply to the last message, if its reply was stopped, failed or interrupted. */
+  retry(id: string): Promise<Turn>;
+
+  /** Delete a conversation with all its messages. */
+  delete(id: string): Promise<void>;
+
+  /** Return the URL of the stream that starts at a position. */
+  streamUrl(id: string, position: string): URL;
+}
+
+/** The events of a `Conversation`. */
+export interface ConversationEventMap {
+  /** `messages`, `accepted`, `busy` or `pending` has changed. */
+  change: Event;
+  /** `state` has changed. */
+  state: Event;
+  /** A message is known to have arrived; `detail` is its text. */
+  sent: CustomEvent<string>;
+  /** A reply has ended; `detail` is the reply. */
+  end: CustomEvent<Message>;
+}
+
+/** A conversation that its stream keeps up to date. */
+export class Conversation extends EventTarget {
+  /**
+   * @param api
+   * @param id
+   * @param options  `fresh`: the id is new, so that there is no history to fetch; `listed`: the server has listed the
+   *   conversation, so that it has been deleted if it has no history
+   */
+  constructor(api: Api, id: string, options?: { fresh?: boolean; listed?: boolean });
+  readonly api: Api;
+  readonly id: string;
+  /** The messages in order; a reply that is streaming is the last one, and its object changes in place. */
+  readonly messages: Message[];
+  /** A turn that the server has accepted but the stream has not shown yet; `text` is empty for a retry. */
+  readonly accepted: { text: string; messageId: string; replyId: string } | null;
+  /** The message that may not have arrived. `say` with the same text sends it again with the same key. */
+  unsent: Unsent | null;
+  /** Whether a message or a retry has been sent and not answered yet. */
+  readonly pending: boolean;
+  /** Whether the server knew no conversation with this id; the first message creates it. */
+  readonly missing: boolean;
+  /** Whether a reply is expected or streaming. */
+  get busy(): boolean;
+  /** Whether `messages` is the history that the server has, as far as known. */
+  get loaded(): boolean;
+  get state(): State;
+
+  /** Fetch the history, if necessary, and follow the stream until `pause`. */
+  open(): void;
+
+  /** Close the stream; `open` resumes from the same position. */
+  pause(): void;
+
+  /**
+   * Send a message. After a failure, sending the same text again does not post it twice.
+   * Rejects with `ApiError`.
+   * @param typed  sent, and reported by the event `sent`, as `wellFormed` returns it
+   */
+  say(typed: string): Promise<void>;
+
+  /** Request a new reply to the last message. Rejects with `ApiError`. */
+  retry(): Promise<void>;
+
+  /** Stop the running reply. Rejects with `ApiError`. */
+  stop(): Promise<void>;
+
+  addEventListener<K extends keyof ConversationEventMap>(
+    type: K,
+    listener: (this: Conversation, event: ConversationEventMap[K]) => void,
+    options?: boolean | AddEventListenerOptions,
+  ): void;
+  removeEventListener<K extends keyof ConversationEventMap>(
+    type: K,
+    listener: (this: Conversation, event: ConversationEventMap[K]) => void,
+    options?: boolean | EventListenerOptions,
+  ): void;
+}

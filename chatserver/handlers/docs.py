@@ -1,4 +1,4 @@
-"""The API's documentation: the OpenAPI document, and the same as a page."""
+"""The API's documentation: the OpenAPI document, and the same content as an HTML page."""
 
 from collections.abc import Iterable
 from html import escape
@@ -13,7 +13,7 @@ class OpenAPIHandler(BaseHandler):
     """`/openapi.json`"""
 
     def get(self) -> None:
-        """The API for machines."""
+        """Send the OpenAPI document."""
         self.send_json(make_openapi(self.config.max_input_chars))
 
     head = get
@@ -23,7 +23,7 @@ class DocsHandler(BaseHandler):
     """`/docs`"""
 
     def get(self) -> None:
-        """The API for people: one page that needs no network and no script."""
+        """Send the documentation as one page without scripts or external resources."""
         for name, value in PAGE_HEADERS.items():
             self.set_header(name, value)
         self.finish(_page(make_openapi(self.config.max_input_chars)))
@@ -37,7 +37,7 @@ _LIMITS = ("minimum", "maximum", "minLength", "maxLength", "default")
 def _page(document: dict[str, Any]) -> str:
     parts = [f"<h1>{escape(document['info']['title'])} {escape(document['info']['version'])}</h1>"]
     parts.append(_text(document["info"]["description"]))
-    parts.append('<p>For machines: <a href="openapi.json">openapi.json</a>. To chat: <a href=".">the page</a>.</p>')
+    parts.append('<p>OpenAPI document: <a href="openapi.json">openapi.json</a>. Chat: <a href=".">the page</a>.</p>')
     for path, item in document["paths"].items():
         for method, operation in item.items():
             if method != "parameters":
@@ -79,7 +79,7 @@ def _schema(schema: dict[str, Any]) -> str:
 
 
 def _kind(schema: dict[str, Any]) -> str:
-    """Return what a value may be: its type, its limits and its default."""
+    """Return a value's type, limits and default as text."""
     if "enum" in schema:
         return " | ".join(schema["enum"])
     if "properties" in schema:
@@ -115,6 +115,6 @@ def _text(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Return text as HTML, what is between backquotes as code."""
+    """Return text as HTML, with text between backquotes as code."""
     pieces = escape(text).split("`")
     return "".join(f"<code>{piece}</code>" if index % 2 else piece for index, piece in enumerate(pieces))

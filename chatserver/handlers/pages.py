@@ -11,7 +11,7 @@ from chatserver.handlers.base import BaseHandler
 WEB = Path(__file__).parent.parent / "web"
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",
-    # Nothing runs on a page but its own scripts, and it talks to nobody but us.
+    # The pages run only their own scripts and connect only to this server.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -20,26 +20,26 @@ PAGE_HEADERS = {
 
 
 class PageHandler(BaseHandler, StaticFileHandler):
-    """`/` and `/web/*`: files of `chatserver/web/`, and nothing outside it."""
+    """`/` and `/web/*`: the files in `chatserver/web/`."""
 
     def initialize(self, **kwargs: Any) -> None:  # type: ignore[override]
         BaseHandler.initialize(self, **kwargs)
         StaticFileHandler.initialize(self, str(WEB), default_filename="index.html")
 
     async def get(self, path: str, include_body: bool = True) -> None:
-        """Send a file, whole: all are small, so that a `Range` is not worth its errors."""
+        """Send a file, and ignore `Range`: all files are small, and partial answers only add error cases."""
         self.request.headers.pop("Range", None)
         await StaticFileHandler.get(self, path, include_body)
 
     def validate_absolute_path(self, root: str, absolute_path: str) -> str | None:
-        # The page's links are relative, so that it is itself nowhere but at `/`; and no file is a folder.
+        # The page uses relative links, so serve it at `/` only. Never serve a directory.
         is_elsewhere = self.request.path != "/" and self.request.path.endswith(("/", "/index.html"))
         if is_elsewhere or "\0" in absolute_path:
             raise NotFound
         return StaticFileHandler.validate_absolute_path(self, root, absolute_path)
 
     def compute_etag(self) -> str | None:
-        """Return the file's."""
+        """Return the ETag of the file; BaseHandler makes none."""
         return StaticFileHandler.compute_etag(self)
 
     def set_extra_headers(self, path: str) -> None:

@@ -56,7 +56,7 @@ export function newId(): string;
 /** Tell whether a text has the form of a conversation id. */
 export function isId(text: string): boolean;
 
-/** Return a text with each unpaired surrogate replaced by U+FFFD, since UTF-8 cannot encode one and servers refuse it. */
+/** Return a text with each unpaired surrogate replaced by U+FFFD: UTF-8 cannot encode one, and servers refuse it. */
 export function wellFormed(text: string): string;
 
 /** A request that was refused or not answered. `message` is a sentence for users. */
@@ -91,7 +91,7 @@ export class Api {
   /**
    * Return the messages of a conversation, and the position after them.
    * @param id
-   * @param part  `limit`: only this many messages, the newest ones; `before`: only messages before this message's id
+   * @param part  `limit`: return only the newest messages, this many; `before`: only messages before this message's id
    */
   history(id: string, part?: { limit?: number; before?: string }): Promise<{ messages: Message[]; lastEventId: string }>;
 

@@ -1,7 +1,7 @@
 /**
- * A client of chatserver's HTTP API for the browser: fetch and the browser's own EventSource, nothing else.
+ * A client of chatserver's HTTP API for the browser. It needs only fetch and EventSource.
  *
- * It knows nothing of any page, so that it can be copied into another project as it is:
+ * It is independent of the chat page: copy it into another project as it is, with `client.d.ts` for TypeScript.
  *
  *     const api = new Api("https://chat.example/");
  *     const conversation = new Conversation(api, newId(), { fresh: true });
@@ -10,22 +10,22 @@
  *     conversation.open();
  *     await conversation.say("Hello!");
  *
- * The stream alone says what was said and in which order; answers to posts only say that they were taken. Each event
- * carries the position after it, and a stream that breaks goes on from the last one, so that no character of a reply is
- * lost and none comes twice, however often the line is cut. One that dies without breaking is noticed by the server's
- * pings, which stay away.
+ * The stream is authoritative for the messages and their order; the answer to a post only confirms that the server has
+ * accepted it. Each event carries the position after it, and after a disconnect the stream resumes from the last position:
+ * no character of a reply is lost or repeated, however often the connection breaks. A connection that has died without
+ * closing is detected by the absence of the server's pings.
  */
 
 /**
  * @typedef {"complete"|"streaming"|"stopped"|"failed"|"interrupted"|"superseded"} Status
- * A reply that was retried is superseded; it stays in the record.
+ * A reply is `superseded` once it has been retried; it stays in the history.
  *
  * @typedef {object} Message
- * @property {string|null} id  null while a reply grows whose id is not known yet
- * @property {string} role  user, assistant, or another one that another application stored
+ * @property {string|null} id  null while a reply streams whose id is not known yet
+ * @property {string} role  `user`, `assistant`, or another role that another application has stored
  * @property {string} content
  * @property {Status} status
- * @property {string} [createdAt]  ISO 8601; the history has it for all messages, the stream for those of users
+ * @property {string} [createdAt]  ISO 8601; present in the history, and in the stream for messages of users
  * @property {{code: string, message: string}} [error]  why a reply failed or was interrupted
  *
  * @typedef {object} Summary
@@ -38,52 +38,52 @@
  *
  * @typedef {{conversationId: string, messageId: string, replyId: string, lastEventId: string}} Turn
  *
- * @typedef {object} Unsent  a message that is not known to have arrived
+ * @typedef {object} Unsent  a message that may not have arrived
  * @property {string} text
- * @property {string} key  with the same key it is taken once, however often it is sent
- * @property {number} [before]  how many messages there were before it, if that was known
+ * @property {string} key  the idempotency key: the server accepts a message once per key, however often it is sent
+ * @property {number} [before]  the number of messages before it, if that was known
  *
  * @typedef {"connecting"|"live"|"reconnecting"|"offline"|"paused"|"deleted"} State
- * `paused` is before `open` and after `pause`; `deleted` is final.
+ * `paused` is the state before `open` and after `pause`; `deleted` is final.
  */
 
 const ANSWER_WITHIN_MS = 20_000;
 const FIRST_DELAY_MS = 500;
 const LONGEST_DELAY_MS = 15_000;
-/** how often a quiet stream has a `ping`, until the server says so itself; seconds */
+/** the interval of pings on a quiet stream, in seconds, until the server announces its own */
 const PING_EVERY_S = 15;
-/** A stream that was silent for this many halves of that interval is dead. */
+/** A stream that has been silent for this many halves of that interval is considered dead. */
 const SILENT_HALVES = 5;
 
-/** Return a new id for a conversation: 24 hex digits. */
+/** Return a new conversation id: 24 hex digits. */
 export function newId() {
   return randomHex(12);
 }
 
-/** Tell whether a text can be a conversation's id. */
+/** Tell whether a text has the form of a conversation id. */
 export function isId(/** @type {string} */ text) {
   return /^[0-9a-f]{24}$/i.test(text);
 }
 
 /**
- * Return a text with each half of a surrogate pair replaced by U+FFFD. Such a half is no character (a keyboard, a limit
- * of length or another program has cut one in two), no UTF-8 can carry it, and servers refuse it.
+ * Return a text with each unpaired surrogate replaced by U+FFFD. Keyboards, length limits and other programs split
+ * surrogate pairs; UTF-8 cannot encode one half, and servers refuse it.
  */
 export function wellFormed(/** @type {string} */ text) {
-  // Not String.prototype.toWellFormed, which browsers before 2024 lack. With the flag `u`, no part of a whole pair matches.
+  // Not String.prototype.toWellFormed, which browsers before 2024 lack. With the flag `u`, a complete pair never matches.
   return text.replace(/\p{Surrogate}/gu, "\ufffd");
 }
 
-// Not crypto.randomUUID: that is only there in secure contexts, and plain http in a local network is none.
+// Not crypto.randomUUID: it exists only in secure contexts, which plain HTTP in a local network is not.
 function randomHex(/** @type {number} */ bytes) {
   return Array.from(crypto.getRandomValues(new Uint8Array(bytes)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-/** A request that was refused or not answered; `message` is a sentence for people. */
+/** A request that was refused or not answered. `message` is a sentence for users. */
 export class ApiError extends Error {
   /**
-   * @param {number} status  of HTTP; 0: no answer, so that it is unknown whether the request was carried out
-   * @param {string} code  stable, for programs; "unreachable" if there was no answer
+   * @param {number} status  of HTTP; 0: no answer, so that it is unknown whether the server carried out the request
+   * @param {string} code  stable, for programs; `unreachable` if there was no answer
    * @param {string} message
    * @param {number} retryAfterS  how many seconds the server asks to wait; 0: it does not say
    */
@@ -95,23 +95,23 @@ export class ApiError extends Error {
     this.retryAfterS = retryAfterS;
   }
 
-  /** Whether it is unknown if the request was carried out: there was no answer, or only a proxy's. */
+  /** Whether it is unknown if the server carried out the request: there was no answer, or only a proxy's. */
   get isUnanswered() {
     return [0, 502, 504].includes(this.status);
   }
 }
 
-/** The API's routes, one method each. All of them throw `ApiError`. */
+/** The API's routes, one method each. Every request rejects with `ApiError` if it fails. */
 export class Api {
-  /** @param {string|URL} base  the absolute address of the server's root, with the slash at its end */
+  /** @param {string|URL} base  the absolute URL of the server's root, with a slash at the end */
   constructor(base) {
     this.base = base;
   }
 
   /**
-   * Return a page of the conversations, the latest activity first.
-   * @param {string} [cursor]  the `nextCursor` of the page before
-   * @param {number} [limit]
+   * Return a page of the conversations, the most recently active first.
+   * @param {string} [cursor]  `nextCursor` of the previous page
+   * @param {number} [limit]  conversations per page
    * @returns {Promise<{conversations: Summary[], nextCursor?: string}>}
    */
   list(cursor, limit = 30) {
@@ -120,9 +120,10 @@ export class Api {
   }
 
   /**
-   * Return what was said so far, and the position after it.
+   * Return the messages of a conversation, and the position after them.
    * @param {string} id
-   * @param {{limit?: number, before?: string}} [part]  only so many messages, the newest, or those before that one
+   * @param {{limit?: number, before?: string}} [part]  `limit`: return only the newest messages, this many; `before`: only
+   *   messages before this message's id
    * @returns {Promise<{messages: Message[], lastEventId: string}>}
    */
   history(id, { limit, before } = {}) {
@@ -131,10 +132,11 @@ export class Api {
   }
 
   /**
-   * Say something; the reply comes by the stream.
-   * @param {string} id  an unknown one begins a new conversation
+   * Post a message. The reply arrives by the stream.
+   * @param {string} id  of the conversation; an unknown id starts a new one
    * @param {string} text  sent and stored as `wellFormed` returns it
-   * @param {string} key  the same key with the same text is taken once, however often it is sent
+   * @param {string} key  the idempotency key: the server accepts the same text with the same key once, however often it is
+   *   sent
    * @returns {Promise<Turn>}
    */
   say(id, text, key) {
@@ -142,7 +144,7 @@ export class Api {
   }
 
   /**
-   * Stop the running reply; what was said of it is kept.
+   * Stop the running reply; the text so far is kept.
    * @param {string} id
    * @returns {Promise<{status: "stopping"|"idle"}>}
    */
@@ -151,7 +153,7 @@ export class Api {
   }
 
   /**
-   * Have the last message answered anew, if its reply was stopped, failed or interrupted.
+   * Request a new reply to the last message, if its reply was stopped, failed or interrupted.
    * @param {string} id
    * @returns {Promise<Turn>}
    */
@@ -160,7 +162,7 @@ export class Api {
   }
 
   /**
-   * Delete a conversation.
+   * Delete a conversation with all its messages.
    * @param {string} id
    * @returns {Promise<void>}
    */
@@ -169,7 +171,7 @@ export class Api {
   }
 
   /**
-   * Return the stream's address.
+   * Return the URL of the stream that starts at a position.
    * @param {string} id
    * @param {string} position
    */
@@ -198,12 +200,12 @@ export class Api {
       response = await fetch(url, request);
       text = await response.text();
     } catch {
-      // fetch rejects for nothing but a request that could not be made, a broken line and our own time limit.
+      // fetch rejects only if the request could not be sent, the connection broke or our own time limit expired.
       throw new ApiError(0, "unreachable", "The server cannot be reached.");
     }
     const type = response.headers.get("Content-Type") ?? "";
     if (!response.ok) {
-      // A proxy's error is no problem+json.
+      // A proxy's error is not problem+json.
       const isProblem = type.startsWith("application/problem+json");
       const problem = isProblem ? JSON.parse(text) : { code: "unknown", detail: `The server answered ${response.status}.` };
       throw new ApiError(response.status, problem.code, problem.detail, Number(response.headers.get("Retry-After")) || 0);
@@ -212,7 +214,7 @@ export class Api {
       return undefined;
     }
     if (!type.startsWith("application/json")) {
-      // Such as the login page of a hotel's network.
+      // For example, the login page of a hotel's network.
       throw new ApiError(0, "unreachable", "The server cannot be reached: something else answered.");
     }
     return JSON.parse(text);
@@ -220,27 +222,28 @@ export class Api {
 }
 
 /**
- * One conversation, kept up to date by its stream.
+ * A conversation that its stream keeps up to date.
  *
- * Fires `change` when `messages`, `accepted`, `busy` or `pending` have changed, `state` when `state` has, `sent` (a
- * CustomEvent whose detail is the text) when what was said is known to have arrived, and `end` (its detail is the reply)
- * when a reply has ended.
+ * Fires `change` when `messages`, `accepted`, `busy` or `pending` has changed, `state` when `state` has changed, `sent` (a
+ * CustomEvent whose detail is the text) when a message is known to have arrived, and `end` (its detail is the reply) when
+ * a reply has ended.
  */
 export class Conversation extends EventTarget {
-  /** @type {Message[]} what was said, in order; a reply that grows is the last */
+  /** @type {Message[]} in order; a reply that is streaming is the last one, and its object changes in place */
   messages = [];
-  /** @type {{text: string, messageId: string, replyId: string}|null} a turn that was taken, until the stream tells it */
+  /** @type {{text: string, messageId: string, replyId: string}|null} a turn that the server has
+   * accepted but the stream has not shown yet; `text` is empty for a retry */
   accepted = null;
-  /** @type {Unsent|null} to be kept and given back by whoever wants it to outlive a reload */
+  /** @type {Unsent|null} to survive a reload, the page must store it and assign it again */
   unsent = null;
-  /** whether something said, or a retry, has not been answered yet */
+  /** whether a message or a retry has been sent and not answered yet */
   pending = false;
-  /** whether the server knew no such conversation when it was asked; what is said begins it */
+  /** whether the server knew no conversation with this id; the first message creates it */
   missing = false;
 
   /** @type {State} */
   #state = "paused";
-  /** @type {string|null} how much of the conversation `messages` holds; null: the history must be fetched */
+  /** @type {string|null} the position after `messages`; null: the history must be fetched */
   #position = null;
   /** @type {EventSource|null} */
   #source = null;
@@ -251,16 +254,16 @@ export class Conversation extends EventTarget {
   #timer;
   /** @type {ReturnType<typeof setTimeout>|undefined} */
   #watchdog;
-  /** @type {number|null} how often a quiet stream has a `ping`, in seconds; null: the server has not announced any */
+  /** @type {number|null} the interval of pings on a quiet stream, in seconds; null: the server has announced none */
   #pingEveryS = null;
-  // Either is only a hint; whether the line holds is found out by trying.
+  // These events are only hints; a new connection shows whether the network works.
   #onNetworkChange = () => this.#reconnect();
 
   /**
    * @param {Api} api
    * @param {string} id
-   * @param {{fresh?: boolean, listed?: boolean}} [options]  fresh: the id is a new one, so that there is no history to
-   *   fetch; listed: it is known to the server, so that one without a history has been deleted since
+   * @param {{fresh?: boolean, listed?: boolean}} [options]  `fresh`: the id is new, so that there is no history to fetch;
+   *   `listed`: the server has listed the conversation, so that it has been deleted if it has no history
    */
   constructor(api, id, { fresh = false, listed = false } = {}) {
     super();
@@ -272,12 +275,12 @@ export class Conversation extends EventTarget {
     }
   }
 
-  /** Whether a reply is awaited or grows. */
+  /** Whether a reply is expected or streaming. */
   get busy() {
     return this.accepted !== null || this.messages.at(-1)?.status === "streaming";
   }
 
-  /** Whether `messages` is what the server has, as far as it is known. */
+  /** Whether `messages` is the history that the server has, as far as known. */
   get loaded() {
     return this.#position !== null;
   }
@@ -288,7 +291,7 @@ export class Conversation extends EventTarget {
     return waiting && !navigator.onLine ? "offline" : this.#state;
   }
 
-  /** Fetch the history, if need be, and follow the stream, until `pause`. */
+  /** Fetch the history, if necessary, and follow the stream until `pause`. */
   open() {
     if (this.#state === "paused") {
       addEventListener("online", this.#onNetworkChange);
@@ -298,7 +301,7 @@ export class Conversation extends EventTarget {
     }
   }
 
-  /** Let go of the stream; `open` goes on where it was. */
+  /** Close the stream; `open` resumes from the same position. */
   pause() {
     if (this.#state !== "deleted") {
       this.#letGo("paused");
@@ -306,12 +309,12 @@ export class Conversation extends EventTarget {
   }
 
   /**
-   * Say something. After a failure, the same text may be sent again without being posted twice.
+   * Send a message. After a failure, sending the same text again does not post it twice.
    * @param {string} typed  sent, and reported by `sent`, as `wellFormed` returns it
    * @throws {ApiError}
    */
   async say(typed) {
-    // Here, too: `unsent` is compared with what the stream and the history say.
+    // Normalise here as well: `unsent` is compared with the texts in the stream and the history.
     const text = wellFormed(typed);
     if (this.unsent?.text !== text) {
       this.unsent = { text, key: randomHex(16), before: this.loaded ? this.messages.length : undefined };
@@ -323,7 +326,7 @@ export class Conversation extends EventTarget {
       if (!(error instanceof ApiError) || this.unsent === unsent) {
         throw error;
       }
-      // The answer was lost, but by now the stream has told that it arrived.
+      // The answer was lost, but the stream has shown that the message arrived.
     }
     if (this.unsent === unsent) {
       this.#sent(text);
@@ -331,7 +334,7 @@ export class Conversation extends EventTarget {
   }
 
   /**
-   * Have the last message answered anew.
+   * Request a new reply to the last message.
    * @throws {ApiError}
    */
   async retry() {
@@ -380,7 +383,7 @@ export class Conversation extends EventTarget {
       return await request();
     } catch (error) {
       if (error instanceof ApiError && error.status === 0 && this.#state === "live") {
-        // A dead line that the stream has not noticed yet.
+        // The connection is dead, and the stream has not noticed it yet.
         this.#reconnect();
       }
       throw error;
@@ -388,7 +391,7 @@ export class Conversation extends EventTarget {
   }
 
   /**
-   * The stream may lag behind an answer, or be ahead of it.
+   * Note an accepted turn, unless the stream, which may be ahead of the answer, has shown it already.
    * @param {Turn} turn
    * @param {string} text
    */
@@ -405,9 +408,9 @@ export class Conversation extends EventTarget {
     }
   }
 
-  // -- the line -------------------------------------------------------------------------------------------------------
+  // -- connection ----------------------------------------------------------------------------------------------------
 
-  /** Make the stream anew, from the last position. */
+  /** Open a new stream from the last position, after the history if there is none. */
   async #connect() {
     const attempt = this.#hangUp();
     if (this.#position === null) {
@@ -460,12 +463,12 @@ export class Conversation extends EventTarget {
           this.#position = event.lastEventId || null;
           this.#take(name, JSON.parse(event.data));
         } else if (isOpen && source.readyState === EventSource.CONNECTING) {
-          // The line broke, and it tries again by itself; but only once, since it would do so every second for ever.
+          // The connection broke, and EventSource reconnects. Allow one attempt: it would retry every second forever.
           isOpen = false;
           this.#setState("reconnecting");
           this.#watch();
         } else {
-          // It gives up on any answer but 200.
+          // EventSource gives up after any status but 200.
           this.#connectLater();
         }
       });
@@ -475,12 +478,12 @@ export class Conversation extends EventTarget {
   #reconnect() {
     this.#failures = 0;
     this.#state = "reconnecting";
-    // Whether that is called "offline" may have changed.
+    // Fire always: the state may have changed from or to "offline".
     this.dispatchEvent(new Event("state"));
     this.#connect();
   }
 
-  /** Connect after a while that doubles with each failure; its random part keeps many clients from coming at once. */
+  /** Connect after a delay that doubles with each failure. Its random part spreads the reconnects of many clients. */
   #connectLater(atLeastMs = 0) {
     this.#hangUp();
     const longest = Math.min(LONGEST_DELAY_MS, FIRST_DELAY_MS * 2 ** this.#failures);
@@ -490,25 +493,25 @@ export class Conversation extends EventTarget {
   }
 
   /**
-   * Restart the watch for a connection that has died without closing: a stream that stays silent for two and a half
-   * intervals of its pings is opened again, and one that is not answered for as long, too. A server that has never
-   * announced pings is an old one: its open streams may be silent.
+   * Restart the watchdog for connections that have died without closing. It reconnects a stream that is silent for two and
+   * a half ping intervals, and one whose request is not answered for as long. A server that has never announced pings has
+   * an older version: its open streams may be silent.
    *
-   * The silence is counted in steps, not read from a clock. A computer that slept and a tab in the background run their
-   * timers late: that is one step, however long it took, and what has arrived meanwhile is handled before the next one.
+   * The silence is counted in steps, not measured by a clock. After a computer has slept, or in a background tab, timers
+   * run late: that is one step, however long it took, and the events received meanwhile are handled before the next step.
    */
   #watch(halves = SILENT_HALVES) {
     clearTimeout(this.#watchdog);
     if (halves === 0) {
       this.#connectLater();
     } else if (this.#pingEveryS !== null || this.#source?.readyState === EventSource.CONNECTING) {
-      // Not below a second, so that a network that is slow for a moment does not look dead.
+      // At least one second, so that a short delay in the network does not look like a dead connection.
       const halfMs = Math.max(1, this.#pingEveryS ?? PING_EVERY_S) * 500;
       this.#watchdog = setTimeout(() => this.#watch(halves - 1), halfMs);
     }
   }
 
-  /** Close the stream, and let what is under way come to nothing; return the number of the attempt that may follow. */
+  /** Close the stream and invalidate any attempt to connect that is under way; return the number of the next attempt. */
   #hangUp() {
     clearTimeout(this.#timer);
     clearTimeout(this.#watchdog);
@@ -532,7 +535,7 @@ export class Conversation extends EventTarget {
     }
   }
 
-  // -- what is said ---------------------------------------------------------------------------------------------------
+  // -- events --------------------------------------------------------------------------------------------------------
 
   /**
    * @param {string} name  of the event
@@ -566,7 +569,7 @@ export class Conversation extends EventTarget {
       }
       this.dispatchEvent(new CustomEvent("end", { detail: reply }));
       if (reply.status === "interrupted") {
-        // A crash may have taken the last words that we have seen; the history has what was kept.
+        // A crash may have lost the end of the text that was shown; the history has the stored text.
         this.#position = null;
         this.#connect();
       }
@@ -574,7 +577,7 @@ export class Conversation extends EventTarget {
     this.#changed();
   }
 
-  /** Return the reply that grows; what comes after an ended one, with no word from the user, is a retry of that one. */
+  /** Return the reply that is streaming. Text after an ended reply, without a new user message, belongs to its retry. */
   #growing() {
     const last = this.messages.at(-1);
     if (last?.status === "streaming") {
@@ -591,7 +594,7 @@ export class Conversation extends EventTarget {
     return reply;
   }
 
-  /** Take over a history, keeping the objects of messages that are known, so that views of them stay. */
+  /** Replace the messages by a history, but keep the objects of known messages, because views refer to them. */
   #adopt(/** @type {Message[]} */ messages) {
     this.#known = this.#known || messages.length > 0;
     this.messages = messages.map((message) => Object.assign(this.#find(message.id) ?? {}, message));

@@ -1,11 +1,15 @@
-/** What was typed and has not arrived, kept for as long as the window lives: a reload loses nothing and doubles nothing. */
+/** Drafts and unanswered messages, stored until the window closes, so that a reload neither loses nor repeats a message. */
 
-/** @typedef {{text: string, unsent?: import("./client.js").Unsent|null}} Draft  of the box, and of what was sent */
+/**
+ * @typedef {object} Draft
+ * @property {string} text  in the message box
+ * @property {import("./client.js").Unsent|null} [unsent]  a message that may not have arrived
+ */
 
 const PREFIX = "chatserver-typed-";
 
 /**
- * Return what was kept for a conversation.
+ * Return the draft of a conversation; an empty one if none is stored.
  * @param {string} name
  * @returns {Draft}
  */
@@ -15,7 +19,7 @@ export function loadDraft(name) {
 }
 
 /**
- * Keep something for a conversation, instead of what was kept before.
+ * Store the draft of a conversation, or delete the stored one if it is empty.
  * @param {string} name
  * @param {Draft} draft
  */
@@ -25,7 +29,7 @@ export function keepDraft(name, draft) {
 }
 
 /**
- * Return what an action returns, or null where the browser keeps nothing: it was told so, or has no room left.
+ * Return the result of an action, or null if the browser refuses to store data: by a privacy setting, or for lack of space.
  * @template T
  * @param {() => T} action
  */

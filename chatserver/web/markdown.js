@@ -1,6 +1,7 @@
 /**
- * The part of Markdown that models write, as elements: paragraphs, headings, lists, quotes, tables, rules, fenced and
- * inline code, bold, italic, links. It only ever creates elements and text nodes, so that no text can become markup.
+ * Renders the subset of Markdown that models write: paragraphs, headings, lists, quotes, tables, rules, fenced and inline
+ * code, bold, italic, links. It only creates elements and text nodes, never HTML from text, so that no text can become
+ * markup.
  */
 
 /**
@@ -22,27 +23,27 @@ const DELIMITER = /^\s*\|(?:\s*:?-+:?\s*\|)+\s*$/;
 const DEEPEST = 8;
 
 /**
- * What is to be seen: a text, or an element. Its `source` is all that its children are made from, where there is one: an
- * element whose source has not changed is left as it is.
+ * A text or an element to display. `source`, if present, determines the children: an element whose source has not changed
+ * is left as it is.
  * @typedef {string | {tag: string, attributes?: Record<string, string>, source?: string, children: () => View[]}} View
  */
 
-/** @type {WeakMap<Node, {shape: string, source?: string}>} what each element was made from */
+/** @type {WeakMap<Node, {shape: string, source?: string}>} tag, attributes and source of each element */
 const made = new WeakMap();
 
 /**
- * Show a text in an element. Only what has changed since the last time is touched, so that a text that grows costs no
- * more than its last lines, and what was selected, focused or scrolled stays so.
+ * Show a text in an element. Only nodes that have changed since the last call are touched, so that a growing text costs
+ * no more than its last lines, and selection, focus and scroll positions survive.
  * @param {HTMLElement} element
  * @param {string} text
- * @param {boolean} growing  whether more is to come: then bold and code that are still open are shown as such
+ * @param {boolean} growing  whether the text is incomplete: bold and code without a closing mark are then shown as such
  */
 export function render(element, text, growing = false) {
   patch(element, parse(text, growing).map((block, index, all) => view(block, growing && index === all.length - 1, 0)));
 }
 
 /**
- * Make an element's children what they are to be.
+ * Make an element's children match the views.
  * @param {Node} parent
  * @param {View[]} views
  */
@@ -104,7 +105,7 @@ function patchElement(old, { tag, attributes = {}, source, children }) {
 }
 
 /**
- * Cut a text into its blocks.
+ * Split a text into blocks.
  * @param {string} text
  * @param {boolean} growing
  * @returns {Block[]}
@@ -114,7 +115,7 @@ function parse(text, growing) {
   /** @type {Block[]} */
   const blocks = [];
   let at = 0;
-  /** Take lines for as long as they fit. */
+  /** Take lines as long as they fit. */
   const take = (/** @type {(line: string) => boolean} */ fits) => {
     const begin = at;
     while (at < lines.length && fits(lines[at])) {
@@ -145,7 +146,7 @@ function parse(text, growing) {
     } else if (ITEM.test(line)) {
       blocks.push(takeList(lines[at], take));
     } else if (ROW.test(line) && DELIMITER.test(lines[at + 1] ?? "")) {
-      // A last row that has only begun is one all the same.
+      // While the text grows, the last row may be incomplete.
       const isRow = (/** @type {string} */ each) => ROW.test(each) || (growing && at === lines.length - 1 && /^\s*\|/.test(each));
       const rows = take(isRow).filter((_, index) => index !== 1);
       blocks.push({ kind: "table", rows: rows.map(cells) });
@@ -157,13 +158,13 @@ function parse(text, growing) {
   return blocks;
 }
 
-/** Tell whether a line begins a block although a paragraph has not ended. */
+/** Tell whether a line starts a block in the middle of a paragraph. */
 function begins(/** @type {string} */ line) {
   return FENCE.test(line) || HEADING.test(line) || QUOTE.test(line) || RULE.test(line) || /^ {0,3}(?:[-*+]|1[.)])\s+\S/.test(line);
 }
 
 /**
- * Take the lines of a list; each item is a text of its own, freed of its indentation.
+ * Take the lines of a list. Each item becomes a text without its indentation.
  * @param {string} first
  * @param {(fits: (line: string) => boolean) => string[]} take
  * @returns {Block}
@@ -202,7 +203,7 @@ function cells(/** @type {string} */ line) {
 
 /**
  * @param {Block} block
- * @param {boolean} open  whether it grows
+ * @param {boolean} open  whether the block is still growing
  * @param {number} depth
  * @returns {View}
  */
@@ -214,7 +215,7 @@ function view(block, open, depth) {
     case "rule":
       return { tag: "hr", source, children: () => [] };
     case "heading":
-      // The page has the levels above.
+      // The page itself uses the levels above.
       return { tag: `h${Math.min(block.level + 2, 6)}`, source, children: () => inline(block.text, open) };
     case "table":
       return tableView(block, source);
@@ -232,7 +233,7 @@ function view(block, open, depth) {
 }
 
 /**
- * Return a list's item or a quote, which holds blocks; a first paragraph needs no element of its own in an item.
+ * Return a list item or a quote, which contain blocks. The first paragraph of an item gets no element of its own.
  * @param {"li"|"blockquote"} tag
  * @param {string} text
  * @param {boolean} open
@@ -280,7 +281,7 @@ function codeView({ language, text }, source) {
     { tag: "span", children: () => [language || "text"] },
     { tag: "button", attributes: button, children: () => ["Copy"] },
   ];
-  // It scrolls sideways, so the keyboard must be able to get at it.
+  // It scrolls horizontally, so it must be reachable by keyboard.
   const frame = { tabindex: "0", role: "group", "aria-label": "Code" };
   const code = () => [{ tag: "code", children: () => [text] }];
   return {
@@ -288,19 +289,19 @@ function codeView({ language, text }, source) {
     attributes: { class: "code" },
     source,
     children: () => [
-      // Its source leaves alone what the button says while the text grows.
+      // With this source, a growing text does not reset the button's label.
       { tag: "figcaption", source: language, children: caption },
       { tag: "pre", attributes: frame, children: code },
     ],
   };
 }
 
-// -- within a line ----------------------------------------------------------------------------------------------------
+// -- within a line ---------------------------------------------------------------------------------------------------
 
 const MARKS = /\\([\\`*_{}[\]()#+\-.!|>~])|(`+)|(\*{1,3}|_{1,3})|\[|\bhttps?:\/\/[^\s<>"'`]+/g;
 
 /**
- * Return a text's parts.
+ * Return a text as plain parts and elements for its marks.
  * @param {string} text
  * @param {boolean} growing
  * @returns {View[]}
@@ -315,7 +316,7 @@ function inline(text, growing, depth = 0) {
       plain = "";
     }
   };
-  /** @type {Set<string>} marks that nothing further on closes, so that a text full of them is not searched for each */
+  /** @type {Set<string>} marks without a closing one further on, so that a text full of them is searched once */
   const unclosed = new Set();
   let at = 0;
   const marks = new RegExp(MARKS);
@@ -338,7 +339,7 @@ function inline(text, growing, depth = 0) {
   }
   plain += text.slice(at);
   if (growing) {
-    // A mark at the very end is about to open or close something.
+    // A mark at the very end is probably incomplete.
     plain = plain.replace(/[*_`]{1,3}$/, "");
   }
   flush();
@@ -346,7 +347,7 @@ function inline(text, growing, depth = 0) {
 }
 
 /**
- * Return the element that a mark begins and where it ends, or null if the mark is just text.
+ * Return the element that starts at a mark and the index after it, or null if the mark is plain text.
  * @param {string} text
  * @param {RegExpExecArray} mark
  * @param {boolean} growing
@@ -383,12 +384,12 @@ function markView(text, mark, growing, depth, unclosed) {
   return { view, end: close === -1 ? text.length : close + mark[0].length };
 }
 
-/** Tell whether a mark of emphasis opens: there is text right after it, and it is no underscore inside a word. */
+/** Tell whether a mark opens emphasis: text follows it directly, and it is not an underscore inside a word. */
 function opens(/** @type {string} */ text, /** @type {string} */ mark, /** @type {number} */ at) {
   return /\S/.test(text[at + mark.length] ?? "") && !(mark[0] === "_" && isWord(text[at - 1]));
 }
 
-/** Return where emphasis closes, or -1. */
+/** Return the index of the mark that closes emphasis, or -1. */
 function findClose(/** @type {string} */ text, /** @type {string} */ mark, /** @type {number} */ begin) {
   const closes = (/** @type {number} */ at) =>
     /\S/.test(text[at - 1]) &&
@@ -401,7 +402,7 @@ function findClose(/** @type {string} */ text, /** @type {string} */ mark, /** @
   return at;
 }
 
-/** Return where a run of just so many backticks is, or -1. */
+/** Return the index of the next run of exactly as many backticks, or -1. */
 function findTicks(/** @type {string} */ text, /** @type {string} */ mark, /** @type {number} */ begin) {
   const ticks = new RegExp(`(?<!\`)${mark}(?!\`)`, "g");
   ticks.lastIndex = begin;
@@ -412,7 +413,7 @@ function isWord(/** @type {string|undefined} */ char) {
   return char !== undefined && /[\p{L}\p{N}]/u.test(char);
 }
 
-/** Return an address without what only stands after it: punctuation, and brackets that it did not open. */
+/** Return an address without trailing punctuation and unmatched closing brackets. */
 function trimAddress(/** @type {string} */ address) {
   let end = address.length;
   let unopened = address.split(")").length - address.split("(").length;
@@ -444,7 +445,7 @@ function emphasis(text, marks, growing, depth) {
 }
 
 /**
- * Return a link, or null if its address is none that a link may have.
+ * Return a link, or null if its address is invalid or its scheme not allowed.
  * @param {string} address
  * @param {View[]} label
  * @returns {View|null}

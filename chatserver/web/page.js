@@ -67,7 +67,7 @@ for (const suggestion of document.querySelectorAll(".suggestion")) {
   });
 }
 
-// -- routing --------------------------------------------------------------------------------------------------------------
+// -- routing ---------------------------------------------------------------------------------------------------------
 
 /** Show the conversation that the address bar names, or a new one. */
 function route() {
@@ -90,8 +90,8 @@ function follow(next, draftName) {
   conversation = next;
   next.addEventListener("change", () => next === conversation && showConversation());
   next.addEventListener("state", () => next === conversation && showState());
-  next.addEventListener("end", (event) => next === conversation && event instanceof CustomEvent && onEnd(event.detail));
-  next.addEventListener("sent", (event) => event instanceof CustomEvent && onSent(next, event.detail));
+  next.addEventListener("end", (event) => next === conversation && onEnd(event.detail));
+  next.addEventListener("sent", (event) => onSent(next, event.detail));
   composer.show(next, draftName);
   thread.show(next);
   sidebar.select(next.id);
@@ -122,7 +122,7 @@ function leaveDeleted() {
   composer.add(draft);
 }
 
-// -- actions --------------------------------------------------------------------------------------------------------------
+// -- actions ---------------------------------------------------------------------------------------------------------
 
 function send(/** @type {string} */ text) {
   const to = conversation;
@@ -169,7 +169,7 @@ async function attempt(about, action, unanswered) {
   return isDone;
 }
 
-// -- events ---------------------------------------------------------------------------------------------------------------
+// -- events ----------------------------------------------------------------------------------------------------------
 
 function onEnd(/** @type {import("./client.js").Message} */ reply) {
   // A screen reader reads the answer once, as a whole, and not token by token.
@@ -192,7 +192,7 @@ function changedList() {
   tabs.announceChange();
 }
 
-// -- display --------------------------------------------------------------------------------------------------------------
+// -- display ---------------------------------------------------------------------------------------------------------
 
 function showConversation() {
   const isEmpty = conversation.messages.length === 0 && !conversation.accepted;

@@ -11,9 +11,9 @@ const NARROW = matchMedia("(max-width: 52rem)");
 export class Sidebar {
   /** @type {Summary[]} */
   #conversations = [];
-  /** @type {string|undefined} where the next page begins */
+  /** @type {string|undefined} of the next page; undefined: there is none */
   #cursor;
-  /** @type {Set<string>} the conversations of the page that was fetched last by `refresh` */
+  /** @type {Set<string>} the ids on the first page when `refresh` last fetched it */
   #first = new Set();
   #current = "";
   #isFetched = false;
@@ -24,7 +24,7 @@ export class Sidebar {
    * @param {object} actions
    * @param {(id: string) => Promise<void>} actions.onDelete
    * @param {() => void} actions.onList
-   * @param {(error: ApiError) => void} actions.onFailure  what was clicked for cannot be done
+   * @param {(error: ApiError) => void} actions.onFailure  the conversations that the user asked for could not be fetched
    */
   constructor(api, { onDelete, onList, onFailure }) {
     this.api = api;
@@ -49,20 +49,20 @@ export class Sidebar {
     this.#open(false);
   }
 
-  /** Return a conversation's title, if it is in the list. */
+  /** Return a conversation's title, or undefined if it is not in the list. */
   title(/** @type {string} */ id) {
     const found = this.#conversations.find((each) => each.conversationId === id);
     return found && (found.title || UNTITLED);
   }
 
-  /** Mark the conversation that is shown, and close the drawer. */
+  /** Mark a conversation as the current one, and close the drawer. */
   select(/** @type {string} */ id) {
     this.#current = id;
     this.#show();
     this.#open(false);
   }
 
-  /** Fetch the conversations of the latest activity again; those further down stay as they are. */
+  /** Fetch the first page again, the most recently active conversations; keep the older ones that were fetched before. */
   async refresh() {
     this.#asked += 1;
     const asked = this.#asked;
@@ -74,7 +74,7 @@ export class Sidebar {
       this.#isFetched = true;
       const oldest = page.conversations.at(-1);
       const seen = new Set(page.conversations.map((each) => each.conversationId));
-      // What was on the first page and is not, has moved down or was deleted.
+      // A conversation that has left the first page has moved down or was deleted.
       const isBelow = (/** @type {Summary} */ each) => oldest && (!this.#first.has(each.conversationId) || each.updatedAt <= oldest.updatedAt);
       const older = page.nextCursor ? this.#conversations.filter((each) => !seen.has(each.conversationId) && isBelow(each)) : [];
       this.#first = seen;
@@ -83,7 +83,7 @@ export class Sidebar {
       this.#show();
       this.onList();
     } catch (error) {
-      // The state of the line is shown elsewhere; the list comes with the next event.
+      // The stream's state shows the problem, and the next event refreshes the list.
       if (!(error instanceof ApiError)) {
         throw error;
       }
@@ -110,7 +110,7 @@ export class Sidebar {
   #show() {
     /** @type {Map<string|undefined, HTMLElement>} */
     const old = new Map(Array.from(this.list.children, (each) => [each instanceof HTMLElement ? each.dataset.id : "", /** @type {HTMLElement} */ (each)]));
-    // First, so that none of the others is moved: what is moved loses the focus.
+    // Remove items first, so that the others need not be moved: moving an element takes its focus away.
     for (const [id, item] of old) {
       if (!this.#conversations.some((each) => each.conversationId === id)) {
         item.remove();
@@ -150,11 +150,11 @@ export class Sidebar {
   }
 
   #confirm(/** @type {string} */ id, /** @type {HTMLElement} */ item) {
-    // On its own, so that a title cannot turn around the words beside it.
+    // Isolate the title, so that its text direction cannot reorder the sentence around it.
     const title = document.createElement("bdi");
     title.textContent = this.title(id) ?? "";
-    byId("delete-text").replaceChildren("“", title, "” and all its messages are deleted for good.");
-    // Not at the dialog's "close", which comes late: by then it may be open again.
+    byId("delete-text").replaceChildren("“", title, "” and all its messages will be deleted permanently.");
+    // Not the dialog's event "close": it fires late, when the dialog may be open again.
     this.dialog.onsubmit = async (event) => {
       if (/** @type {HTMLButtonElement} */ (event.submitter).value === "delete") {
         const neighbour = item.nextElementSibling ?? item.previousElementSibling;
@@ -165,7 +165,7 @@ export class Sidebar {
     this.dialog.showModal();
   }
 
-  /** Open or close the drawer; on a wide screen the list is always there. */
+  /** Open or close the drawer. On a wide screen the list is always visible. */
   #open(/** @type {boolean} */ open) {
     const isDrawer = NARROW.matches;
     const wasOpen = this.opener.getAttribute("aria-expanded") === "true";

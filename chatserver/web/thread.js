@@ -1,4 +1,4 @@
-/** The messages of a conversation, as elements that follow it. */
+/** The messages of a conversation, as elements that are kept up to date. */
 
 import { button } from "./dom.js";
 import { render } from "./markdown.js";
@@ -8,7 +8,7 @@ import { render } from "./markdown.js";
 
 const NEAR_PX = 8;
 
-/** @type {Partial<Record<Message["status"], string>>} what is said of replies that can be retried */
+/** @type {Partial<Record<Message["status"], string>>} the endings of replies that can be retried */
 const ENDINGS = {
   stopped: "Stopped.",
   failed: "The answer failed.",
@@ -21,10 +21,10 @@ export class Thread {
   #conversation = null;
   /** @type {WeakMap<Message, HTMLElement>} */
   #elements = new WeakMap();
-  /** @type {WeakMap<HTMLElement, string>} what each element shows */
+  /** @type {WeakMap<HTMLElement, string>} a key of the content that each element shows */
   #shown = new WeakMap();
   #following = true;
-  /** where the scroller stood when it was last looked at or moved from here */
+  /** the scroller's position when it was last read or set here */
   #top = 0;
   #scheduled = false;
 
@@ -52,7 +52,7 @@ export class Thread {
     this.update();
   }
 
-  /** Show what has changed, with the next frame; however many tokens came in between, they are shown at once. */
+  /** Show all changes with the next animation frame, which coalesces the tokens that arrive until then. */
   update() {
     if (!this.#scheduled) {
       this.#scheduled = true;
@@ -63,14 +63,14 @@ export class Thread {
     }
   }
 
-  /** Go to the last message, and along with it as it grows. */
+  /** Scroll to the last message, and keep following it while it grows. */
   toEnd() {
     this.#following = true;
     this.follow();
     this.onScroll(true);
   }
 
-  /** Keep the end in view, if the reader is there; to be called when the room for the messages has changed. */
+  /** Keep the end in view if the user is there. Call this when the height available for the messages has changed. */
   follow() {
     if (this.#following && this.#hasMessages) {
       this.scroller.scrollTop = this.scroller.scrollHeight;
@@ -83,8 +83,8 @@ export class Thread {
   }
 
   /**
-   * Upwards is the reader's doing, however little it is: to judge by the distance to the end would drag back whoever
-   * begins to scroll up while it grows. Only where there is less to scroll does the browser move up by itself, to the end.
+   * Any movement upwards is the user's, however small: a rule by the distance to the end would drag users back who start
+   * to scroll up while an answer grows. The browser itself moves up only when the content shrinks, and then to the end.
    */
   #scrolled() {
     const { scrollTop, scrollHeight, clientHeight } = this.scroller;
@@ -160,7 +160,7 @@ function show(element, message, isLast, onRetry) {
 }
 
 /**
- * Make a message's frame: who speaks, the text, what can be done with it. A superseded reply is folded away.
+ * Build a message's parts: speaker, text and footer. A superseded reply is collapsed.
  * @param {HTMLElement} element
  * @param {Message} message
  */
@@ -186,7 +186,7 @@ function build(element, message) {
 }
 
 /**
- * Return what stands under a message.
+ * Return the content of a message's footer: how the reply ended, and buttons.
  * @param {Message} message
  * @param {boolean} isLast
  * @param {() => void} onRetry

@@ -66,11 +66,11 @@ def test_older_conversations_are_fetched_page_by_page(page: Page, make_site: Mak
     listed = page.locator("#conversations a")
     expect(listed).to_have_text([f"Number {number}" for number in range(39, 9, -1)])
     page.route("**/chat?*", lambda route: route.fulfill(status=503, body="not now"), times=1)
-    page.get_by_role("button", name="Show older ones").click()
+    page.get_by_role("button", name="Show older conversations").click()
     expect(page.get_by_role("alert")).to_have_text("The server answered 503.")
-    page.get_by_role("button", name="Show older ones").click()
+    page.get_by_role("button", name="Show older conversations").click()
     expect(listed).to_have_text([f"Number {number}" for number in range(39, -1, -1)])
-    expect(page.get_by_role("button", name="Show older ones")).to_be_hidden()
+    expect(page.get_by_role("button", name="Show older conversations")).to_be_hidden()
 
 
 def test_question_about_deleting_that_is_asked_again_at_once_is_heard(page: Page, make_site: MakeSite) -> None:
@@ -220,7 +220,9 @@ def test_address_of_no_conversation_is_an_empty_one(page: Page, make_site: MakeS
     conversation_id = new_id()
     open_page(page, f"{site.url}#{conversation_id}")
     expect(page.get_by_role("heading", name="What is on your mind?")).to_be_visible()
-    nothing = page.get_by_text("There is no conversation at this address, or not any more. What you write begins one.")
+    nothing = page.get_by_text(
+        "No conversation has this address, or it has been deleted. Your message starts a new one."
+    )
     expect(nothing).to_be_visible()
     say(page, "Anybody here?")
     expect(answers(page)).to_have_text(["Hi"])
@@ -269,7 +271,7 @@ def test_title_cannot_turn_around_the_words_beside_it(page: Page, make_site: Mak
     page.get_by_role("link", name="gnp.exe").hover()
     page.get_by_role("button", name="gnp.exe").click()
     expect(page.locator("#delete-text bdi")).to_have_text(title)
-    expect(page.locator("#delete-text")).to_have_text(f"“{title}” and all its messages are deleted for good.")
+    expect(page.locator("#delete-text")).to_have_text(f"“{title}” and all its messages will be deleted permanently.")
 
 
 def test_conversation_without_text_is_named_in_the_list(page: Page, make_site: MakeSite) -> None:

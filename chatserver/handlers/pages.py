@@ -42,6 +42,10 @@ class PageHandler(BaseHandler, StaticFileHandler):
         """Return the ETag of the file; BaseHandler makes none."""
         return StaticFileHandler.compute_etag(self)
 
+    def get_content_type(self) -> str:
+        """Return the media type; `client.d.ts` is text, although systems take `.ts` for a video or a translation."""
+        return "text/plain" if self.path.endswith(".ts") else StaticFileHandler.get_content_type(self)
+
     def set_extra_headers(self, path: str) -> None:
         self.clear_header("Accept-Ranges")
         for name, value in PAGE_HEADERS.items():

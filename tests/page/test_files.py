@@ -57,6 +57,9 @@ def test_files_are_whole_and_at_one_address(make_site: MakeSite) -> None:
         answer = httpx.get(f"{site.url}web/client.js", headers={"Range": part})
         assert (answer.status_code, answer.content) == (200, whole.content)
     assert "Accept-Ranges" not in whole.headers
+    types = httpx.get(f"{site.url}web/client.d.ts")
+    assert (types.headers["Content-Type"], types.headers["Cache-Control"]) == ("text/plain", "no-cache")
+    assert "ETag" in types.headers and types.content == (ROOT / "chatserver" / "web" / "client.d.ts").read_bytes()
     head = httpx.head(site.url)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["Content-Length"] == httpx.get(site.url).headers["Content-Length"]

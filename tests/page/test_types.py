@@ -133,6 +133,18 @@ def test_declarations_agree_with_the_client(tmp_path: Path) -> None:
         ("export function isId(/** @type {string} */ text) {", "export function isId(/** @type {string?} */ text) {"),
         ("export function newId() {", "export const VERSION = 1;\nexport function newId() {"),
     ],
+    ids=[
+        "renamed-method",
+        "new-parameter",
+        "new-option",
+        "other-result",
+        "other-field",
+        "renamed-getter",
+        "new-option-of-the-constructor",
+        "required-parameter",
+        "other-parameter",
+        "new-export",
+    ],
 )
 def test_client_that_differs_from_its_declarations_is_found(tmp_path: Path, old: str, new: str) -> None:
     assert old in CLIENT

@@ -11,8 +11,8 @@ from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, R
 from chatserver.errors import SourceError
 from tests.browser import Site
 from tests.page.steps import NODE_MODULES, MakeSite, id_of, said, words
+from tests.processes import ROOT
 from tests.proxy import CuttingProxy
-from tests.servers import ROOT
 
 pytestmark = pytest.mark.needs("chromium", "node")
 

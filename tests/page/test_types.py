@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.page.steps import NODE_MODULES
-from tests.servers import ROOT
+from tests.processes import ROOT
 
 pytestmark = pytest.mark.needs("node")
 

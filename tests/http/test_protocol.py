@@ -1,4 +1,4 @@
-"""The examples and tables of docs/protocol.md: they are executed, and compared with the code."""
+"""The examples and tables of docs/protocol.md, and the metrics of docs/operating.md, match the server."""
 
 import asyncio
 import json
@@ -171,3 +171,12 @@ def test_table_of_events_is_complete() -> None:
 def test_table_of_statuses_is_complete() -> None:
     statuses = load("message")["properties"]["status"]["enum"]
     assert {status.strip("`") for status, *_ in _rows("Statuses of a message")} == set(statuses)
+
+
+@pytest.mark.gen_test
+async def test_every_metric_is_documented(app: App) -> None:
+    section = (ROOT / "docs" / "operating.md").read_text().partition("## Health and metrics")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| `(\w+)` \|", section, re.M)
+    text = (await app.client.http.get("/metrics")).text
+    kinds = dict(re.findall(r"^# TYPE (chatserver_\w+) (\w+)$", text, re.M))
+    assert sorted(documented) == sorted(kinds)

@@ -1,4 +1,4 @@
-"""A real Chromium, and the application beside it: what the tests of the chat page stand on."""
+"""A real Chromium and an application in the same process, for the tests of the chat page."""
 
 import asyncio
 import os
@@ -29,16 +29,16 @@ expect.set_options(timeout=TIMEOUT_MS)
 
 
 def chromium() -> str:
-    """Return the path of Chromium: the setting CHROMIUM, or what is on the PATH."""
+    """Return the path of Chromium: the setting CHROMIUM, or the one on the PATH."""
     path = os.environ.get("CHROMIUM") or shutil.which("chromium")
     assert path is not None, "there is no chromium on the PATH, and CHROMIUM is not set"
     return path
 
 
 class Turns:
-    """A source that says the first script first, the second one next; an exception in a script is raised.
+    """A source that sends one script for each turn; an exception in a script is raised.
 
-    Each piece waits until it is let go.
+    Each chunk waits until `Site.say` releases it.
     """
 
     def __init__(self, *scripts: list[str | BaseException]) -> None:
@@ -61,7 +61,7 @@ class Turns:
 class Site:
     """The application on a loop of its own, in a thread, so that the test may wait for the browser.
 
-    :param source: what replies; by default the simulated source
+    :param source: where replies come from; by default the simulated source
     :param settings: fields of `Settings`
     """
 
@@ -79,7 +79,7 @@ class Site:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     def say(self, pieces: int = 1) -> None:
-        """Let the source say so many pieces more."""
+        """Let the source send this many chunks more."""
 
         async def release() -> None:
             assert self.source is not None

@@ -1,4 +1,4 @@
-"""Fixtures: a real MongoDB, a database for each test, the application on a real socket, and no unseen warning."""
+"""Lanes, and fixtures: a real MongoDB, a database for each test, the application on a real socket, no warnings."""
 
 import asyncio
 import fcntl
@@ -36,7 +36,7 @@ NODE_PACKAGES = Path(__file__).parent / "node" / "node_modules" / "installed.jso
 """Written by scripts/test once all the packages are there."""
 
 
-# A run in the background ignores Ctrl-C, and so would all that it starts, the programs under test among them.
+# A background job ignores SIGINT, and every program under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -183,7 +183,7 @@ def replica_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URI of a MongoDB server that is no member of a replica set."""
+    """The URI of a standalone MongoDB server."""
     yield from _mongod(tmp_path_factory.mktemp("standalone"), replica_set=False)
 
 
@@ -204,7 +204,7 @@ def locked(tmp_path: Path) -> Iterator[str]:
 def _database(uri: str) -> Iterator[Database]:
     # Never dropped: that would cost more than most tests, and the server is thrown away after the session.
     name = f"test-{uuid4().hex}"
-    # What a test has seen or written, the store sees too: it reads by majority.
+    # The store reads by majority, so a test must write and read by majority as well.
     with pymongo.MongoClient[dict[str, Any]](uri, tz_aware=True, readConcernLevel="majority", w="majority") as client:
         yield Database(uri.replace("/?", f"/{name}?"), client[name])
 
@@ -217,7 +217,7 @@ def database(replica_set: str) -> Iterator[Database]:
 
 @pytest.fixture
 def standalone_database(standalone: str) -> Iterator[Database]:
-    """A fresh database of the server that is no member of a replica set."""
+    """A fresh database of the standalone server."""
     yield from _database(standalone)
 
 
@@ -262,7 +262,7 @@ def make_app(io_loop: IOLoop, database: Database) -> Iterator[MakeApp]:
 
 @pytest.fixture
 def app(io_loop: IOLoop, make_app: MakeApp) -> App:
-    """The application as it is set by default, but quick."""
+    """The application with its default settings, but without delays."""
     app: App = io_loop.run_sync(make_app)
     return app
 

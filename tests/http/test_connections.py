@@ -138,7 +138,7 @@ def test_server_without_a_free_file_waits_and_says_so_once_a_second(
 
     waiting = connect(server)
     until(lambda: server.output.count("no connection can be accepted: Too many open files") == 2)
-    # The first request of all is answered nevertheless; if MongoDB needs a new connection, it is told so.
+    # The very first request is answered nevertheless, with an error if MongoDB needs a new connection.
     assert accepted.ask("POST", "/chat", '{"input": "hi"}')[0] in (202, 503)
 
     seconds = time.monotonic() - began
@@ -150,7 +150,7 @@ def test_server_without_a_free_file_waits_and_says_so_once_a_second(
 
 
 def test_connection_counts_until_its_socket_is_closed(make_server: Callable[..., Server], connect: Connect) -> None:
-    """Whoever holds it: the HTTP server, a stream, then the HTTP server again; uvloop closes it in its own way."""
+    """Its owner changes: the HTTP server, a stream, the HTTP server again. uvloop closes sockets in its own way."""
     server = make_server(MAX_CONNECTIONS=3, SIMULATED_TOKENS=5).start()
 
     def count(client: Client) -> int:

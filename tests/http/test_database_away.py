@@ -37,7 +37,7 @@ async def test_idle_conversation_in_memory_needs_no_database(
 
 
 @pytest.mark.expects_log("a checkpoint failed")
-async def test_checkpoints_go_on_after_one_that_failed(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_checkpoints_continue_after_a_failure(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     source = gated("one ", "two ", said=1)
     app = await make_app(source=source)
     checkpoint, failed = app.store.checkpoint, asyncio.Event()
@@ -46,7 +46,7 @@ async def test_checkpoints_go_on_after_one_that_failed(make_app: MakeApp, monkey
         if failed.is_set():
             return await checkpoint(replies)
         failed.set()
-        raise RuntimeError("nobody foresaw this")
+        raise RuntimeError("unforeseen")
 
     monkeypatch.setattr(app.store, "checkpoint", fails_once)
     answer = await app.client.say("Hello")
@@ -55,7 +55,7 @@ async def test_checkpoints_go_on_after_one_that_failed(make_app: MakeApp, monkey
     release(source)
 
 
-async def test_reply_goes_on_while_the_database_is_away_and_ends_when_it_is_back(
+async def test_reply_continues_during_an_outage_and_is_stored_after_it(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = gated("a", "b", said=1)
@@ -81,9 +81,7 @@ async def test_reply_goes_on_while_the_database_is_away_and_ends_when_it_is_back
     assert message["content"] == "ab" and "status" not in message
 
 
-async def test_own_reply_is_not_taken_for_lost_however_long_the_database_was_away(
-    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_own_reply_never_expires_during_an_outage(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     source = gated("a", "b")
     app = await make_app(source=source, lease_ms=300)
     sweeps: list[str] = []
@@ -106,7 +104,7 @@ async def test_own_reply_is_not_taken_for_lost_however_long_the_database_was_awa
 
 
 @pytest.mark.parametrize("done", [True, False])
-async def test_begin_with_an_unknown_outcome_is_settled(
+async def test_start_with_an_unknown_outcome_is_settled(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, done: bool
 ) -> None:
     app = await make_app()
@@ -130,7 +128,7 @@ async def test_begin_with_an_unknown_outcome_is_settled(
     await app.until(lambda: not app.chat._replies._pending)
 
 
-async def test_begin_that_arrives_late_is_found(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_start_that_is_stored_late_is_found(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     app = await make_app()
     begin, begun = app.store.start_turn, []
 

@@ -12,7 +12,7 @@ from tests.http.turns import document, event_names, gated, release, said
 pytestmark = pytest.mark.gen_test
 
 
-async def test_delete_during_a_reply_leaves_nothing_and_brings_nothing_back(make_app: MakeApp) -> None:
+async def test_delete_during_a_reply_removes_the_conversation_permanently(make_app: MakeApp) -> None:
     source = gated("a", "b", said=1)
     app = await make_app(source=source)
     answer = await app.client.say("Hello")
@@ -31,7 +31,7 @@ async def test_delete_during_a_reply_leaves_nothing_and_brings_nothing_back(make
     assert events == ["reset"]
 
 
-async def test_delete_spares_a_conversation_that_begins_anew_in_the_same_moment(
+async def test_delete_spares_a_conversation_that_restarts_concurrently(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app(source=gated("a", "b", said=1))
@@ -76,7 +76,7 @@ async def test_delete_that_meets_the_natural_end_resets_its_streams(
 
 
 @pytest.mark.expects_log("does not answer")
-async def test_delete_again_after_one_whose_answer_was_lost_resets_its_streams(
+async def test_repeated_delete_after_a_lost_answer_resets_the_streams(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app()
@@ -107,11 +107,11 @@ async def test_conversation_that_another_server_deleted_ends_its_streams_when_th
     await other.until(lambda: other.subscribers == 1)
     assert (await app.client.http.delete(f"/chat/{conversation_id}")).status_code == 204
     assert (await other.client.http.get(f"/chat/{conversation_id}")).status_code == 404
-    # Its client comes back with its position, and is told.
+    # Its client resumes from its position and receives a reset.
     assert await watcher == []
 
 
-async def test_deleting_what_is_not_there_leaves_those_who_wait_for_it(app: App) -> None:
+async def test_deleting_an_unknown_conversation_keeps_its_waiting_streams(app: App) -> None:
     conversation_id = new_id()
     waiting = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
     await app.until(lambda: app.subscribers == 1)

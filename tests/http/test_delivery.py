@@ -92,7 +92,7 @@ async def test_pending_tokens_leave_in_one_write(make_app: MakeApp) -> None:
     await app.until(lambda: app.subscribers == 1)
     live = app.hub.conversations[0]
     (connection,) = live.subscribers
-    # As if its last bytes were still in flight: it is passed over, and catches up when they are gone.
+    # As if its last bytes were still in flight: the subscriber is skipped, and catches up once they are sent.
     connection.pause_writing()  # type: ignore[attr-defined]
     writes, events = app.hub.counts.writes, app.hub.counts.events
     for _ in range(3):
@@ -106,7 +106,7 @@ async def test_pending_tokens_leave_in_one_write(make_app: MakeApp) -> None:
     raw.close()
 
 
-async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(make_app: MakeApp) -> None:
+async def test_client_that_stops_reading_is_disconnected_resumes_and_delays_no_other(make_app: MakeApp) -> None:
     app = await make_app(
         source=Script(*["some words " * 50] * 3000), slow_client_timeout_s=1.0, max_reply_chars=10_000_000
     )
@@ -120,7 +120,7 @@ async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(ma
     await app.until(lambda: app.subscribers == 2)
     answer = await app.client.say("hi", conversation_id)
     events = await reader
-    # Whoever reads has all of it while the other one is stuck, with little of it kept for it.
+    # The reading client has everything while the stalled one is stuck, and little is buffered for the latter.
     assert events[-1].name == "done" and slow.cursor < live._end
     assert slow._transport.get_write_buffer_size() <= MAX_WRITE  # type: ignore[attr-defined]
     await app.until(lambda: len(app.streams) == 0)
@@ -132,7 +132,7 @@ async def test_client_that_stops_reading_is_cut_and_resumes_and_delays_nobody(ma
 
 
 async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: MakeApp) -> None:
-    """So that what is written next begins a frame and a chunk, even if it is a `reset`."""
+    """The next write must begin a frame and a chunk, even if it is a `reset`."""
     gate = asyncio.Semaphore(0)
     source = Script(*["some words " * 80] * 400, "x" * 3 * MAX_WRITE, "end", gate=gate)
     app = await make_app(source=source, max_reply_chars=10_000_000)
@@ -158,7 +158,7 @@ async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: MakeApp) -> N
 
 
 @pytest.mark.process
-async def test_slow_client_that_takes_something_now_and_then_is_not_cut(make_app: MakeApp) -> None:
+async def test_slow_client_that_reads_now_and_then_is_not_disconnected(make_app: MakeApp) -> None:
     app = await make_app(
         source=Script(*["some words " * 50] * 500), slow_client_timeout_s=2.0, max_reply_chars=10_000_000
     )
@@ -184,7 +184,7 @@ async def test_slow_client_that_takes_something_now_and_then_is_not_cut(make_app
     raw.close()
 
 
-async def test_client_that_lags_a_whole_turn_behind_is_cut_and_resumes(make_app: MakeApp) -> None:
+async def test_client_a_whole_turn_behind_is_disconnected_and_resumes(make_app: MakeApp) -> None:
     app = await make_app(
         source=Script(*["some words " * 50] * 2000), slow_client_timeout_s=60.0, max_reply_chars=10_000_000
     )

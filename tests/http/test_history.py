@@ -12,7 +12,7 @@ from tests.http.turns import gated, release, said
 pytestmark = pytest.mark.gen_test
 
 
-async def test_history_comes_in_pages_that_join(make_app: MakeApp) -> None:
+async def test_history_pages_join_without_gaps(make_app: MakeApp) -> None:
     app = await make_app(source=Script("answer"))
     conversation_id = new_id()
     for number in range(5):
@@ -47,7 +47,7 @@ async def test_newest_page_has_the_reply_in_flight(make_app: MakeApp) -> None:
     assert [each["status"] for each in older["messages"]] == ["complete", "complete"] and not older["hasMore"]
 
 
-async def test_history_that_is_read_while_a_reply_ends_is_of_one_moment(
+async def test_history_read_while_a_reply_ends_is_consistent(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = gated("one ", "two", said=1)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gen_test
 
 
 @pytest.mark.parametrize("known", [False, True])
-async def test_same_key_gets_the_first_answer_at_any_time(database: Database, known: bool) -> None:
+async def test_same_key_always_gets_the_first_answer(database: Database, known: bool) -> None:
     conversation_id = new_id() if known else None
     source = gated("x", "y")
     async with running(App(database, source=source)) as app:
@@ -43,7 +43,7 @@ async def test_key_belongs_to_its_conversation(app: App) -> None:
 
 
 @pytest.mark.parametrize("key", ["$", "$$", "$a", "$$ROOT", "$$NOW", "$$REMOVE", "$messages.key", "$a..b", "{$ne:1}"])
-async def test_key_is_data_whatever_it_begins_with(app: App, key: str) -> None:
+async def test_key_is_never_read_as_an_operator(app: App, key: str) -> None:
     for conversation_id in (new_id(), None):
         first = await app.client.say(f"the {key}", conversation_id, key)
         await app.until_idle()
@@ -55,7 +55,7 @@ async def test_key_is_data_whatever_it_begins_with(app: App, key: str) -> None:
 
 
 @pytest.mark.parametrize("deletions", [1, 3])
-async def test_key_whose_conversation_is_deleted_between_write_and_look_is_tried_again(
+async def test_key_whose_conversation_is_deleted_between_write_and_lookup_is_retried(
     app: App, monkeypatch: pytest.MonkeyPatch, deletions: int
 ) -> None:
     conversation_id = new_id()
@@ -65,7 +65,7 @@ async def test_key_whose_conversation_is_deleted_between_write_and_look_is_tried
         nonlocal left
         if left:
             left -= 1
-            raise KeyReused  # by an attempt whose conversation is gone when it is looked for
+            raise KeyReused  # by an attempt whose conversation is deleted before the lookup
         return await begin(*arguments, **options)
 
     monkeypatch.setattr(app.store, "start_turn", meet_another_attempt)

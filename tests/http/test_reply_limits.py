@@ -1,4 +1,4 @@
-"""Replies that are too long, empty, or outgrow the room in their document."""
+"""Replies that are too long or empty, or that fill their document."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.http.turns import document
 pytestmark = pytest.mark.gen_test
 
 
-async def test_reply_that_is_longer_than_allowed_fails_with_its_text_kept(make_app: MakeApp) -> None:
+async def test_reply_beyond_the_limit_fails_and_keeps_its_text(make_app: MakeApp) -> None:
     source = Script("é😀" * 20, "é" * 30, "never")
     app = await make_app(source=source, max_reply_chars=50)
     answer, events = await app.client.turn("Hello")
@@ -34,7 +34,7 @@ async def test_reply_without_a_word_is_not_complete(make_app: MakeApp, pieces: t
     assert (reply["content"], reply["status"]) == ("".join(pieces), "failed")
 
 
-async def test_reply_that_outgrows_the_room_is_ended_with_what_fits(
+async def test_reply_that_fills_the_document_fails_and_keeps_what_fits(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turns, "DOCUMENT_BYTES", turns.REPLY_ROOM + 20_000)

@@ -28,7 +28,7 @@ async def test_retry_replaces_a_reply_that_failed(make_app: MakeApp) -> None:
         ("half", "superseded"),
         ("whole", "complete"),
     ]
-    # Whoever was in the middle of the first reply is told its end, then the second one.
+    # A client in the middle of the first reply receives its end, then the second reply.
     seen = Transcript()
     async for event in app.client.stream(conversation_id, f"{answer['replyId']}-2"):
         seen.take(event)
@@ -40,7 +40,7 @@ async def test_retry_replaces_a_reply_that_failed(make_app: MakeApp) -> None:
     assert (response.status_code, response.json()["code"]) == (409, "nothing_to_retry")
 
 
-async def test_two_retries_at_one_moment_begin_one_reply(make_app: MakeApp) -> None:
+async def test_simultaneous_retries_start_one_reply(make_app: MakeApp) -> None:
     source = Script(SourceError("source_failed", "no"))
     app = await make_app(source=source)
     answer, _ = await app.client.turn("Hello")

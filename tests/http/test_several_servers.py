@@ -19,14 +19,14 @@ pytestmark = pytest.mark.gen_test
 
 
 async def lose(app: App) -> None:
-    """MakeApp an application what a killed server is: it writes no more, neither replies nor leases."""
+    """Make an application behave like a killed server: it stores nothing more and renews no lease."""
     for task in list(app.chat._replies._tasks):
         task.cancel()
     await asyncio.gather(*app.chat._replies._tasks, return_exceptions=True)
 
 
 @pytest.mark.expects_log("could not be stored")
-async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: MakeApp) -> None:
+async def test_expired_reply_is_followed_and_finished_once(make_app: MakeApp) -> None:
     source = gated("seen ", "kept ", "lost", said=2)
     lost = await make_app(source=source, checkpoint_ms=20, lease_ms=2000)
     answer = await lost.client.say("Hello")
@@ -43,7 +43,7 @@ async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: Ma
     await lose(lost)
     for events in await asyncio.gather(*watchers):
         assert text_of(events) == "n kept " and events[-1].data["code"] == "interrupted"
-    # Who saw more than was kept is told the end, and no word twice.
+    # A client ahead of the checkpoint receives the end, and no text twice.
     assert [event.name for event in await ahead] == ["error"]
     messages = document(lost, conversation_id)["messages"]
     assert [(each["content"], each.get("status")) for each in messages] == [
@@ -56,7 +56,7 @@ async def test_reply_of_a_lost_server_is_followed_and_finished_once(make_app: Ma
 
 
 @pytest.mark.expects_log("could not be stored")
-async def test_post_to_a_conversation_whose_server_is_lost_finishes_its_reply(
+async def test_post_to_a_conversation_of_a_dead_server_finishes_its_reply(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Replies, "_sweep", lambda _: asyncio.sleep(3600))
@@ -72,7 +72,7 @@ async def test_post_to_a_conversation_whose_server_is_lost_finishes_its_reply(
     assert statuses[:3] == [None, "interrupted", None]
 
 
-async def test_reply_of_a_lost_server_is_finished_though_nobody_reads_it(make_app: MakeApp) -> None:
+async def test_expired_reply_is_finished_without_subscribers(make_app: MakeApp) -> None:
     await make_app(lease_ms=2000)
     lost = await make_app(source=gated("kept", "lost", said=1), lease_ms=2000)
     answer = await lost.client.say("Hello")
@@ -84,7 +84,7 @@ async def test_reply_of_a_lost_server_is_finished_though_nobody_reads_it(make_ap
     assert (message["content"], message["status"]) == ("kept", "interrupted")
 
 
-async def test_server_that_was_paused_for_longer_than_its_lease_tells_the_truth(
+async def test_server_paused_beyond_its_lease_serves_the_stored_reply(
     make_server: Callable[..., Server], database: Database
 ) -> None:
     settings = {"LEASE_MS": 1500, "CHECKPOINT_MS": 100, "SIMULATED_TOKEN_DELAY_MS": 20, "SIMULATED_TOKENS": 5000}
@@ -108,7 +108,7 @@ async def test_server_that_was_paused_for_longer_than_its_lease_tells_the_truth(
     await client.close()
 
 
-async def test_server_that_was_only_paused_notices_that_its_reply_was_taken_over(make_app: MakeApp) -> None:
+async def test_paused_server_notices_that_its_reply_was_finished_elsewhere(make_app: MakeApp) -> None:
     source = gated("one ", "two ", "three", said=1)
     paused = await make_app(source=source, checkpoint_ms=20, lease_ms=10_000)
     answer = await paused.client.say("Hello")
@@ -149,7 +149,7 @@ async def test_stop_and_delete_reach_a_reply_of_another_server(make_app: MakeApp
         await writer.until_idle()
 
 
-async def test_stream_opened_on_another_server_goes_on_from_what_is_stored(make_app: MakeApp) -> None:
+async def test_stream_on_another_server_resumes_from_the_stored_text(make_app: MakeApp) -> None:
     """Also while that server keeps in memory, for somebody who watches, how the conversation stood before."""
     writer, other = await make_app(), await make_app()
     first, _ = await writer.client.turn("one")
@@ -164,7 +164,7 @@ async def test_stream_opened_on_another_server_goes_on_from_what_is_stored(make_
     watcher.close()
 
 
-async def test_turn_that_began_elsewhere_while_a_reply_was_followed_is_not_missed(make_app: MakeApp) -> None:
+async def test_turn_started_elsewhere_while_a_reply_is_followed_is_not_missed(make_app: MakeApp) -> None:
     source = gated("one ", "two ", said=1)
     writer = await make_app(source=source, checkpoint_ms=20)
     other = await make_app(checkpoint_ms=250, lease_ms=10_000)
@@ -189,10 +189,10 @@ async def test_turn_that_began_elsewhere_while_a_reply_was_followed_is_not_misse
     assert await watcher == ["token", "token", "done"]
 
 
-async def test_client_from_another_server_that_stands_in_the_middle_of_a_frame_is_told_only_the_rest(
+async def test_client_in_the_middle_of_a_frame_receives_only_its_rest(
     make_app: MakeApp,
 ) -> None:
-    """Guards against a client that was told the whole log again, its cursor being set after the rest of the frame."""
+    """Guards against replaying the whole log because the cursor is set after the rest of the frame."""
     pieces = [f"{number:09d}." for number in range(12)]
     source = gated(*pieces, said=3)
     writer = await make_app(source=source, checkpoint_ms=20, lease_ms=60_000)
@@ -217,7 +217,7 @@ async def test_client_from_another_server_that_stands_in_the_middle_of_a_frame_i
     ahead.close()
 
 
-async def test_turns_that_another_server_wrote_meanwhile_are_not_missed(make_app: MakeApp) -> None:
+async def test_turns_written_by_another_server_meanwhile_are_not_missed(make_app: MakeApp) -> None:
     here, there = await make_app(), await make_app()
     conversation_id = new_id()
     first, _ = await here.client.turn("here", conversation_id)

@@ -23,7 +23,7 @@ async def _all_events(stream: RawStream) -> list[Event]:
     return events
 
 
-async def test_reply_that_begins_when_the_time_to_drain_is_over_is_interrupted(
+async def test_reply_started_after_the_drain_time_is_interrupted(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app(simulated_token_delay_ms=50, simulated_tokens=1000)
@@ -46,7 +46,7 @@ async def test_reply_that_begins_when_the_time_to_drain_is_over_is_interrupted(
 
 
 @pytest.mark.alone
-async def test_signal_while_two_hundred_replies_stream_ends_each_reply_and_stream_in_order(
+async def test_signal_during_two_hundred_replies_ends_each_reply_and_stream_in_order(
     make_server: Callable[..., Server], database: Database
 ) -> None:
     # No reply may end by itself before the last of the streams is open, however busy the machine is.
@@ -71,7 +71,7 @@ async def test_signal_while_two_hundred_replies_stream_ends_each_reply_and_strea
     began = asyncio.get_running_loop().time()
     server.signal(signal.SIGTERM)
     assert await asyncio.to_thread(server.wait) == 0
-    # The time to drain, to store, and for the streams' last words; on a busy machine.
+    # Time to drain, to store, and to flush the streams, on a busy machine.
     assert asyncio.get_running_loop().time() - began < 10
     received = await asyncio.gather(*readers)
     for number, answer in enumerate(answers):

@@ -13,7 +13,7 @@ from tests.http.turns import document, gated, said
 pytestmark = pytest.mark.gen_test
 
 
-async def test_stop_keeps_what_was_said_and_everybody_hears_of_it(make_app: MakeApp) -> None:
+async def test_stop_keeps_the_text_and_notifies_every_subscriber(make_app: MakeApp) -> None:
     source = gated("a", "b", "c", said=2)
     app = await make_app(source=source)
     answer = await app.client.say("Hello")
@@ -34,7 +34,7 @@ async def test_stop_keeps_what_was_said_and_everybody_hears_of_it(make_app: Make
         assert (response.status_code, response.json()) == (202, {"status": "idle"})
 
 
-async def test_stop_is_felt_at_once(make_app: MakeApp) -> None:
+async def test_stop_takes_effect_at_once(make_app: MakeApp) -> None:
     """From the request to a watcher's `done`, stored; the best of several, as the machine may be busy."""
     app = await make_app(simulated_token_delay_ms=10, simulated_tokens=5000)
     loop, seconds = asyncio.get_running_loop(), []
@@ -60,7 +60,7 @@ async def test_stop_before_the_first_token(make_app: MakeApp) -> None:
     assert (message["content"], message["status"]) == ("", "stopped")
 
 
-async def test_stop_meets_the_natural_end_and_one_of_the_two_wins(make_app: MakeApp) -> None:
+async def test_stop_races_the_natural_end_and_one_of_the_two_wins(make_app: MakeApp) -> None:
     app = await make_app(source=Script(*["x"] * 300))
     ends = set()
     for _ in range(40):
@@ -78,7 +78,7 @@ async def test_stop_meets_the_natural_end_and_one_of_the_two_wins(make_app: Make
     assert "stopped" in ends
 
 
-async def test_stop_of_a_reply_that_is_being_stored_comes_too_late(
+async def test_stop_while_the_reply_is_being_stored_is_too_late(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app(source=Script("all ", "of it"))
@@ -101,7 +101,7 @@ async def test_stop_of_a_reply_that_is_being_stored_comes_too_late(
     assert (await app.client.history(conversation_id))["messages"][-1]["status"] == "complete"
 
 
-async def test_stop_that_meets_checkpoints_of_another_server_stops(make_app: MakeApp) -> None:
+async def test_stop_that_races_checkpoints_of_another_server_stops(make_app: MakeApp) -> None:
     writer = await make_app(simulated_token_delay_ms=2, simulated_tokens=5000, checkpoint_ms=10, lease_ms=10_000)
     other = await make_app()
     for _ in range(10):
@@ -112,7 +112,7 @@ async def test_stop_that_meets_checkpoints_of_another_server_stops(make_app: Mak
     await writer.until_idle()
 
 
-async def test_several_stops_at_once_say_the_same(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_concurrent_stops_get_the_same_answer(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     app = await make_app(simulated_token_delay_ms=10, simulated_tokens=5000)
     answer = await app.client.say("Hello")
     finish, all_here = app.store.finish, asyncio.Event()

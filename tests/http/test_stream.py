@@ -1,4 +1,4 @@
-"""The promise: whoever joins, whenever, and however often cut off, has each character once."""
+"""The promise: each client receives each character once, whenever it joins and however often it is disconnected."""
 
 import asyncio
 import random
@@ -376,7 +376,7 @@ async def test_stream_opens_on_a_connection_that_was_used_before(app: App, befor
     cid = answer["conversationId"]
     reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
     stream = f"GET /chat/stream/{cid}?lastEventId={cid}-0&until=done"
-    # At once, and the bodies in what follows: what belongs to which request is told by the lengths alone.
+    # Pipelined: only the lengths separate the bodies from the requests that follow.
     for request in (before, stream):
         writer.write(f"{request} HTTP/1.1\r\nHost: localhost\r\n{rest}\r\n{'body' if rest else ''}".encode())
     async with asyncio.timeout(5):
@@ -509,7 +509,7 @@ async def test_source_that_crashes_ends_its_reply(make_app: MakeApp) -> None:
     assert (await app.client.history(answer["conversationId"]))["messages"][-1]["content"] == "half"
 
 
-async def test_reply_is_generated_and_stored_with_nobody_connected(app: App) -> None:
+async def test_reply_is_generated_and_stored_without_clients(app: App) -> None:
     answer = await app.client.say("hi")
     await app.until_idle()
     message = (await app.client.history(answer["conversationId"]))["messages"][-1]

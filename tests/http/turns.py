@@ -9,11 +9,11 @@ from bson import ObjectId
 from tests.apps import App, Script
 
 AGES_AGO = {"$set": {"reply.renewedAt": datetime(2020, 1, 1, tzinfo=UTC)}}
-"""An update after which a lease has run out."""
+"""An update after which a lease has expired."""
 
 
 def gated(*pieces: str | BaseException, said: int = 0) -> Script:
-    """Return a source that waits before each piece but the first ones, until its gate is released."""
+    """Return a source that sends the first `said` chunks at once and waits at its gate before each further one."""
     return Script(*pieces, gate=asyncio.Semaphore(said))
 
 
@@ -29,7 +29,7 @@ def document(app: App, conversation_id: str) -> dict[str, Any]:
 
 
 async def said(app: App, conversation_id: str, chars: int) -> None:
-    """Wait until a reply has so many characters."""
+    """Wait until a reply has at least `chars` characters."""
 
     def reached() -> bool:
         live = app.hub.get(conversation_id)

@@ -154,7 +154,7 @@ def text_part(text: str) -> dict[str, str]:
             A + data({"error": {"code": 502}, "choices": [{"delta": {"content": "b"}, "finish_reason": "error"}]}),
             "ab",
             "source_unavailable",
-            id="error-beside-text",
+            id="error-with-text",
         ),
         pytest.param(A + STOP + data({"error": {"code": "402"}}) + DONE, "a", "source_rate_limited", id="error-at-end"),
         # the model's own refusal
@@ -230,7 +230,7 @@ def test_a_page_instead_of_a_stream_says_which_setting_is_wrong() -> None:
         ("soon", "in a minute"),
     ],
 )
-def test_a_wait_that_nobody_means_is_not_passed_on(monkeypatch: pytest.MonkeyPatch, asked: str, said: str) -> None:
+def test_an_implausible_retry_after_is_not_passed_on(monkeypatch: pytest.MonkeyPatch, asked: str, said: str) -> None:
     monkeypatch.setattr(source_module, "FIRST_WAIT_S", 0.01)
     head = f"HTTP/1.1 429 Too Many\r\nRetry-After: {asked}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
@@ -271,7 +271,7 @@ def test_a_connection_serves_one_reply_after_the_other() -> None:
     assert (server.connections, server.requests) == (1, 3)
 
 
-def test_a_server_that_does_not_close_after_the_end_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_keeps_the_connection_open_after_the_end_delays_no_reply(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "DRAIN_S", 0.1)
     monkeypatch.setattr(source_module, "AFTER_FINISH_S", 0.2)
 

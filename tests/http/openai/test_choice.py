@@ -33,14 +33,14 @@ from tests.http.openai.provider import (
         "http://user:pass/word@x",
     ],
 )
-def test_an_address_that_is_none_is_said_at_the_start(url: str) -> None:
+def test_an_invalid_base_url_is_reported_at_start_up(url: str) -> None:
     with pytest.raises(SetupError, match="OPENAI_BASE_URL") as raised:
         OpenAI(read_settings({"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": url}, Path("none")))
     assert "pass" not in str(raised.value)
 
 
 @pytest.mark.parametrize("key", ["sk-1\u200b2", "sk-1\n2", "sk-1 2", "sk-1\x7f2", "sk-ü"])
-def test_a_key_that_cannot_be_sent_is_said_at_the_start_without_it(key: str) -> None:
+def test_an_unsendable_key_is_reported_at_start_up_without_its_value(key: str) -> None:
     with pytest.raises(SetupError, match="OPENAI_API_KEY") as raised:
         read_settings({"OPENAI_API_KEY": key}, Path("none"))
     assert "sk-" not in str(raised.value)

@@ -80,7 +80,7 @@ def test_a_few_attempts_are_made_with_growing_pauses(llm: LLMock, status: int, c
 
 
 @fails_loudly
-def test_nobody_there_is_said_after_a_few_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_connection_is_reported_after_a_few_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source_module, "FIRST_WAIT_S", 0.01)
     with socket.socket() as bound:  # to a port, but it does not listen
         bound.bind(("127.0.0.1", 0))
@@ -95,7 +95,7 @@ def test_a_server_that_takes_no_connection_is_left_after_the_connect_timeout(mon
     monkeypatch.setattr(source_module, "FIRST_WAIT_S", 0.01)
     with ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(4):  # fill its queue, which nobody empties
+        for _ in range(4):  # fill its queue, which is never emptied
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
@@ -112,7 +112,7 @@ def test_a_server_that_takes_no_connection_is_left_after_the_connect_timeout(mon
 @pytest.mark.parametrize(
     ("kind", "code"), [("disconnect", "source_cut"), ("truncate", "source_cut"), ("malformed", "source_invalid")]
 )
-def test_what_was_said_before_a_break_is_kept_and_nothing_is_asked_again(llm: LLMock, kind: str, code: str) -> None:
+def test_a_disconnect_keeps_the_text_and_is_not_retried(llm: LLMock, kind: str, code: str) -> None:
     llm.script({"type": "reply", "text": STORY}, {"type": "stream_fault", "kind": kind, "after_chunks": 5})
     outcome = ask(settings(llm.url))
     assert outcome.code == code
@@ -122,7 +122,7 @@ def test_what_was_said_before_a_break_is_kept_and_nothing_is_asked_again(llm: LL
 
 @fails_loudly
 @pytest.mark.parametrize("kind", ["disconnect", "truncate"])
-def test_a_break_before_the_first_word_is_worth_another_attempt(llm: LLMock, kind: str) -> None:
+def test_a_disconnect_before_the_first_token_is_retried(llm: LLMock, kind: str) -> None:
     llm.script(
         {"type": "stream_fault", "kind": kind, "after_chunks": 1},
         {"type": "reply", "text": STORY, "times": 2},
@@ -133,7 +133,7 @@ def test_a_break_before_the_first_word_is_worth_another_attempt(llm: LLMock, kin
 
 
 @pytest.mark.parametrize("after_chunks", [0, 3])
-def test_a_server_that_falls_silent_is_left(llm: LLMock, after_chunks: int) -> None:
+def test_a_silent_server_is_abandoned(llm: LLMock, after_chunks: int) -> None:
     llm.script(
         {"type": "reply", "text": STORY},
         {"type": "stream_fault", "kind": "stall", "after_chunks": after_chunks, "stall_seconds": 30},
@@ -150,7 +150,7 @@ def test_a_server_that_falls_silent_is_left(llm: LLMock, after_chunks: int) -> N
     ("finish", "code"),
     [("content_filter", "source_refused"), ("length", "source_length"), ("tool_calls", "source_invalid")],
 )
-def test_an_end_that_is_no_end_of_a_whole_answer_is_an_error(llm: LLMock, finish: str, code: str) -> None:
+def test_an_incomplete_answer_is_an_error(llm: LLMock, finish: str, code: str) -> None:
     llm.script({"type": "reply", "text": STORY, "finish_reason": finish})
     outcome = ask(settings(llm.url))
     assert outcome.code == code
@@ -177,7 +177,7 @@ async def cancel_reply(source: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("leave", [close_reply, cancel_reply])
-def test_leaving_a_reply_ends_the_request_and_leaves_no_task(
+def test_closing_a_reply_aborts_the_request_and_leaves_no_task(
     llm: LLMock, leave: Callable[[OpenAI], Awaitable[None]]
 ) -> None:
     llm.script({"type": "reply", "text": STORY * 20, "times": None})

@@ -27,7 +27,7 @@ async def app_on(make_app: MakeApp, llm: LLMock, **changes: Any) -> App:
 
 
 async def failed_turn(app: App) -> tuple[str, dict[str, Any]]:
-    """Have a turn that fails; return what was streamed of the reply, and the reply as the history has it."""
+    """Run a turn that fails; return the streamed text and the reply from the history."""
     answer, events = await app.client.turn("hello")
     history = await app.client.history(answer["conversationId"])
     [_, reply] = history["messages"]
@@ -89,7 +89,7 @@ async def test_a_turn_is_streamed_and_stored_and_the_next_one_sends_it(make_app:
     ],
 )
 @pytest.mark.gen_test
-async def test_a_failure_is_one_error_event_and_what_was_said_is_kept(
+async def test_a_failure_is_one_error_event_and_the_text_is_kept(
     make_app: MakeApp, llm: LLMock, behaviors: list[dict[str, Any]], text: str, code: str
 ) -> None:
     llm.script(*behaviors)
@@ -125,7 +125,7 @@ async def test_a_failed_reply_that_is_retried_is_not_sent_again(make_app: MakeAp
 
 
 @pytest.mark.gen_test
-async def test_a_client_gone_half_way_ends_nothing(make_app: MakeApp, llm: LLMock) -> None:
+async def test_a_client_that_disconnects_ends_nothing(make_app: MakeApp, llm: LLMock) -> None:
     llm.script({"type": "reply", "text": STORY})
     app = await app_on(make_app, llm)
     answer = await app.client.say("hello")
@@ -159,7 +159,7 @@ async def test_stop_ends_the_request(make_app: MakeApp, llm: LLMock) -> None:
     assert request["chunks_sent"] < 200, "not to the end of some 400"
 
 
-def test_the_process_keeps_the_key_and_what_was_said_to_itself(make_server: Callable[..., Server], llm: LLMock) -> None:
+def test_the_process_logs_neither_the_key_nor_any_text(make_server: Callable[..., Server], llm: LLMock) -> None:
     server = make_server(
         REPLY_SOURCE="openai", OPENAI_API_KEY=KEY, OPENAI_BASE_URL=f"{llm.url}/v1", LOG_LEVEL="debug", LOG_FORMAT="json"
     ).start()

@@ -76,7 +76,9 @@ def our_tasks() -> list[str]:
 
 def indexes_are_built() -> bool:
     """Return whether the job that builds the indexes, and its client, have ended."""
-    return not any(name.startswith(("Store.build_indexes", "AsyncPeriodicExecutor")) for name in our_tasks())
+    return not any(
+        name.startswith(("Store.build_indexes", "AsyncPeriodicExecutor", "AsyncConnection")) for name in our_tasks()
+    )
 
 
 def stored(history: dict[str, Any]) -> dict[str, str]:

@@ -19,7 +19,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
     "--no-first-run",
-    # A name that is not localhost, so that the page is in no secure context, as in a local network without TLS.
+    # A name other than localhost: the page is not in a secure context, as in a local network without TLS.
     "--host-resolver-rules=MAP chat.test 127.0.0.1",
 ]
 TIMEOUT_MS = 15_000
@@ -59,7 +59,7 @@ class Turns:
 
 
 class Site:
-    """The application on a loop of its own, in a thread, so that the test may wait for the browser.
+    """The application on its own event loop, in a thread, because the test blocks while it waits for the browser.
 
     :param source: where replies come from; by default the simulated source
     :param settings: fields of `Settings`
@@ -75,7 +75,7 @@ class Site:
         self.url = f"{self.app.url}/"
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run something where the application runs; return what it returns."""
+        """Run a coroutine on the application's loop; return its result."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     def say(self, pieces: int = 1) -> None:
@@ -89,7 +89,7 @@ class Site:
         self.run(release())
 
     def history(self, conversation_id: str) -> list[dict[str, Any]]:
-        """Return the messages of a conversation, as the API tells them."""
+        """Return the messages of a conversation from the API."""
         messages: list[dict[str, Any]] = self.run(self.app.client.history(conversation_id))["messages"]
         return messages
 

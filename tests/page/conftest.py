@@ -57,9 +57,9 @@ def make_proxy() -> Iterator[Callable[[Site], CuttingProxy]]:
 
 @pytest.fixture
 def new_context(browser: Browser, make_site: MakeSite) -> Iterator[Callable[..., BrowserContext]]:
-    """Return a function that makes a browser's profile of its own; a script's error on any page fails the test.
+    """Return a function that makes a browser profile; an uncaught error of a script on any page fails the test.
 
-    It comes after the sites, so that it ends before them: no page opens a stream while its site is being stopped.
+    It depends on the sites so that it ends before them: no page opens a stream while its site is being stopped.
     """
     contexts: list[BrowserContext] = []
     errors: list[str] = []

@@ -1,4 +1,4 @@
-"""Steps that the tests of the page share."""
+"""Steps shared by the tests of the page."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ AXE = NODE_MODULES / "axe-core" / "axe.min.js"
 
 
 def words(count: int) -> list[str | BaseException]:
-    """Return the pieces of an answer that is one paragraph."""
+    """Return the tokens of an answer of one paragraph."""
     return [f"{' ' if number else ''}word{number}" for number in range(count)]
 
 
@@ -48,7 +48,7 @@ def expect_idle(page: Page) -> None:
 
 
 def id_of(page: Page) -> str:
-    """Return the id in the address bar, once what was said is taken."""
+    """Return the id in the address bar, once a message has been sent."""
     page.wait_for_url(re.compile("#[0-9a-f]{24}$"))
     return page.url.partition("#")[2]
 
@@ -58,14 +58,14 @@ def texts(locator: Locator) -> list[str]:
 
 
 def expect_stored(page: Page, site: Site) -> None:
-    """Check that the page shows exactly what is stored."""
+    """Check that the page shows exactly the stored messages."""
     stored = site.history(id_of(page))
     expect(said_by_user(page)).to_have_text([each["content"] for each in stored if each["role"] == "user"])
     assert texts(answers(page)) == [each["content"] for each in stored if each["role"] == "assistant"]
 
 
 def streams_of(page: Page) -> list[str]:
-    """Return a list to which the address of each stream is added that the page opens from now on."""
+    """Return a list that collects the URL of each stream that the page opens from now on."""
     urls: list[str] = []
     page.on("request", lambda request: urls.append(request.url) if "/chat/stream/" in request.url else None)
     return urls

@@ -1,4 +1,4 @@
-"""The page for everybody: keyboard, narrow screens, screen readers, axe."""
+"""Accessibility of the page: keyboard, narrow screens, screen readers, axe."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,7 @@ def test_keyboard_only(page: Page, make_site: MakeSite) -> None:
     expect(focused).to_have_accessible_name("Send")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
-    # The button that had the focus is gone; the focus is not.
+    # The focused button has been removed; the focus has moved, not vanished.
     expect(focused).to_have_attribute("id", "input")
     page.keyboard.press("Tab")
     expect(focused).to_have_accessible_name("Stop")
@@ -121,7 +121,7 @@ def test_answer_is_announced_once_as_a_whole(page: Page, make_site: MakeSite) ->
 
 
 @pytest.mark.parametrize(("motion", "moving"), [("reduce", 0), ("no-preference", 1)])
-def test_drawer_moves_only_for_those_who_like_motion(
+def test_drawer_is_animated_unless_reduced_motion_is_preferred(
     new_context: Callable[..., BrowserContext], make_site: MakeSite, motion: Any, moving: int
 ) -> None:
     context = new_context(viewport={"width": 390, "height": 700}, reduced_motion=motion)

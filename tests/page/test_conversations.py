@@ -73,7 +73,7 @@ def test_older_conversations_are_fetched_page_by_page(page: Page, make_site: Mak
     expect(page.get_by_role("button", name="Show older conversations")).to_be_hidden()
 
 
-def test_question_about_deleting_that_is_asked_again_at_once_is_heard(page: Page, make_site: MakeSite) -> None:
+def test_deletion_can_be_confirmed_right_after_the_dialog_was_closed(page: Page, make_site: MakeSite) -> None:
     site = make_site(["one"])
     site.say()
     open_page(page, site.url)
@@ -90,7 +90,7 @@ def test_question_about_deleting_that_is_asked_again_at_once_is_heard(page: Page
     expect(page.locator("#no-conversations")).to_be_visible()
 
 
-def test_conversation_deleted_elsewhere_is_said_to_be(context: BrowserContext, make_site: MakeSite) -> None:
+def test_conversation_deleted_elsewhere_is_reported(context: BrowserContext, make_site: MakeSite) -> None:
     site = make_site(words(9), checkpoint_ms=5000)
     page = open_page(context.new_page(), site.url)
     say(page, "Count")
@@ -106,11 +106,11 @@ def test_conversation_deleted_elsewhere_is_said_to_be(context: BrowserContext, m
     expect(answers(page)).to_have_count(0)
     expect(page.locator("#no-conversations")).to_be_visible()
     assert page.url == site.url
-    # There is no way back to what is gone.
+    # No entry of the browser's history leads back to the deleted conversation.
     assert page.evaluate("() => history.length") == 2
 
 
-def test_slow_deletion_leaves_the_reader_where_he_is(page: Page, make_site: MakeSite) -> None:
+def test_slow_deletion_does_not_leave_another_conversation(page: Page, make_site: MakeSite) -> None:
     site = make_site(["one"], ["two"])
     site.say(2)
     for text in ("First", "Second"):
@@ -132,7 +132,7 @@ def test_slow_deletion_leaves_the_reader_where_he_is(page: Page, make_site: Make
     assert id_of(page) != first
 
 
-def test_conversation_that_is_listed_but_was_deleted_is_said_to_be(page: Page, make_site: MakeSite) -> None:
+def test_listed_conversation_that_was_deleted_is_reported(page: Page, make_site: MakeSite) -> None:
     site = make_site(["Hi"])
     site.say()
     open_page(page, site.url)
@@ -157,12 +157,12 @@ def test_message_that_is_too_long_is_refused_and_kept(page: Page, make_site: Mak
 
 
 def test_half_a_surrogate_pair_is_sent_as_a_replacement_character(page: Page, make_site: MakeSite) -> None:
-    """Keyboards, limits of length and other programs cut characters in two; no UTF-8 can carry a half."""
+    """Keyboards, length limits and other programs split surrogate pairs; UTF-8 cannot encode one half."""
     site = make_site(words(1))
     open_page(page, site.url)
     box = page.get_by_label("Message", exact=True)
     box.evaluate("box => { box.value = 'a\\ud83d b\\ude00 😀'; box.dispatchEvent(new Event('input')); }")
-    # As a draft it is kept as it is: the other half may be on its way.
+    # The draft is kept unchanged: the other half may follow.
     page.reload()
     assert box.evaluate("box => box.value === 'a\\ud83d b\\ude00 😀'")
     expect(page.locator("#state")).to_have_text("Live")
@@ -214,7 +214,7 @@ def test_title_is_cut_between_characters(page: Page, make_site: MakeSite, text: 
     expect(page).to_have_title(f"{title} · chatserver")
 
 
-def test_address_of_no_conversation_is_an_empty_one(page: Page, make_site: MakeSite) -> None:
+def test_address_of_an_unknown_conversation_shows_an_empty_one(page: Page, make_site: MakeSite) -> None:
     site = make_site(["Hi"])
     site.say()
     conversation_id = new_id()
@@ -234,7 +234,7 @@ def test_address_of_no_conversation_is_an_empty_one(page: Page, make_site: MakeS
     assert page.url == site.url
 
 
-def test_new_conversation_in_a_tab_of_its_own_or_many_times(context: BrowserContext, make_site: MakeSite) -> None:
+def test_new_conversation_in_another_tab_or_many_times(context: BrowserContext, make_site: MakeSite) -> None:
     site = make_site(["Hi"])
     site.say()
     page = open_page(context.new_page(), site.url)
@@ -254,7 +254,7 @@ def test_new_conversation_in_a_tab_of_its_own_or_many_times(context: BrowserCont
     expect(answers(page)).to_have_text(["Hi"])
 
 
-def test_suggestion_is_added_to_what_was_typed(page: Page, make_site: MakeSite) -> None:
+def test_suggestion_is_added_to_the_draft(page: Page, make_site: MakeSite) -> None:
     open_page(page, make_site().url)
     page.keyboard.type("Please:")
     page.get_by_role("button", name="Show me a short program with comments").click()
@@ -262,7 +262,7 @@ def test_suggestion_is_added_to_what_was_typed(page: Page, make_site: MakeSite) 
     expect(page.get_by_label("Message", exact=True)).to_have_value("Please:\n\nShow me a short program with comments")
 
 
-def test_title_cannot_turn_around_the_words_beside_it(page: Page, make_site: MakeSite) -> None:
+def test_title_cannot_reorder_the_sentence_around_it(page: Page, make_site: MakeSite) -> None:
     site = make_site(["Hi"])
     site.say()
     title = "Free \u202e gnp.exe"

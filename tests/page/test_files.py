@@ -1,4 +1,4 @@
-"""The page's files, and clients made from them."""
+"""The files of the page, and clients that use them."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from tests.proxy import CuttingProxy
 pytestmark = pytest.mark.needs("chromium")
 
 
-def test_works_under_a_path_and_asks_nobody_else(page: Page, make_site: MakeSite) -> None:
+def test_works_under_a_path_and_requests_nothing_else(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(3))
     prefix = f"{site.url}some/where/"
     asked: list[str] = []
@@ -65,7 +65,7 @@ def test_files_are_whole_and_at_one_address(make_site: MakeSite) -> None:
     assert head.headers["Content-Length"] == httpx.get(site.url).headers["Content-Length"]
 
 
-def test_client_that_is_copied_needs_nothing_else(page: Page, make_site: MakeSite) -> None:
+def test_copied_client_needs_no_other_file(page: Page, make_site: MakeSite) -> None:
     """`client.js` is one file, and its own example works."""
     site = make_site(words(2))
     site.say(2)
@@ -103,7 +103,7 @@ def test_page_of_the_readme(
     steps = readme.partition("### A page of your own")[2].partition("\n### ")[0]
     html = re.search(r"```html\n(.*?)```", steps, re.DOTALL)
     assert html and re.findall(r"^\d(?=\.)", steps, re.M) == ["1", "2", "3"]
-    # All three steps name the same origin.
+    # All three steps use the same origin.
     assert steps.count("http://127.0.0.1:8000") == 2 and "http.server 8000 --bind 127.0.0.1" in steps
     site = make_site(words(2), words(3), keepalive_s=1.0, max_input_chars=400, cors_origins=(file_server,))
     proxy = make_proxy(site)
@@ -119,7 +119,7 @@ def test_page_of_the_readme(
     expect(log).to_have_text(f"user: {'x' * 400}\nassistant: {said(2)}")
     expect(box).to_have_value("")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    # What is refused, and what does not arrive, stays in the box, with the reason.
+    # A refused message, and one that cannot be sent, stay in the box, and the reason is shown.
     box.fill("y" * 401)
     page.get_by_role("button").click()
     expect(trouble).to_have_text("Not sent: /input must have at most 400 characters.")

@@ -32,7 +32,7 @@ function Switch() {
 
 createRoot(document.getElementById("root") as HTMLElement).render(<StrictMode><Switch /></StrictMode>);
 """
-"""Instead of main.tsx: mounts what `show` is called with."""
+"""Replaces main.tsx: `show(id)` mounts a conversation, `show("")` unmounts it."""
 
 Build = Callable[..., None]
 
@@ -95,7 +95,7 @@ def expect_live(page: Page) -> None:
 
 
 def expect_stored(page: Page, site: Site) -> None:
-    """Check that the page shows exactly what is stored."""
+    """Check that the page shows exactly the stored messages."""
     stored = site.history(id_of(page))
     expect(messages(page)).to_have_text([each["content"] for each in stored if each["status"] != "superseded"])
 

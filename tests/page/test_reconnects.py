@@ -1,4 +1,4 @@
-"""The page while the server or the network is away."""
+"""The page while the server or the network is unavailable."""
 
 import re
 from collections.abc import Callable
@@ -87,7 +87,7 @@ def test_offline_and_back(context: BrowserContext, make_site: MakeSite) -> None:
     assert [each["content"] for each in site.history(conversation_id)] == ["Count", said(6), "Lost?", said(1)]
 
 
-def test_list_comes_as_soon_as_the_server_can_be_reached(page: Page, make_site: MakeSite) -> None:
+def test_list_appears_as_soon_as_the_server_can_be_reached(page: Page, make_site: MakeSite) -> None:
     site = make_site([])
     site.run(site.app.client.say("Hello"))
     is_down = True
@@ -114,8 +114,8 @@ def test_state_tells_offline_from_reconnecting_at_any_time(context: BrowserConte
     expect(state).to_have_text("Reconnecting")
 
 
-def test_dead_port_is_tried_less_and_less_often(page: Page, make_site: MakeSite) -> None:
-    """A native EventSource would try for ever, every second, and never give up."""
+def test_reconnects_to_a_dead_port_become_less_frequent(page: Page, make_site: MakeSite) -> None:
+    """A native EventSource would retry every second forever."""
     site = make_site()
     page.add_init_script(
         """window.made = 0;
@@ -129,7 +129,7 @@ def test_dead_port_is_tried_less_and_less_often(page: Page, make_site: MakeSite)
     expect(page.locator("#state")).to_have_text("Live")
 
 
-def test_browser_without_storage_and_channels_chats_all_the_same(page: Page, make_site: MakeSite) -> None:
+def test_browser_without_storage_and_channels_can_chat(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(2))
     page.add_init_script(
         """delete window.BroadcastChannel;
@@ -144,8 +144,8 @@ def test_browser_without_storage_and_channels_chats_all_the_same(page: Page, mak
     expect(page.locator("#conversations a")).to_have_text(["Hello"])
 
 
-def test_stream_that_a_proxy_refuses_is_made_anew_from_its_position(page: Page, make_site: MakeSite) -> None:
-    """A native EventSource closes for good at any answer but 200."""
+def test_stream_refused_by_a_proxy_resumes_from_its_position(page: Page, make_site: MakeSite) -> None:
+    """A native EventSource closes permanently after any status but 200."""
     site = make_site(words(6))
     open_page(page, site.url)
     say(page, "Count")
@@ -180,10 +180,10 @@ WATCH_STATES = """() => {
   const state = document.querySelector("#state");
   new MutationObserver(() => window.states.push(state.textContent)).observe(state, { childList: true });
 }"""
-"""Records what the page says of its stream from now on in `states`."""
+"""Records the states that the page shows from now on, in `states`."""
 
 
-def test_stream_that_died_without_closing_is_opened_again(
+def test_stream_that_died_without_closing_is_reopened(
     page: Page, make_site: MakeSite, make_proxy: Callable[[Site], CuttingProxy]
 ) -> None:
     site = make_site(words(2), words(3), keepalive_s=1.0)
@@ -207,7 +207,7 @@ def test_stream_that_died_without_closing_is_opened_again(
 
 
 def test_silence_is_not_judged_by_the_clock_of_a_computer_that_slept(page: Page, make_site: MakeSite) -> None:
-    """Its timers are late, and what the server has sent meanwhile is yet to be read."""
+    """Its timers run late, and the data that the server has sent meanwhile has not been read yet."""
     site = make_site(words(1), keepalive_s=60.0)
     page.clock.install()
     streams = streams_of(page)
@@ -221,7 +221,7 @@ def test_silence_is_not_judged_by_the_clock_of_a_computer_that_slept(page: Page,
     expect(answers(page)).to_have_text([said(1)])
     expect(page.locator("#state")).to_have_text("Live")
     assert len(streams) == 1
-    # It is still watched: two and a half intervals of the server's 60 s.
+    # The watchdog still runs: it waits two and a half intervals of the server's 60 s.
     for _ in range(4):
         page.clock.fast_forward(30_000)
     assert len(streams) == 1
@@ -254,7 +254,7 @@ def test_stream_of_a_server_without_pings_is_left_alone(page: Page, make_site: M
     assert len(streams) == 1
 
 
-def test_stream_that_is_not_answered_is_asked_for_again(page: Page, make_site: MakeSite) -> None:
+def test_stream_request_without_an_answer_is_repeated(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(1))
     page.clock.install()
     held: list[Route] = []
@@ -271,7 +271,7 @@ def test_stream_that_is_not_answered_is_asked_for_again(page: Page, make_site: M
     held[0].abort()
 
 
-def test_turn_taken_while_the_stream_is_down_is_shown_once_and_in_order(page: Page, make_site: MakeSite) -> None:
+def test_turn_accepted_while_the_stream_is_down_is_shown_once_and_in_order(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(1), words(2), words(3))
     site.say(3)
     open_page(page, site.url)
@@ -286,7 +286,7 @@ def test_turn_taken_while_the_stream_is_down_is_shown_once_and_in_order(page: Pa
     site.run(site.app.client.say("Second, by somebody else", conversation_id))
     site.until(lambda: not site.app.chat.running)
     say(page, "Third")
-    # The page knows that it was taken, but not yet what came before it.
+    # The page knows that it was accepted, but not yet the message before it.
     expect(said_by_user(page)).to_have_text(["First", "Third"])
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     site.say(3)
@@ -320,7 +320,7 @@ def test_history_that_is_refused_is_fetched_again(page: Page, make_site: MakeSit
     expect(said_by_user(page)).to_have_text(["Hello"])
 
 
-def test_conversation_opened_while_the_server_is_away_is_said_to_come(
+def test_conversation_opened_while_the_server_is_down_is_announced(
     page: Page, make_server: Callable[..., Server]
 ) -> None:
     server = make_server(SIMULATED_TOKENS=5).start()
@@ -337,7 +337,7 @@ def test_conversation_opened_while_the_server_is_away_is_said_to_come(
     expect(awaited).to_be_hidden()
 
 
-def test_stream_from_a_dead_port_is_made_anew(page: Page, make_server: Callable[..., Server]) -> None:
+def test_stream_from_a_dead_port_is_reopened(page: Page, make_server: Callable[..., Server]) -> None:
     server = make_server(SIMULATED_TOKENS=5).start()
     open_page(page, server.url)
     say(page, "Hello")

@@ -129,7 +129,7 @@ def test_markdown(page: Page, make_site: MakeSite) -> None:
     assert "<tr><th>a</th><th>b</th></tr><tr><td>1</td><td><strong>2</strong></td></tr>" in table
 
 
-def test_markdown_that_grows_ends_as_if_it_had_come_at_once(page: Page, make_site: MakeSite) -> None:
+def test_growing_markdown_ends_like_markdown_rendered_at_once(page: Page, make_site: MakeSite) -> None:
     site = make_site()
     open_page(page, site.url)
     text = "\n\n".join([*RENDERED, "```py\nprint('*')\n```", "| a | b |\n|---|---|\n| 1 | 2 |", "**the** `end`"])
@@ -160,7 +160,7 @@ def test_markdown_that_grows_ends_as_if_it_had_come_at_once(page: Page, make_sit
         return element.innerHTML;
       });
     }"""
-    # What is still open looks as it will when it is closed.
+    # An open mark looks as it will once it is closed.
     assert page.evaluate(growing, ["so **bol", "so `co", "so **", "so *it* **b *c"]) == [
         "<p>so <strong>bol</strong></p>",
         "<p>so <code>co</code></p>",
@@ -169,8 +169,8 @@ def test_markdown_that_grows_ends_as_if_it_had_come_at_once(page: Page, make_sit
     ]
 
 
-def test_what_grows_keeps_its_elements_focus_and_selection(page: Page, make_site: MakeSite) -> None:
-    """Nothing but the last line is made anew, so that a long list or table costs no more with each token."""
+def test_growing_text_keeps_elements_focus_and_selection(page: Page, make_site: MakeSite) -> None:
+    """Only the last line is rendered again, so that the cost of a token does not grow with a list or table."""
     open_page(page, make_site().url)
     count, button, selection, text = page.evaluate(
         """async () => {
@@ -219,7 +219,7 @@ def test_what_grows_keeps_its_elements_focus_and_selection(page: Page, make_site
     assert (button, selection, text) == ("Copied", "bold wo", "Some bold words and more")
 
 
-def test_table_that_grows_is_a_table_all_the_time(page: Page, make_site: MakeSite) -> None:
+def test_growing_table_is_a_table_all_the_time(page: Page, make_site: MakeSite) -> None:
     open_page(page, make_site().url)
     shown = page.evaluate(
         """async (text) => {
@@ -256,7 +256,7 @@ def test_copy_buttons(new_context: Callable[..., BrowserContext], make_site: Mak
     expect(page.get_by_role("button", name="Copy message")).to_have_text("Copied")
     assert page.evaluate(clipboard) == "Code, please"
 
-    # Plain http in a local network is no secure context: no navigator.clipboard, no crypto.randomUUID.
+    # Plain HTTP in a local network is not a secure context: no navigator.clipboard, no crypto.randomUUID.
     plain = open_page(context.new_page(), site.url.replace("127.0.0.1", "chat.test"))
     assert plain.evaluate("() => isSecureContext") is False
     say(plain, "Again")

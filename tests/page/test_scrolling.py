@@ -33,9 +33,7 @@ def test_scrolls_along_only_at_the_bottom(page: Page, make_site: MakeSite) -> No
 
 
 @pytest.mark.parametrize("means", ["wheel", "keys"])
-def test_reader_who_scrolls_up_while_an_answer_streams_is_not_dragged_back(
-    page: Page, make_site: MakeSite, means: str
-) -> None:
+def test_scrolling_up_while_an_answer_streams_is_not_undone(page: Page, make_site: MakeSite, means: str) -> None:
     site = make_site([f"Line {number}\n\n" for number in range(60)], words(5000))
     open_page(page, site.url)
     say(page, "Much")
@@ -60,7 +58,7 @@ def test_reader_who_scrolls_up_while_an_answer_streams_is_not_dragged_back(
     site.say(200)
     expect(answers(page).last).to_contain_text("word395")
     assert scroller.evaluate("(box) => box.scrollHeight - box.clientHeight - box.scrollTop") > 48
-    # Whoever comes back to the end goes along with it again.
+    # Once the user returns to the end, the page follows the answer again.
     page.keyboard.press("End")
     expect(latest).to_be_hidden()
     site.say(100)
@@ -71,7 +69,7 @@ def test_reader_who_scrolls_up_while_an_answer_streams_is_not_dragged_back(
 
 
 def test_long_conversation_opens_at_its_very_end(page: Page, make_site: MakeSite) -> None:
-    """What is far from view is not laid out: its height is a guess."""
+    """Messages far from the viewport are not laid out: their heights are estimates."""
     site = make_site([])
     conversation_id = site.run(site.app.client.say("Hello"))["conversationId"]
     site.until(lambda: not site.app.chat.running)
@@ -102,7 +100,7 @@ def test_long_conversation_opens_at_its_very_end(page: Page, make_site: MakeSite
     expect(latest).to_be_hidden()
 
 
-def test_box_that_grows_and_shrinks_leaves_the_reader_at_the_end(page: Page, make_site: MakeSite) -> None:
+def test_growing_and_shrinking_box_keeps_the_end_in_view(page: Page, make_site: MakeSite) -> None:
     site = make_site([f"Line {number}\n\n" for number in range(60)])
     open_page(page, site.url)
     say(page, "Much")
@@ -117,7 +115,7 @@ def test_box_that_grows_and_shrinks_leaves_the_reader_at_the_end(page: Page, mak
         page.set_viewport_size({"width": 1200, "height": 500 + 10 * len(text)})
 
 
-def test_welcome_is_read_from_its_beginning_on_a_low_screen(
+def test_welcome_starts_at_its_top_on_a_low_screen(
     new_context: Callable[..., BrowserContext], make_site: MakeSite
 ) -> None:
     page = open_page(new_context(viewport={"width": 320, "height": 256}).new_page(), make_site().url)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.needs("chromium")
 
 
 def lose_answers(page: Page, taken: bool) -> list[str]:
-    """Have the answer to the next post be lost, after the server took it or before; return the keys of all posts."""
+    """Lose the answer to the next post, after the server accepted it or before; return the keys of all posts."""
     keys: list[str] = []
 
     def lose(route: Route) -> None:
@@ -41,7 +41,7 @@ def lose_answers(page: Page, taken: bool) -> list[str]:
     return keys
 
 
-def test_send_whose_answer_was_lost_but_that_arrived_leaves_the_box(page: Page, make_site: MakeSite) -> None:
+def test_message_that_arrived_leaves_the_box_although_its_answer_was_lost(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(2), words(1))
     open_page(page, site.url)
     keys = lose_answers(page, taken=True)
@@ -53,7 +53,7 @@ def test_send_whose_answer_was_lost_but_that_arrived_leaves_the_box(page: Page, 
     site.say(2)
     expect(answers(page)).to_have_text([said(2)])
     expect_idle(page)
-    # The same words once more are new ones.
+    # The same text again is a new message.
     say(page, "Once only")
     site.say()
     expect(answers(page)).to_have_text([said(2), said(1)])
@@ -62,7 +62,7 @@ def test_send_whose_answer_was_lost_but_that_arrived_leaves_the_box(page: Page, 
     expect_stored(page, site)
 
 
-def test_reload_after_a_send_whose_answer_was_lost_shows_it_once(page: Page, make_site: MakeSite) -> None:
+def test_reload_after_a_lost_answer_shows_the_message_once(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(2), words(1))
     open_page(page, site.url)
     is_down = True
@@ -88,7 +88,7 @@ def test_reload_after_a_send_whose_answer_was_lost_shows_it_once(page: Page, mak
     expect_stored(page, site)
 
 
-def test_send_that_was_lost_keeps_its_key_over_a_reload(page: Page, make_site: MakeSite) -> None:
+def test_lost_message_keeps_its_key_over_a_reload(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(1))
     open_page(page, site.url)
     keys = lose_answers(page, taken=False)
@@ -110,7 +110,7 @@ def test_send_that_was_lost_keeps_its_key_over_a_reload(page: Page, make_site: M
     expect(page.get_by_label("Message", exact=True)).to_have_value("")
 
 
-def test_send_without_an_answer_holds_up_no_other_conversation(page: Page, make_site: MakeSite) -> None:
+def test_unanswered_message_does_not_block_another_conversation(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(1))
     site.say()
     open_page(page, site.url)
@@ -132,7 +132,7 @@ def test_send_without_an_answer_holds_up_no_other_conversation(page: Page, make_
 
 
 @pytest.mark.parametrize("what", ["stop", "retry", "delete"])
-def test_what_failed_is_said_until_it_is_settled(page: Page, make_site: MakeSite, what: str) -> None:
+def test_failure_notice_stays_until_it_is_resolved(page: Page, make_site: MakeSite, what: str) -> None:
     site = make_site(words(9), words(2))
     open_page(page, site.url)
     say(page, "Count")
@@ -160,7 +160,7 @@ def test_what_failed_is_said_until_it_is_settled(page: Page, make_site: MakeSite
 
     act()
     if what != "delete":
-        # The line is tried anew; what was said stays.
+        # The page reconnects; the notice stays.
         page.wait_for_function("() => states.includes('Reconnecting') && states.at(-1) === 'Live'")
     lasting = {
         "stop": "Your stop may not have arrived.",
@@ -180,8 +180,8 @@ def test_what_failed_is_said_until_it_is_settled(page: Page, make_site: MakeSite
     assert "Paused: click to resume" not in page.evaluate("() => states")
 
 
-def test_answer_that_is_none_of_ours_breaks_nothing(page: Page, make_site: MakeSite) -> None:
-    """A hotel's network answers everything with its login page until one has logged in."""
+def test_foreign_answers_break_nothing(page: Page, make_site: MakeSite) -> None:
+    """A hotel's network answers every request with its login page until the user has logged in."""
     site = make_site(words(1), words(1))
     site.say()
     conversation_id = site.run(site.app.client.say("Hello"))["conversationId"]
@@ -205,7 +205,7 @@ def test_answer_that_is_none_of_ours_breaks_nothing(page: Page, make_site: MakeS
     expect(said_by_user(page)).to_have_text(["Hello", "Anybody?"])
 
 
-def test_refused_send_keeps_the_text_and_says_why(page: Page, make_site: MakeSite) -> None:
+def test_refused_message_keeps_the_text_and_shows_the_reason(page: Page, make_site: MakeSite) -> None:
     site = make_site([], max_input_chars=20)
     open_page(page, site.url)
     page.route(
@@ -215,7 +215,7 @@ def test_refused_send_keeps_the_text_and_says_why(page: Page, make_site: MakeSit
     )
     page.get_by_label("Message", exact=True).fill("Hello")
     page.get_by_role("button", name="Send").click()
-    # Perhaps the server took it, and the proxy lost the answer.
+    # The server may have accepted it, and the proxy may have lost the answer.
     told = "The server answered 502. Your text is kept. Sending it again will not post it twice."
     expect(page.get_by_role("alert")).to_have_text(told)
     expect(page.get_by_label("Message", exact=True)).to_have_value("Hello")

@@ -42,15 +42,13 @@ def test_two_tabs_show_the_same_conversation_each_message_once(context: BrowserC
         expect_stored(each, site)
 
 
-def test_tenth_tab_works_and_the_first_goes_on_when_it_is_attended(
-    context: BrowserContext, make_site: MakeSite
-) -> None:
+def test_tenth_tab_works_and_the_first_resumes_when_it_is_used(context: BrowserContext, make_site: MakeSite) -> None:
     site = make_site(words(3), words(2))
     pages = [open_page(context.new_page(), site.url)]
     say(pages[0], "From the first")
     site.say()
     pages += [open_page(context.new_page(), f"{site.url}#{id_of(pages[0])}") for _ in range(9)]
-    # With one more than six, a browser would let none of them do anything.
+    # With more than six streams, the browser would block every further request.
     site.until(lambda: site.open_streams() == 4)
     site.say(2)
     for each in pages[6:]:
@@ -69,14 +67,14 @@ def test_tenth_tab_works_and_the_first_goes_on_when_it_is_attended(
         expect(each.locator("#state")).to_have_text("Live")
         expect_stored(each, site)
     site.until(lambda: site.open_streams() == 4)
-    # Those that are closed make room again.
+    # Closed tabs free their streams.
     for each in pages[2:]:
         each.close()
     expect(pages[0].locator("#state")).to_have_text("Live")
     expect(pages[1].locator("#state")).to_have_text("Live")
 
 
-def test_hidden_tab_lets_go_of_its_stream_and_goes_on_when_it_is_seen(page: Page, make_site: MakeSite) -> None:
+def test_hidden_tab_closes_its_stream_and_resumes_when_it_is_visible(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(5))
     open_page(page, site.url)
     say(page, "Count")

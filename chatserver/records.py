@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, NamedTuple
 
+from chatserver.errors import ReplyCode
+
 Status = Literal["complete", "stopped", "failed", "interrupted", "superseded", "streaming"]
 """Of a message; "streaming" is never stored."""
 
@@ -16,7 +18,9 @@ class ReplyError(NamedTuple):
     message: str
 
 
-INTERRUPTED = ReplyError("interrupted", "The server stopped while it wrote this reply; what was saved is kept.")
+INTERRUPTED = ReplyError(
+    str(ReplyCode.INTERRUPTED), "The server stopped while it wrote this reply. Its text so far is kept."
+)
 
 
 @dataclass(frozen=True, slots=True)

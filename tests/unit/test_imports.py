@@ -40,7 +40,7 @@ ALLOWED: dict[str, list[str]] = {
     "chatserver.errors": [],
     "chatserver.metrics": [],
     "chatserver.positions": [],
-    "chatserver.records": [],
+    "chatserver.records": ["chatserver.errors"],
     "chatserver.settings": ["chatserver.errors"],
     "chatserver.tasks": [],
     "chatserver.listener": ["chatserver.errors", "chatserver.metrics"],

@@ -18,11 +18,8 @@ from chatserver.replies import STOPPED, Replies
 from chatserver.settings import Settings
 from chatserver.sources import Source
 from chatserver.store import Store
-from chatserver.wire import sse
-from chatserver.wire.replay import Page, missed, span_after
+from chatserver.wire.replay import Page, page_after, span_after
 
-RETRY_MS = 1000
-"""How soon a client shall reconnect."""
 _STOP_PATIENCE_S = 1.0
 
 
@@ -68,14 +65,9 @@ class Chat:
         self._hub = hub
         self._metrics = metrics
         self._sole_server = sole_server
-        self._ping = sse.ping(settings.keepalive_s)
+        self._keepalive_s = settings.keepalive_s
         self._replies = Replies(settings, store, hub, source, metrics)
-        counts = hub.counts
         metrics.watch("chatserver_running_replies", "Replies that are being written.", lambda: self.running)
-        metrics.watch("chatserver_live_conversations", "Conversations in memory.", lambda: len(hub.conversations))
-        metrics.watch("chatserver_tokens", "Pieces that the sources said.", lambda: counts.tokens, counter=True)
-        metrics.watch("chatserver_events_sent", "Events written to streams.", lambda: counts.events, counter=True)
-        metrics.watch("chatserver_stream_writes", "Writes to streams.", lambda: counts.writes, counter=True)
 
     @property
     def running(self) -> int:
@@ -263,20 +255,20 @@ class Chat:
                 except DatabaseUnavailable:
                     if not _is_live(live, position):
                         raise
-            if subscriber.gone:
+            if subscriber.closed:
                 return
             # No await from here on: snapshot and cursor are of one moment, so that no token lands between them.
             at = position or _where_a_stream_begins(live) or positions.start(conversation_id)
             page = Page([], at)
             if not live.covers(at):
-                found = missed(record, at, subscriber.until_done) if record else None
+                found = page_after(at, record, subscriber.format, until_done=subscriber.until_done) if record else None
                 if found is None:
                     self.refuse(subscriber)
                     return
                 page = found
-            self._hub.counts.events += len(page.frames)
             go_on = partial(self._go_on, conversation_id, page.position, subscriber) if page.more else None
-            subscriber.replay(sse.preamble(RETRY_MS, at) + self._ping + b"".join(page.frames), go_on)
+            opening = subscriber.format.opening(at, self._keepalive_s)
+            self._hub.replay(subscriber, opening, page.frames, go_on)
             if page.ends:
                 subscriber.end()
             elif not page.more:
@@ -299,12 +291,7 @@ class Chat:
     def refuse(self, subscriber: Subscriber) -> None:
         """Tell a subscriber that its position does not exist, and end its stream."""
         self._metrics.resets.inc()
-        self._hub.counts.events += 1
-        subscriber.end(sse.RESET)
-
-    def unsubscribe(self, subscriber: Subscriber) -> None:
-        """Let a subscriber go, if it watches anything."""
-        self._hub.unsubscribe(subscriber)
+        self._hub.reset(subscriber)
 
     def _look(self, conversation_id: str, at: Position | None) -> Callable[[str], Awaitable[Record | None]]:
         """Return how to read what is needed of the record to go on from a position: no messages if there is none."""

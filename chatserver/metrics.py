@@ -42,11 +42,7 @@ class Metrics(Collector):
             buckets=(0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
             labels=["status"],
         )
-        self.resumes = self.counter("chatserver_resumes_total", "Streams opened with a position.")
         self.resets = self.counter("chatserver_resets_total", "Streams whose position was unknown.")
-        self.slow_clients = self.counter(
-            "chatserver_slow_clients_cut_total", "Streams closed because the client stopped reading."
-        )
 
     def histogram(self, name: str, what: str, *, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         """Register a histogram and return it.

@@ -70,10 +70,10 @@ class Server:
             history_chars=settings.openai_history_chars,
             observe=self.metrics.observe_store,
         )
-        self.hub = Hub()
+        self.hub = Hub(self.metrics)
         self.source = source or make_source(settings)
         self.chat = Chat(settings, self.store, self.hub, self.source, self.metrics, sole_server=sole_server)
-        self.streams = Streams(self.chat, settings, self.metrics)
+        self.streams = Streams(settings, self.metrics, on_close=self.hub.unsubscribe)
         self.http = HTTPServer(
             make_app(self.chat, self.streams, self.metrics, settings),
             max_header_size=_HEADER_FACTOR * settings.max_header_bytes,
@@ -82,7 +82,7 @@ class Server:
             idle_connection_timeout=settings.request_timeout_s,
         )
         self.listener = Listener(self.http, max_connections, self.metrics)
-        self.streams.give_back_to(self.listener.serve)
+        self.streams.return_sockets_to(self.listener.serve)
 
     async def start(self, sockets: list[socket.socket]) -> None:
         """Start to serve.
@@ -99,7 +99,7 @@ class Server:
         _set_tcp_user_timeout(sockets, self._settings.slow_client_timeout_s)
         self.listener.start(sockets)
         self._jobs = [
-            asyncio.create_task(self.streams.tick_for_ever()),
+            asyncio.create_task(self.streams.run()),
             asyncio.create_task(tasks.repeat(self._measure_loop_lag)),
         ]
 

@@ -25,7 +25,7 @@ from chatserver.handlers.body import BODY_ERRORS
 from chatserver.handlers.problems import raises
 from chatserver.positions import Position
 from chatserver.records import Message, Place, Summary, Turn
-from chatserver.wire.replay import iso
+from chatserver.wire import iso
 
 _TURN_ERRORS = (
     ReplyInProgress,

@@ -30,7 +30,6 @@ from chatserver.metrics import Metrics
 from chatserver.records import INTERRUPTED, After, Message, Record, ReplyError, StartedTurn, Status, StoredReply, Turn
 from chatserver.settings import Settings
 from chatserver.store import Store
-from chatserver.wire.replay import end_frame, input_frame
 
 logger = logging.getLogger(__name__)
 
@@ -248,8 +247,7 @@ class Replies:
     def _start(self, live: LiveConversation, begun: StartedTurn) -> None:
         """Publish what was said and write the reply."""
         previous = positions.after(begun.previous_id, live.conversation_id)
-        said = (begun.said.id, input_frame(begun.said)) if begun.said else None
-        live.open_turn(previous, said, begun.turn.reply_id, begun.created_at)
+        live.open_turn(previous, begun.said, begun.turn.reply_id, begun.created_at)
         assert live.reply is not None
         running = self._running[begun.turn.reply_id] = Running(begun, live, live.reply)
         running.task = self.spawn(self._answer(running))
@@ -362,7 +360,7 @@ class Replies:
             # Deleted, or ended by another server with less than was seen here: only the history tells the truth.
             live.reset()
         else:
-            live.finish(end_frame(message), failed=message.error is not None)
+            live.finish(message)
         self._hub.release(live)
 
     # -- what runs in the background -----------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from chatserver import __main__ as server
-from chatserver.hub import LiveConversation, LiveReply, Place
+from chatserver.hub import LiveConversation, LiveReply, Log
+from chatserver.positions import Position
 from chatserver.replies import Replies
 from chatserver.store.turns import Turns
 from chatserver.wire import sse
@@ -40,12 +41,14 @@ def done_before_the_write() -> None:
 
 def text_repeated_on_resume() -> None:
     """A position in a running reply is located one character too early."""
-    locate = LiveReply.locate
+    locate = Log.locate
 
-    def before(self: LiveReply, chars: int) -> Place:
-        return locate(self, max(0, chars - 1))
+    def before(self: Log, position: Position) -> Any:
+        if position.chars:
+            position = Position(position.message_id, position.chars - 1)
+        return locate(self, position)
 
-    LiveReply.locate = before  # type: ignore[method-assign]
+    Log.locate = before  # type: ignore[method-assign]
 
 
 def expired_replies_ignored() -> None:

@@ -17,6 +17,7 @@ import pytest
 from bson import ObjectId
 
 from chatserver import positions
+from chatserver.wire import chunked as http_chunks
 from chatserver.wire import sse
 from tests.chaos.check import check, last_checkpoint
 from tests.chaos.clients import Conversation, Watcher
@@ -275,7 +276,7 @@ POSITIONS = ["", f"{USER}-done", f"{USER}-done", f"{REPLY}-3", f"{REPLY}-done"]
 def response(*, chunked: bool) -> list[bytes]:
     """Return a response's head, and its frames as they are on the wire."""
     if chunked:
-        return [HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *map(sse.chunk, FRAMES)]
+        return [HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *map(http_chunks.chunk, FRAMES)]
     return [HEAD + b"\r\n", *FRAMES]
 
 
@@ -283,7 +284,7 @@ def response(*, chunked: bool) -> list[bytes]:
 @pytest.mark.parametrize("size", [1, 2, 7, 10_000])
 def test_splitter_divides_a_response_after_each_frame(chunked: bool, size: int) -> None:
     wire = b"".join(response(chunked=chunked))
-    for rest in (sse.LAST_CHUNK, sse.chunk(b"event: to")[:9]) if chunked else (b"event: to",):
+    for rest in (http_chunks.LAST_CHUNK, http_chunks.chunk(b"event: to")[:9]) if chunked else (b"event: to",):
         splitter, found = Splitter(), []
         for begin in range(0, len(wire + rest), size):
             found += splitter.feed((wire + rest)[begin : begin + size])
@@ -299,10 +300,10 @@ def test_splitter_finds_several_frames_in_a_chunk_and_a_frame_in_several_chunks(
     head = HEAD + b"transfer-encoding: chunked\r\n\r\n"
     body = b"".join(FRAMES)
     for size in (10, 100, len(body)):
-        chunks = [sse.chunk(body[begin : begin + size]) for begin in range(0, len(body), size)]
-        found = Splitter().feed(head + b"".join(chunks) + sse.LAST_CHUNK)
+        chunks = [http_chunks.chunk(body[begin : begin + size]) for begin in range(0, len(body), size)]
+        found = Splitter().feed(head + b"".join(chunks) + http_chunks.LAST_CHUNK)
         assert [segment.event for segment in found if segment.event] == EVENTS
-    other = head.replace(b"text/event-stream", b"application/json") + sse.chunk(FRAMES[2])
+    other = head.replace(b"text/event-stream", b"application/json") + http_chunks.chunk(FRAMES[2])
     assert {segment.event for segment in Splitter().feed(other)} == {""}
 
 
@@ -366,8 +367,8 @@ async def test_aborted_client_ignores_an_incomplete_frame(chunked: bool, eager: 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("eager", [True, False])
 async def test_only_the_last_chunk_is_a_clean_end(eager: bool) -> None:
-    whole = b"".join(response(chunked=True)) + sse.LAST_CHUNK
-    cut = len(sse.LAST_CHUNK)
+    whole = b"".join(response(chunked=True)) + http_chunks.LAST_CHUNK
+    cut = len(http_chunks.LAST_CHUNK)
 
     results = await watch([whole[: len(whole) - missing] for missing in range(cut + 1)], eager=eager)
 

@@ -13,6 +13,7 @@ import pytest
 from chatserver.errors import SourceError
 from chatserver.sources import Prompt
 from chatserver.streams import Connection
+from chatserver.wire import sse
 from tests.apps import App, Database, MakeApp, Script, running
 from tests.clients import Client, Event, RawStream, Transcript, new_id, text_of
 
@@ -316,7 +317,7 @@ async def test_connection_that_ends_as_soon_as_it_is_made_is_passed_on_once() ->
             self.end()
 
     ours, theirs = socket.socketpair()
-    connection = Brief(b"", lambda _: ended.set(), chunked=True, reuse=kept.append)
+    connection = Brief(b"", lambda _: ended.set(), stream_format=sse, chunked=True, reuse=kept.append)
     with theirs:
         await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, ours)
         await ended.wait()

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from bson import ObjectId
 
-from chatserver import hub as hub_module
 from chatserver import tasks
 from chatserver.errors import DatabaseUnavailable, OutcomeUnknown
+from chatserver.hub import LiveConversation, delivery
 from chatserver.mongod import Mongod
 from chatserver.store.batcher import Batcher
 from chatserver.streams import Connection
@@ -90,7 +90,7 @@ async def test_private_server_is_started_again(tmp_path: Path, monkeypatch: pyte
         await mongod.stop()
 
 
-@pytest.mark.expects_log("a stream failed and is aborted")
+@pytest.mark.expects_log("a subscriber failed and is aborted")
 async def test_streams_are_looked_after(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     app = await make_app()
     bad, good = new_id(), new_id()
@@ -107,7 +107,7 @@ async def test_streams_are_looked_after(make_app: MakeApp, monkeypatch: pytest.M
         return tick(connection, *arguments)
 
     monkeypatch.setattr(Connection, "tick", failing)
-    monkeypatch.setattr(app.streams, "_for_each", Broken(app.streams._for_each))
+    monkeypatch.setattr(app.streams, "tick", Broken(app.streams.tick))
     await app.until(lambda: ticked.count(good) == 2)
     assert ticked.count(bad) == 1 and app.subscribers == 1
     for stream in streams:
@@ -147,11 +147,11 @@ async def test_conversation_that_fails_does_not_stop_the_delivery_of_others(
 ) -> None:
     app = await make_app()
     bad, good = new_id(), new_id()
-    deliver = hub_module.LiveConversation.deliver
+    deliver = LiveConversation.deliver
     broken = Broken(deliver, lambda live: live.conversation_id == bad)
-    monkeypatch.setattr(hub_module.LiveConversation, "deliver", lambda live: broken(live))
-    # Of the delivery itself, too.
-    monkeypatch.setattr(hub_module, "monotonic", Broken(time.monotonic))
+    monkeypatch.setattr(LiveConversation, "deliver", lambda live: broken(live))
+    # The delivery loop itself fails, too.
+    monkeypatch.setattr(delivery, "monotonic", Broken(time.monotonic))
     stream = await RawStream(app.port, f"/chat/stream/{bad}").open()
     await app.client.say("hi", bad)
     _, events = await app.client.turn("hi", good)

@@ -25,8 +25,9 @@ from hypothesis.stateful import (
 
 from chatserver import positions
 from chatserver.errors import DatabaseUnavailable, SourceError
-from chatserver.hub import Counts, LiveConversation, LiveReply
+from chatserver.hub import Counts, LiveConversation, LiveReply, Log
 from chatserver.positions import Position
+from chatserver.records import Message
 from chatserver.server import Server as WholeServer
 from chatserver.settings import Settings
 from chatserver.sources import Prompt
@@ -68,13 +69,19 @@ def test_any_text_survives_its_frame_in_any_pieces(position: Position, text: str
 
 @given(st.lists(PIECES, max_size=30), st.data())
 def test_what_follows_any_position_of_a_reply_is_the_rest_of_it(pieces: list[str], data: st.DataObject) -> None:
-    reply = LiveReply("b" * 24, datetime.now(UTC), 100)
-    log = b"".join([reply.append(piece, len(piece.encode())) for piece in pieces])
+    reply, log = LiveReply("b" * 24, datetime.now(UTC)), Log(sse)
+    log.open_reply(reply)
+    frames: list[bytes] = []
+    for piece in pieces:
+        chars = reply.append(piece, len(piece.encode()))
+        frames.append(sse.token_frame(reply.message_id, chars, piece))
+        log.append(frames[-1], chars, delivered=False)
     text = "".join(pieces)
     at = data.draw(st.integers(0, len(text)))
-    place = reply.locate(at)
+    place = log.locate(Position(reply.message_id, at))
+    assert place is not None
     client = Client()
-    client.feed(place.before + log[place.offset - 100 :])
+    client.feed(place.before + b"".join(frames)[place.offset :])
     assert "".join(event.data["text"] for event in client.events) == text[at:]
     ends = [end for end in accumulate(map(len, pieces)) if end > at]
     assert [event.id for event in client.events] == [f"{'b' * 24}-{end}" for end in ends]
@@ -87,7 +94,7 @@ def test_reply_that_is_replaced_before_its_first_word_leaves_nothing_in_the_log(
     for turn in range(2, 5):
         live.open_turn(Position(f"{turn - 1}" * 24, None), None, f"{turn}" * 24, time)
         assert live.locate(Position("1" * 24, 0)) is None
-        live.finish(sse.frame("done", Position(f"{turn}" * 24, None), {}))
+        live.finish(Message(f"{turn}" * 24, "assistant", "", time))
 
 
 # -- a client and its connection -----------------------------------------------------------------------------------
@@ -536,7 +543,7 @@ class Conversation(RuleBasedStateMachine):
         self.look()
 
     async def connect(self, client: Client, server: Server, window: int) -> None:
-        connection = Connection(b"", server.chat.unsubscribe, chunked=False)
+        connection = Connection(b"", server.hub.unsubscribe, stream_format=sse, chunked=False)
         await server.chat.subscribe(self.id, positions.parse_position(client.position), connection)
         client.line, client.server = Line(connection, window), server
         connection.connection_made(client.line)

@@ -6,7 +6,7 @@ import pytest
 
 from chatserver import positions
 from chatserver.positions import Position
-from chatserver.wire import sse
+from chatserver.wire import chunked, sse
 
 ID = "0123456789abcdef01234567"
 
@@ -67,10 +67,11 @@ def test_no_reader_finds_a_line_break_inside_the_data(text: str) -> None:
         assert len(frame.decode().splitlines()) == 4
 
 
-def test_preamble_sets_a_position_and_is_no_event() -> None:
-    lines = sse.preamble(1000, Position(ID, None)).decode().split("\n")
+def test_opening_sets_a_position_without_an_event() -> None:
+    lines = sse.opening(Position(ID, None), 15).decode().split("\n")
     assert lines[0] == "retry: 1000" and lines[1].startswith(":")
-    assert lines[2:] == ["event: stream", f"id: {ID}-done", "", ""]
+    assert lines[2:5] == ["event: stream", f"id: {ID}-done", ""]
+    assert "\n".join(lines[5:]).encode() == sse.ping(15)
 
 
 @pytest.mark.parametrize(("every_s", "number"), [(15.0, "15"), (2.5, "2.5")])
@@ -79,7 +80,7 @@ def test_ping_announces_its_interval_and_has_no_position(every_s: float, number:
 
 
 def test_chunk_is_its_size_in_hexadecimal_and_its_bytes() -> None:
-    assert sse.chunk(b"x" * 26) == b"1a\r\n" + b"x" * 26 + b"\r\n"
+    assert chunked.chunk(b"x" * 26) == b"1a\r\n" + b"x" * 26 + b"\r\n"
 
 
 def test_reset_takes_the_position_away() -> None:

@@ -508,7 +508,7 @@ def test_post_is_repeated_after_the_time_that_the_server_names(slow: str) -> Non
             client.process.send_signal(signal.SIGINT)
             code, output, _ = await client.end()
         assert output.count("you › hello\n") == 1
-        assert "try again in a moment; trying again in" in output
+        assert "Try again in a moment; trying again in" in output
         assert code == 0
 
     asyncio.run(run())

@@ -103,7 +103,7 @@ async def _serve_on(
     gc.set_threshold(_GC_THRESHOLD)
     sys.setswitchinterval(_SWITCH_S)
     await stopping.wait()
-    logger.info("shutting down: waiting up to %g s for %d running replies", settings.drain_s, server.chat.running)
+    logger.info("shutting down: waiting up to %g s for %d running replies", settings.drain_s, server.replies.running)
     await server.stop()
 
 

@@ -11,13 +11,14 @@ from chatserver.handlers.pages import PageHandler
 from chatserver.handlers.problems import log_request
 from chatserver.handlers.stream import StreamHandler
 from chatserver.metrics import Metrics
+from chatserver.reading import Reading
 from chatserver.settings import Settings
 from chatserver.streams import Streams
 
 
-def make_app(chat: Chat, streams: Streams, metrics: Metrics, settings: Settings) -> Application:
+def make_app(chat: Chat, reading: Reading, streams: Streams, metrics: Metrics, settings: Settings) -> Application:
     """Return the application. Handlers receive their collaborators through `initialize`."""
-    common = {"chat": chat, "settings": settings}
+    common = {"chat": chat, "reading": reading, "settings": settings}
     return Application(
         [
             (r"/chat", ConversationsHandler, common),

@@ -31,18 +31,6 @@ class Metrics(Collector):
         self._store_errors = self.counter(
             "chatserver_store_errors_total", "Operations that the database did not answer.", labels=["operation"]
         )
-        self.first_token = self.histogram(
-            "chatserver_time_to_first_token_seconds",
-            "Time from a stored user message to the first text of its reply.",
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
-        )
-        self.reply_duration = self.histogram(
-            "chatserver_reply_duration_seconds",
-            "Time from a stored user message to the stored end of its reply.",
-            buckets=(0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
-            labels=["status"],
-        )
-        self.resets = self.counter("chatserver_resets_total", "Streams whose position was unknown.")
 
     def histogram(self, name: str, what: str, *, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         """Register a histogram and return it.

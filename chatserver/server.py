@@ -18,10 +18,13 @@ from chatserver.hub import Hub
 from chatserver.listener import Listener
 from chatserver.metrics import Metrics
 from chatserver.mongod import Mongod
+from chatserver.reading import Reading
+from chatserver.replies import Replies
 from chatserver.settings import Settings
 from chatserver.sources import Source, make_source
 from chatserver.store import Store, connect, initiate_replica_set
 from chatserver.streams import Streams
+from chatserver.tasks import Tasks
 
 _HEADER_FACTOR = 4
 """Headers up to this multiple of `MAX_HEADER_BYTES` are read, so that the client gets a 431; beyond it Tornado closes
@@ -53,7 +56,8 @@ class Server:
         make_store: Callable[..., Store] = Store,
     ) -> None:
         self._settings = settings
-        self._jobs: list[asyncio.Task[None]] = []
+        self._sole_server = sole_server
+        self.background = Tasks()
         self.metrics = Metrics()
         self.metrics.watch("chatserver_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         self.loop_lag = self.metrics.histogram(
@@ -72,10 +76,20 @@ class Server:
         )
         self.hub = Hub(self.metrics)
         self.source = source or make_source(settings)
-        self.chat = Chat(settings, self.store, self.hub, self.source, self.metrics, sole_server=sole_server)
+        self.replies = Replies(settings, self.store, self.hub, self.source, self.metrics, self.background)
+        self.chat = Chat(self.store, self.hub, self.replies)
+        self.reading = Reading(
+            settings,
+            self.store,
+            self.hub,
+            self.replies.alignment,
+            self.metrics,
+            self.background,
+            sole_server=sole_server,
+        )
         self.streams = Streams(settings, self.metrics, on_close=self.hub.unsubscribe)
         self.http = HTTPServer(
-            make_app(self.chat, self.streams, self.metrics, settings),
+            make_app(self.chat, self.reading, self.streams, self.metrics, settings),
             max_header_size=_HEADER_FACTOR * settings.max_header_bytes,
             chunk_size=_CHUNK_BYTES,
             body_timeout=settings.request_timeout_s,
@@ -92,30 +106,42 @@ class Server:
         :raises SetupError: if the database cannot be used
         """
         try:
-            await self.chat.start()
+            await self.start_replies()
         except BaseException:
             await self.store.close()
             raise
         _set_tcp_user_timeout(sockets, self._settings.slow_client_timeout_s)
         self.listener.start(sockets)
-        self._jobs = [
-            asyncio.create_task(self.streams.run()),
-            asyncio.create_task(tasks.repeat(self._measure_loop_lag)),
-        ]
+        self.background.spawn(self.streams.run())
+        self.background.spawn(tasks.repeat(self._measure_loop_lag))
+
+    async def start_replies(self) -> None:
+        """Start what works without HTTP: indexes are built, expired replies ended, replies delivered and saved.
+
+        :raises DatabaseUnavailable: if no MongoDB answers
+        :raises SetupError: if the database cannot be used
+        """
+        await self.store.prepare()
+        self.background.spawn(self.store.build_indexes())
+        await self.replies.start(sole_server=self._sole_server)
+        self.background.spawn(self.hub.deliver())
 
     async def stop(self) -> None:
         """Stop in order: accept no connections, end the replies, then the streams, then all other connections."""
         try:
             self.listener.stop()
-            await self.chat.drain()
+            await self.replies.drain()
             await self.streams.close()
-            for job in self._jobs:
-                job.cancel()
-            await self.chat.close()
+            await self.stop_replies()
         finally:
             await self.store.close()
         # Last: the requests that waited for the store have been answered.
         await self.http.close_all_connections()
+
+    async def stop_replies(self) -> None:
+        """Cancel all that runs in the background; running replies remain in the database as checkpointed."""
+        await self.background.close()
+        await self.source.close()
 
     async def _measure_loop_lag(self) -> None:
         loop = asyncio.get_running_loop()

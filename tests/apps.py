@@ -80,7 +80,8 @@ class App:
             max_connections=settings.max_connections or 20_000,
         )
         self.store, self.hub, self.metrics = server.store, server.hub, server.metrics
-        self.chat, self.streams, self.listener = server.chat, server.streams, server.listener
+        self.chat, self.reading, self.replies = server.chat, server.reading, server.replies
+        self.streams, self.listener = server.streams, server.listener
         # A test may depend on an index, and the server builds them in the background.
         await self.store.build_indexes()
         sock, self.port = bind_unused_port()
@@ -112,7 +113,7 @@ class App:
 
     async def until_idle(self) -> None:
         """Wait until no reply is running and no live conversation is left."""
-        await self.until(lambda: not self.chat.running and not self.hub.conversations)
+        await self.until(lambda: not self.replies.running and not self.hub.conversations)
 
 
 MakeApp = Callable[..., Awaitable[App]]

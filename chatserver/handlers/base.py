@@ -30,6 +30,7 @@ from chatserver.errors import (
 from chatserver.handlers.access import client_address, cors_headers, host_is_allowed, is_cross_site
 from chatserver.handlers.body import RequestBody
 from chatserver.handlers.problems import ProblemHandler
+from chatserver.reading import Reading
 from chatserver.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,9 @@ class BaseHandler(ProblemHandler):
     cross_site_methods: ClassVar[Collection[str]] = ("GET", "HEAD", "OPTIONS")
     """The methods that pages of any site may use: without CORS they cannot read the answer, and nothing changes."""
 
-    def initialize(self, chat: Chat, settings: Settings) -> None:
+    def initialize(self, chat: Chat, reading: Reading, settings: Settings) -> None:
         self.chat = chat
+        self.reading = reading
         self.config = settings
         self.log_fields = {}
         self._body = RequestBody(self.request.headers, settings.max_body_bytes)

@@ -6,7 +6,6 @@ from typing import Any
 
 import regex
 
-from chatserver.chat import History, Part
 from chatserver.errors import (
     ConversationFull,
     DatabaseUnavailable,
@@ -24,6 +23,7 @@ from chatserver.handlers.base import BaseHandler
 from chatserver.handlers.body import BODY_ERRORS
 from chatserver.handlers.problems import raises
 from chatserver.positions import Position
+from chatserver.reading import History, Part
 from chatserver.records import Message, Place, Summary, Turn
 from chatserver.wire import iso
 
@@ -58,7 +58,7 @@ class ConversationsHandler(BaseHandler):
         query = self.query("list")
         limit = query.get("limit", 20)
         after = _parse_cursor(query["cursor"]) if "cursor" in query else None
-        found = await self.chat.summaries(limit + 1, after)
+        found = await self.reading.summaries(limit + 1, after)
         page: dict[str, Any] = {"conversations": [_summary(each) for each in found[:limit]]}
         if len(found) > limit:
             page["nextCursor"] = _cursor(found[limit - 1].place)
@@ -76,7 +76,7 @@ class ConversationHandler(BaseHandler):
         conversation_id = self.conversation_id(conversation_id)
         query = self.query("history")
         before = query.get("before")
-        history = await self.chat.history(conversation_id, query.get("limit"), before.lower() if before else None)
+        history = await self.reading.history(conversation_id, query.get("limit"), before.lower() if before else None)
         await self.send_chunks(_history(conversation_id, history, paged=bool(query)))
 
     head = get

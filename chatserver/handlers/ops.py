@@ -5,6 +5,7 @@ from chatserver.chat import Chat
 from chatserver.errors import DatabaseUnavailable, Draining
 from chatserver.handlers.base import BaseHandler
 from chatserver.handlers.problems import raises
+from chatserver.reading import Reading
 from chatserver.settings import Settings
 
 
@@ -33,8 +34,10 @@ class ReadyHandler(BaseHandler):
 class MetricsHandler(BaseHandler):
     """`/metrics`"""
 
-    def initialize(self, chat: Chat, settings: Settings, metrics: metrics.Metrics) -> None:  # type: ignore[override]
-        super().initialize(chat, settings)
+    def initialize(  # type: ignore[override]
+        self, chat: Chat, reading: Reading, settings: Settings, metrics: metrics.Metrics
+    ) -> None:
+        super().initialize(chat, reading, settings)
         self.metrics = metrics
 
     def get(self) -> None:

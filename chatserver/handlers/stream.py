@@ -16,6 +16,7 @@ from chatserver.chat import Chat
 from chatserver.errors import ChatError, DatabaseUnavailable, Draining, InvalidId, InvalidRequest, TooManyStreams
 from chatserver.handlers.base import BaseHandler
 from chatserver.handlers.problems import raises
+from chatserver.reading import Reading
 from chatserver.settings import Settings
 from chatserver.streams import Streams
 from chatserver.wire import sse
@@ -35,8 +36,10 @@ class StreamHandler(BaseHandler):
     # An open stream counts against the limits, also for a page that cannot read it.
     cross_site_methods = ("HEAD", "OPTIONS")
 
-    def initialize(self, chat: Chat, settings: Settings, streams: Streams) -> None:  # type: ignore[override]
-        super().initialize(chat, settings)
+    def initialize(  # type: ignore[override]
+        self, chat: Chat, reading: Reading, settings: Settings, streams: Streams
+    ) -> None:
+        super().initialize(chat, reading, settings)
         self.streams = streams
         self._refusal: ChatError | None = None
 
@@ -79,9 +82,9 @@ class StreamHandler(BaseHandler):
         )
         try:
             if asked and position is None:
-                self.chat.refuse(connection)
+                self.reading.refuse(connection)
             else:
-                await self.chat.subscribe(conversation_id, position, connection)
+                await self.reading.subscribe(conversation_id, position, connection)
             await connection.attach(self.detach())
         except BaseException:
             connection.release()

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from chatserver import __main__ as server
-from chatserver.hub import LiveConversation, LiveReply, Log
+from chatserver.hub import Hub, LiveConversation, LiveReply, Log
 from chatserver.positions import Position
-from chatserver.replies import Replies
+from chatserver.replies import publishing
+from chatserver.replies.leases import Leases
+from chatserver.replies.writer import Writer
 from chatserver.store.turns import Turns
+from chatserver.tasks import Tasks
 from chatserver.wire import sse
 
 
@@ -26,17 +29,17 @@ def post_stored_twice() -> None:
 
 def done_before_the_write() -> None:
     """The end is sent at once, and stored two seconds later."""
-    finish = Replies._finish
+    finish, tasks = Writer._finish, Tasks()
 
-    async def early(self: Replies, conversation_id: str, message: Any) -> Any:
+    async def early(self: Writer, message: Any) -> Any:
         async def later() -> None:
             await asyncio.sleep(2.0)
-            await finish(self, conversation_id, message)
+            await finish(self, message)
 
-        self.spawn(later())
+        tasks.spawn(later())
         return message
 
-    Replies._finish = early  # type: ignore[method-assign]
+    Writer._finish = early  # type: ignore[method-assign]
 
 
 def text_repeated_on_resume() -> None:
@@ -58,8 +61,8 @@ def expired_replies_ignored() -> None:
         await asyncio.sleep(0.05)
         return False
 
-    Replies._finish_expired = nothing  # type: ignore[assignment, method-assign]
-    Replies.finish_from_checkpoint = nothing  # type: ignore[method-assign]
+    Leases.finish_expired = nothing  # type: ignore[assignment, method-assign]
+    Leases.finish_from_checkpoint = nothing  # type: ignore[method-assign]
 
 
 def rare_checkpoints() -> None:
@@ -69,13 +72,13 @@ def rare_checkpoints() -> None:
 
 def end_not_sent_at_shutdown() -> None:
     """Streams end without the end of the replies that the shutdown interrupts."""
-    publish_end = Replies._publish_end
+    publish_end = publishing.publish_end
 
-    def skipped(self: Replies, live: LiveConversation, reply: LiveReply, message: Any) -> None:
-        if not self._out_of_time:
-            publish_end(self, live, reply, message)
+    def skipped(hub: Hub, live: LiveConversation, reply: LiveReply, stored: Any) -> None:
+        if stored is None or stored.status != "interrupted":
+            publish_end(hub, live, reply, stored)
 
-    Replies._publish_end = skipped  # type: ignore[method-assign]
+    publishing.publish_end = skipped
 
 
 def deletion_not_sent() -> None:

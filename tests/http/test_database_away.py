@@ -125,7 +125,7 @@ async def test_start_with_an_unknown_outcome_is_settled(
     assert [event.name for event in events][:: len(events) - 1] == ["input", "done"]
     messages = document(app, conversation_id)["messages"]
     assert [str(each["_id"]) for each in messages] == [first["messageId"], first["replyId"]]
-    await app.until(lambda: not app.chat._replies._pending)
+    await app.until(lambda: not app.replies.starting)
 
 
 async def test_start_that_is_stored_late_is_found(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ async def test_delete_that_meets_the_natural_end_resets_its_streams(
 
     async def late(conversation_id: str) -> bool:
         release(source)
-        await app.until(lambda: not app.chat.running)
+        await app.until(lambda: not app.replies.running)
         return await delete(conversation_id)
 
     monkeypatch.setattr(app.store, "delete", late)

@@ -167,7 +167,7 @@ async def test_slow_client_that_reads_now_and_then_is_not_disconnected(make_app:
         app.port, f"/chat/stream/{answer['conversationId']}?lastEventId={answer['lastEventId']}"
     ).open()
     raw.writer.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    await app.until(lambda: not app.chat.running)
+    await app.until(lambda: not app.replies.running)
     seen, loop = Transcript(), asyncio.get_running_loop()
     began = loop.time()
     count = 0

@@ -340,7 +340,7 @@ async def test_odd_fields_break_neither_their_conversation_nor_any_other(app: Ap
             assert response.status_code in (202, 409), (document, response.text)
             response = await app.client.http.post(f"/chat/{name}/retry")
             assert response.status_code in (202, 409), (document, response.text)
-        await app.until(lambda: not app.chat.running)
+        await app.until(lambda: not app.replies.running)
         assert await app.store.find_expired([]) == []
         assert await app.client.history(good["conversationId"]) == whole
         app.database.conversations.delete_many({"_id": {"$in": ids}})

@@ -60,7 +60,7 @@ async def test_history_read_while_a_reply_ends_is_consistent(
         record = await read(*arguments, **options)
         monkeypatch.undo()
         release(source, 2)
-        await app.until(lambda: not app.chat.running)
+        await app.until(lambda: not app.replies.running)
         return record
 
     monkeypatch.setattr(app.store, "read", ends_before_it_returns)

@@ -267,7 +267,7 @@ async def test_no_route_or_method_bypasses_the_base_of_all_handlers(app: App, mo
         raise HostNotAllowed
 
     monkeypatch.setattr(BaseHandler, "prepare", refuse)
-    table: Any = make_routes(app.chat, app.streams, app.metrics, app.settings)
+    table: Any = make_routes(app.chat, app.reading, app.streams, app.metrics, app.settings)
     patterns = [rule.matcher.regex.pattern for rule in table.wildcard_router.rules]
     paths = {re.sub(r"\([^)]*\)", ID, pattern.removesuffix("$")).replace("\\", "") for pattern in patterns}
     assert {"/chat", f"/chat/stream/{ID}", "/metrics", f"/web/{ID}"} <= paths
@@ -511,7 +511,7 @@ async def test_health_readiness_and_metrics(app: App) -> None:
     await app.client.turn("hi", ID)
     assert (await http.get("/healthz")).json() == {"status": "ok"}
     assert (await http.get("/readyz")).json() == {"status": "ready"}
-    app.chat._replies.draining = True
+    app.replies.refuse_turns()
     assert_problem(await http.get("/readyz"), 503, "draining")
     response = await app.client.post("hi")
     assert_problem(response, 503, "draining")

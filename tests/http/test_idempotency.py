@@ -26,7 +26,7 @@ async def test_same_key_always_gets_the_first_answer(database: Database, known: 
         release(source, 2)
         await app.until_idle()
         assert await app.client.say("Hello", conversation_id, "key") == first
-        app.chat._replies.draining = True
+        app.replies.refuse_turns()
         assert await app.client.say("Hello", conversation_id, "key") == first
     async with running(App(database)) as app:
         await app.client.turn("And?", first["conversationId"])

@@ -94,7 +94,7 @@ async def test_no_request_holds_the_event_loop_however_long_the_conversation(
     stream = f"/chat/stream/{conversation_id}?lastEventId={position}"
     await asyncio.to_thread(fetch, app, "GET", stream, None, f'"messageId":"{last}"'.encode())
     await asyncio.to_thread(fetch, app, "POST", "/chat", body)
-    await app.until(lambda: not app.chat.running)
+    await app.until(lambda: not app.replies.running)
 
     assert max(holds) < 0.05
     assert response.getheader("Transfer-Encoding") == "chunked"

@@ -31,7 +31,7 @@ async def test_document_is_served_and_valid(app: App) -> None:
 
 
 async def test_every_route_and_method_is_in_it_and_nothing_else(app: App) -> None:
-    table = routes(app.chat, app.streams, app.metrics, app.settings)
+    table = routes(app.chat, app.reading, app.streams, app.metrics, app.settings)
     served = {}
     for rule in table.wildcard_router.rules:
         path = re.sub(r"\(\[\^/\]\*\)", "{conversationId}", _matcher(rule).regex.pattern.removesuffix("$"))

@@ -129,7 +129,7 @@ async def test_examples_of_the_protocol_are_what_the_server_does(make_app: MakeA
             await app.until(lambda: app.subscribers == 1)
         elif exchange.request:
             if waiting is None:
-                await app.until(lambda: app.chat.running or not app.hub.conversations)
+                await app.until(lambda: app.replies.running or not app.hub.conversations)
             _check(exchange.response, await _send(app, exchange.request, bindings), bindings)
         else:
             assert waiting is not None

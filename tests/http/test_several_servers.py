@@ -9,7 +9,7 @@ import pytest
 from bson import ObjectId
 
 from chatserver.records import INTERRUPTED, Message
-from chatserver.replies import Replies
+from chatserver.replies.leases import Leases
 from tests.apps import App, Database, MakeApp
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
 from tests.http.turns import AGES_AGO, document, event_names, gated, release, said
@@ -20,9 +20,7 @@ pytestmark = pytest.mark.gen_test
 
 async def lose(app: App) -> None:
     """Make an application behave like a killed server: it stores nothing more and renews no lease."""
-    for task in list(app.chat._replies._tasks):
-        task.cancel()
-    await asyncio.gather(*app.chat._replies._tasks, return_exceptions=True)
+    await app.server.background.close()
 
 
 @pytest.mark.expects_log("could not be stored")
@@ -59,7 +57,7 @@ async def test_expired_reply_is_followed_and_finished_once(make_app: MakeApp) ->
 async def test_post_to_a_conversation_of_a_dead_server_finishes_its_reply(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Replies, "_sweep", lambda _: asyncio.sleep(3600))
+    monkeypatch.setattr(Leases, "sweep", lambda _: asyncio.sleep(3600))
     lost = await make_app(source=gated("a"), lease_ms=300, checkpoint_ms=20)
     answer = await lost.client.say("Hello")
     await lose(lost)
@@ -173,7 +171,7 @@ async def test_turn_started_elsewhere_while_a_reply_is_followed_is_not_missed(ma
     watcher = asyncio.create_task(event_names(other, conversation_id))
     await said(other, conversation_id, 4)
     release(source)
-    await writer.until(lambda: not writer.chat.running)
+    await writer.until(lambda: not writer.replies.running)
     # Now the other server still follows what has ended.
     second = await writer.client.say("And?", conversation_id)
     seen = Transcript()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from bson import ObjectId
 
+from chatserver.replies.registry import Phase
 from tests.apps import Database, MakeApp
 from tests.clients import Client, Event, RawStream, text_of
 from tests.http.turns import document
@@ -36,9 +37,9 @@ async def test_reply_started_after_the_drain_time_is_interrupted(
 
     monkeypatch.setattr(app.store, "start_turn", late)
     saying = asyncio.create_task(app.client.say("Hello"))
-    await app.until(lambda: app.chat._replies._pending)
-    draining = asyncio.create_task(app.chat.drain())
-    await app.until(lambda: app.chat._replies._out_of_time)
+    await app.until(lambda: app.replies.starting)
+    draining = asyncio.create_task(app.replies.drain())
+    await app.until(lambda: app.replies.phase is Phase.INTERRUPTING)
     held.set()
     answer = await saying
     await asyncio.wait_for(draining, 2)

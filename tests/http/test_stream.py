@@ -135,7 +135,7 @@ async def test_source_that_cancels_itself_ends_its_reply(make_app: MakeApp) -> N
     app = await make_app(source=Script("half", asyncio.CancelledError()))
     answer, events = await app.client.turn("hi")
     assert events[-1].data["code"] == "source_failed"
-    assert not app.chat.running
+    assert not app.replies.running
     assert (await app.client.history(answer["conversationId"]))["messages"][-1]["status"] == "failed"
 
 

@@ -15,6 +15,7 @@ from chatserver import tasks
 from chatserver.errors import DatabaseUnavailable, OutcomeUnknown
 from chatserver.hub import LiveConversation, delivery
 from chatserver.mongod import Mongod
+from chatserver.replies import publishing
 from chatserver.store.batcher import Batcher
 from chatserver.streams import Connection
 from tests.apps import App, MakeApp, Script
@@ -172,7 +173,7 @@ async def test_reply_that_cannot_be_checkpointed_costs_the_others_nothing(
     broken = Broken(app.store.checkpoint, lambda replies: bad["replyId"] in replies)
     monkeypatch.setattr(app.store, "checkpoint", broken)
     await app.until(lambda: stored(app, good["conversationId"]).get("reply", {}).get("content") == "kept ")
-    await app.until(lambda: app.chat.running == 1)
+    await app.until(lambda: app.replies.running == 1)
     assert stored(app, bad["conversationId"])["messages"][-1]["status"] == "failed"
     gate.release()
     gate.release()
@@ -188,17 +189,17 @@ async def test_reply_is_stored_after_all(make_app: MakeApp, monkeypatch: pytest.
     assert text_of(events) == "every word" and events[-1].data["status"] == "complete"
 
 
-@pytest.mark.expects_log("a background task crashed")
+@pytest.mark.expects_log("a reply could not be stored or published")
 async def test_end_that_cannot_be_published_is_published_from_what_is_stored(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = await make_app(source=Script("every ", "word"))
-    monkeypatch.setattr(app.chat._replies, "_publish_end", Broken(app.chat._replies._publish_end))
+    monkeypatch.setattr(publishing, "publish_end", Broken(publishing.publish_end))
     _, events = await app.client.turn("hi")
     assert text_of(events) == "every word" and events[-1].data["status"] == "complete"
 
 
-@pytest.mark.expects_log("a lost reply could not be finished")
+@pytest.mark.expects_log("an expired reply could not be finished")
 async def test_lost_replies_are_finished(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = asyncio.Semaphore(0)
     lost = await make_app(source=Script("a", gate=gate), checkpoint_ms=60_000, lease_ms=180_000)

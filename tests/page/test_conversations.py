@@ -115,7 +115,7 @@ def test_slow_deletion_does_not_leave_another_conversation(page: Page, make_site
     site.say(2)
     for text in ("First", "Second"):
         site.run(site.app.client.say(text))
-        site.until(lambda: not site.app.chat.running)
+        site.until(lambda: not site.app.replies.running)
     open_page(page, site.url)
     page.get_by_role("link", name="First").click()
     expect(answers(page)).to_have_text(["one"])

@@ -63,7 +63,7 @@ def test_offline_and_back(context: BrowserContext, make_site: MakeSite) -> None:
     expect(page.locator("#state")).to_have_text("Offline")
     site.say(4)
     conversation_id = id_of(page)
-    site.until(lambda: not site.app.chat.running)
+    site.until(lambda: not site.app.replies.running)
     assert answers(page).all_text_contents() == [said(2)]
     context.set_offline(False)
     expect(page.locator("#state")).to_have_text("Live")
@@ -284,13 +284,13 @@ def test_turn_accepted_while_the_stream_is_down_is_shown_once_and_in_order(page:
     site.run(site.app.end_streams())
     expect(page.locator("#state")).to_have_text("Reconnecting")
     site.run(site.app.client.say("Second, by somebody else", conversation_id))
-    site.until(lambda: not site.app.chat.running)
+    site.until(lambda: not site.app.replies.running)
     say(page, "Third")
     # The page knows that it was accepted, but not yet the message before it.
     expect(said_by_user(page)).to_have_text(["First", "Third"])
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     site.say(3)
-    site.until(lambda: not site.app.chat.running)
+    site.until(lambda: not site.app.replies.running)
     is_down = False
     expect(answers(page)).to_have_text([said(1), said(2), said(3)])
     expect(said_by_user(page)).to_have_text(["First", "Second, by somebody else", "Third"])
@@ -302,7 +302,7 @@ def test_history_that_is_refused_is_fetched_again(page: Page, make_site: MakeSit
     site = make_site(words(2))
     site.say(2)
     conversation_id = site.run(site.app.client.say("Hello"))["conversationId"]
-    site.until(lambda: not site.app.chat.running)
+    site.until(lambda: not site.app.replies.running)
     refusals = iter([503, 500])
 
     def refuse(route: Route) -> None:

@@ -72,7 +72,7 @@ def test_long_conversation_opens_at_its_very_end(page: Page, make_site: MakeSite
     """Messages far from the viewport are not laid out: their heights are estimates."""
     site = make_site([])
     conversation_id = site.run(site.app.client.say("Hello"))["conversationId"]
-    site.until(lambda: not site.app.chat.running)
+    site.until(lambda: not site.app.replies.running)
     now = datetime.now(UTC)
     roles = ("user", "assistant") * 200
     messages = [

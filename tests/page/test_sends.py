@@ -185,7 +185,7 @@ def test_foreign_answers_break_nothing(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(1), words(1))
     site.say()
     conversation_id = site.run(site.app.client.say("Hello"))["conversationId"]
-    site.until(lambda: not site.app.chat.running)
+    site.until(lambda: not site.app.replies.running)
     is_ours = False
     login = {"status": 200, "content_type": "text/html", "body": "<h1>Log in</h1>"}
     page.route(re.compile("/chat"), lambda route: route.continue_() if is_ours else route.fulfill(**login))

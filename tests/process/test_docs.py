@@ -142,7 +142,7 @@ async def test_stream_is_read_by_fetch_with_a_token(make_app: MakeApp, tmp_path:
     (tmp_path / "follow.mjs").write_text(example + FOLLOWER)
     answer = await app.client.say("Hello!")
     conversation_id = answer["conversationId"]
-    await app.until(lambda: not app.chat.running)
+    await app.until(lambda: not app.replies.running)
     command = ["node", str(tmp_path / "follow.mjs"), str(app.port), conversation_id]
 
     node = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)

@@ -11,6 +11,7 @@ import httpx
 import pymongo
 import pytest
 
+from chatserver.replies.writer import Stage
 from tests.apps import App, Database, running
 from tests.clients import new_id, text_of
 from tests.processes import MongoServer, Server, steady_port, until
@@ -75,11 +76,11 @@ async def test_new_turns_are_refused_in_time_and_running_ones_go_on(mongod: Mong
         assert max(await asyncio.gather(*(post(number) for number in range(100)))) < 5
         assert (await app.client.http.get("/healthz")).status_code == 200
         assert (await app.client.http.get("/readyz")).status_code == 503
-        reply = app.chat._replies.get(answer["replyId"])
-        assert reply is not None
+        writer = app.replies.writer(answer["replyId"])
+        assert writer is not None
         # All has been said, and waits to be stored: no `done` yet.
-        await app.until(lambda: not reply.generating)
-        assert not watcher.done() and reply.live.reply is reply.reply
+        await app.until(lambda: writer.stage is Stage.STORING)
+        assert not watcher.done() and writer.live.reply is writer.reply
         await mends(mongod, how)
         events = await watcher
         assert events[-1].name == "done"
@@ -96,7 +97,7 @@ async def test_new_turns_are_refused_in_time_and_running_ones_go_on(mongod: Mong
 
         answers = await asyncio.gather(*(again(number) for number in range(100)))
         assert await asyncio.gather(*(again(number) for number in range(100))) == answers
-        await app.until(lambda: not app.chat.running and not app.chat._replies._pending, 60)
+        await app.until(lambda: not app.replies.running and not app.replies.starting, 60)
         assert db.conversations.count_documents({}) == 101
         for document in db.conversations.find():
             assert [message["role"] for message in document["messages"]] == ["user", "assistant"]

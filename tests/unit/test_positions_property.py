@@ -250,19 +250,20 @@ class Server:
             make_store=GatedStore,
         )
         assert isinstance(whole.store, GatedStore)
-        self.hub, self.store, self.chat = whole.hub, whole.store, whole.chat
+        self.whole, self.hub, self.store = whole, whole.hub, whole.store
+        self.chat, self.reading, self.replies = whole.chat, whole.reading, whole.replies
         self.zombies = 0
         """Replies that it still writes although another server has ended them."""
 
     async def until_ended(self) -> None:
         """Wait until it writes no reply but its zombies."""
-        while self.chat.running > self.zombies:
+        while self.replies.running > self.zombies:
             await asyncio.sleep(0.001)
 
     async def checkpoint(self) -> None:
         """Have a checkpoint taken; it ends the zombies."""
         self.store.taken = asyncio.Event()
-        if self.chat.running:
+        if self.replies.running:
             await self.store.taken.wait()
         self.store.taken = None
 
@@ -351,7 +352,7 @@ class Conversation(RuleBasedStateMachine):
         await self.begin_with_history(client, self.servers[0])
 
     async def begin_with_history(self, client: Client, server: Server) -> None:
-        history = await server.chat.history(self.id)
+        history = await server.reading.history(self.id)
         parts = [part async for part in history.parts]
         messages = [message for part in parts for message in part.messages]
         said = {message.id: message.content for message in messages}
@@ -380,7 +381,7 @@ class Conversation(RuleBasedStateMachine):
             assert (status, content) in allowed
             self.record.append(stored[-1])
             self.ended_at = turn.server
-            if turn.server is not None and turn.server.chat.running > turn.server.zombies:
+            if turn.server is not None and turn.server.replies.running > turn.server.zombies:
                 turn.server.zombies += 1
                 self.ended_at = None
             self.turn = None
@@ -397,7 +398,7 @@ class Conversation(RuleBasedStateMachine):
 
     async def started(self) -> Server:
         server = Server(self.world.client)
-        await server.chat.start()
+        await server.whole.start_replies()
         return server
 
     @precondition(lambda self: self.turn is None)
@@ -476,7 +477,7 @@ class Conversation(RuleBasedStateMachine):
         """Have a checkpoint taken; it ends what the server still writes although another one has ended it."""
         await server.checkpoint()
         ours = self.turn is not None and self.turn.server is server and self.stored() == self.record
-        while server.chat.running > ours:
+        while server.replies.running > ours:
             await asyncio.sleep(0.001)
         server.zombies = 0
 
@@ -492,8 +493,8 @@ class Conversation(RuleBasedStateMachine):
         self.world.conversations.update_one({"_id": ObjectId(self.id)}, long_ago)
 
         async def look() -> None:
-            await self.servers[number].chat.history(self.id)
-            await self.servers[1 - number].chat.history(self.id)
+            await self.servers[number].reading.history(self.id)
+            await self.servers[1 - number].reading.history(self.id)
 
         self.run(look())
         self.look(("interrupted", turn.saved))
@@ -505,12 +506,12 @@ class Conversation(RuleBasedStateMachine):
 
         async def restart() -> None:
             if not killed:
-                await server.chat.drain()
+                await server.replies.drain()
                 for client in self.at(server):
                     assert client.line is not None
                     client.line.connection.finish()
                 await self.settle()
-            await server.chat.close()
+            await server.whole.stop_replies()
             for client in self.at(server):
                 client.lose_line()
             self.servers[number] = await self.started()
@@ -544,7 +545,7 @@ class Conversation(RuleBasedStateMachine):
 
     async def connect(self, client: Client, server: Server, window: int) -> None:
         connection = Connection(b"", server.hub.unsubscribe, stream_format=sse, chunked=False)
-        await server.chat.subscribe(self.id, positions.parse_position(client.position), connection)
+        await server.reading.subscribe(self.id, positions.parse_position(client.position), connection)
         client.line, client.server = Line(connection, window), server
         connection.connection_made(client.line)
 
@@ -632,7 +633,7 @@ class Conversation(RuleBasedStateMachine):
                 await asyncio.sleep(0.001)
         finally:
             for server in self.servers:
-                await server.chat.close()
+                await server.whole.stop_replies()
 
 
 def end_of(status: str, code: str | None) -> str:

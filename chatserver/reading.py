@@ -1,0 +1,198 @@
+"""The use cases that read conversations: history, list, subscribe."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from typing import NamedTuple
+
+from chatserver import positions
+from chatserver.errors import DatabaseUnavailable, NoSuchConversation, NotFound
+from chatserver.hub import Hub, LiveConversation, Subscriber
+from chatserver.metrics import Metrics
+from chatserver.positions import Position
+from chatserver.records import PAGE_SIZE, Before, Message, Newest, Place, Record, Span, Summary
+from chatserver.replies import Alignment
+from chatserver.settings import Settings
+from chatserver.store import Store
+from chatserver.tasks import Tasks
+from chatserver.wire.replay import Page, page_after, span_after
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A conversation, including a running reply as its last message, with the status "streaming".
+
+    `streaming` is whether a reply runs, be it among the messages or not; `has_more` is whether older messages were left
+    out. `parts` yields the messages, in at least one part. Later parts are read on demand, which raises
+    `NoSuchConversation` if the conversation was deleted meanwhile.
+    """
+
+    created_at: datetime
+    updated_at: datetime
+    streaming: bool
+    has_more: bool
+    parts: AsyncIterator["Part"]
+
+
+class Part(NamedTuple):
+    """Some messages of a history, as many as may be in memory at once.
+
+    `position` is the position after them. With `continues`, the first message is a further piece of the last one of the
+    previous part; with `breaks_off`, the next part continues the last message.
+    """
+
+    messages: Sequence[Message]
+    position: Position
+    continues: bool = False
+    breaks_off: bool = False
+
+
+class Reading:
+    """The use cases that read conversations. Each method may raise `DatabaseUnavailable`.
+
+    :param sole_server: whether the database is private, so that no other server writes replies
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        hub: Hub,
+        alignment: Alignment,
+        metrics: Metrics,
+        background: Tasks,
+        *,
+        sole_server: bool = False,
+    ) -> None:
+        self._store = store
+        self._hub = hub
+        self._alignment = alignment
+        self._tasks = background
+        self._sole_server = sole_server
+        self._keepalive_s = settings.keepalive_s
+        self._resets = metrics.counter("chatserver_resets_total", "Streams whose position was unknown.")
+
+    async def history(self, conversation_id: str, limit: int | None = None, before: str | None = None) -> History:
+        """Return a conversation: all of it, or its newest `limit` messages (before a message's id).
+
+        :raises NotFound: if there is no such conversation, or `before` is none of its messages
+        """
+        with self._hub.hold(conversation_id) as live:
+            span: Span = Newest(limit) if before is None else Before(before, limit)
+            record = await self._alignment.read(live, span)
+            # No await from here on: the stored messages and the running reply's text must be consistent. Stored
+            # messages do not change, so most of them can be read later.
+            if record is None:
+                raise NoSuchConversation
+            if not record.found:
+                raise NotFound("The parameter before names no message of this conversation.")
+            running = None
+            if (reply := record.reply) is not None and before is None:
+                content = reply.content
+                if live.reply is not None and live.reply.message_id == reply.id:
+                    content = max(content, live.reply.content, key=len)
+                running = Message(reply.id, "assistant", content, reply.created_at, "streaming")
+            return History(
+                created_at=record.created_at,
+                updated_at=record.updated_at,
+                streaming=reply is not None,
+                has_more=record.older > 0,
+                parts=self._parts(conversation_id, record, running),
+            )
+
+    async def _parts(self, conversation_id: str, record: Record, running: Message | None) -> AsyncIterator[Part]:
+        """Yield the messages of a record, those that follow, and the running reply."""
+        created_at, continues = record.created_at, False
+        position = positions.start(conversation_id)
+        while True:
+            rest = record.following
+            breaks_off = rest is not None and rest.chars > 0
+            if record.messages:
+                last = record.messages[-1]
+                position = Position(last.id, rest.chars if rest is not None and breaks_off else None)
+            yield Part(record.messages, position, continues, breaks_off)
+            if rest is None:
+                break
+            continues = breaks_off
+            found = await self._store.read(conversation_id, rest)
+            if found is None or found.created_at != created_at or not found.messages:
+                raise NoSuchConversation
+            record = found
+        if running is not None:
+            chars = len(running.content)
+            for begin in range(0, chars or 1, PAGE_SIZE):
+                end = min(begin + PAGE_SIZE, chars)
+                part = replace(running, content=running.content[begin:end])
+                yield Part([part], Position(running.id, end), continues=begin > 0, breaks_off=end < chars)
+
+    async def summaries(self, limit: int, after: Place | None = None) -> Sequence[Summary]:
+        """Return up to `limit` conversations that follow a place in the list, the latest activity first."""
+        return await self._store.summaries(limit, after)
+
+    async def subscribe(self, conversation_id: str, position: Position | None, subscriber: Subscriber) -> None:
+        """Replay everything after a position to a subscriber, then keep it subscribed.
+
+        :param position: None for the start of the running reply, or the conversation's end if no reply runs. An unknown
+            position is answered by `reset`
+        """
+        with self._hub.hold(conversation_id) as live:
+            record = None
+            # A conversation without a running reply here may have continued on another server.
+            if not _is_live(live, position) or (live.reply is None and not self._sole_server):
+                span = None if position is None else span_after(position, conversation_id)
+                try:
+                    record = await self._alignment.read(live, span, divided="replies")
+                    self._alignment.align(live, record)
+                except DatabaseUnavailable:
+                    if not _is_live(live, position):
+                        raise
+            if subscriber.closed:
+                return
+            # No await from here on: the replay ends exactly at the cursor, so that no text is lost or repeated.
+            at = position or _default_position(live) or positions.start(conversation_id)
+            page = Page([], at)
+            if not live.covers(at):
+                found = page_after(at, record, subscriber.format, until_done=subscriber.until_done) if record else None
+                if found is None:
+                    self.refuse(subscriber)
+                    return
+                page = found
+            then = partial(self._replay_next, conversation_id, page.position, subscriber) if page.more else None
+            self._hub.replay(subscriber, subscriber.format.opening(at, self._keepalive_s), page.frames, then)
+            if page.ends:
+                subscriber.end()
+            elif not page.more:
+                live.subscribe(subscriber, page.position)
+
+    def refuse(self, subscriber: Subscriber) -> None:
+        """Answer an unknown position with `reset`, and end the stream."""
+        self._resets.inc()
+        self._hub.reset(subscriber)
+
+    def _replay_next(self, conversation_id: str, position: Position, subscriber: Subscriber) -> None:
+        """Replay the next page to a subscriber that has received the previous one."""
+        self._tasks.spawn(self._continue(conversation_id, position, subscriber))
+
+    async def _continue(self, conversation_id: str, position: Position, subscriber: Subscriber) -> None:
+        try:
+            await self.subscribe(conversation_id, position, subscriber)
+        except DatabaseUnavailable:
+            subscriber.disconnect()
+        except Exception:
+            subscriber.disconnect()
+            raise
+
+
+def _default_position(live: LiveConversation) -> Position | None:
+    """Return where a stream without a position begins: at the running reply's start, else at the end.
+
+    :return: None if nothing is known of the conversation
+    """
+    return Position(live.reply.message_id, 0) if live.reply else live.position
+
+
+def _is_live(live: LiveConversation, position: Position | None) -> bool:
+    """Return whether everything after a position (None: the default one) is in memory."""
+    at = position or _default_position(live)
+    return at is not None and live.covers(at)

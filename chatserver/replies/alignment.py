@@ -1,0 +1,97 @@
+"""Alignment: a conversation in the database and in memory, read at one moment and brought into line.
+
+MongoDB is authoritative. Memory is ahead of it only by the text of replies that this process writes.
+"""
+
+from contextlib import suppress
+
+from chatserver import positions
+from chatserver.errors import DatabaseUnavailable
+from chatserver.hub import Hub, LiveConversation, LiveReply
+from chatserver.records import Record, Span, StoredReply
+from chatserver.replies import endings, publishing
+from chatserver.replies.follower import Follower
+from chatserver.replies.leases import Leases
+from chatserver.replies.own import OwnReplies
+from chatserver.settings import Settings
+from chatserver.store import Store
+from chatserver.store.pages import Divided
+from chatserver.tasks import Tasks
+
+
+class Alignment:
+    """Reads conversations consistently with memory, and starts to follow replies of other servers."""
+
+    def __init__(
+        self, settings: Settings, store: Store, hub: Hub, own: OwnReplies, leases: Leases, tasks: Tasks
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._hub = hub
+        self._own = own
+        self._leases = leases
+        self._tasks = tasks
+
+    async def read(
+        self, live: LiveConversation, span: Span | None = None, *, divided: Divided = "all"
+    ) -> Record | None:
+        """Read a conversation such that the record is consistent with `live` until the caller's next `await`.
+
+        Repeat the read if a turn started or ended here meanwhile. End the running reply if its lease has expired.
+
+        :param live: the conversation, which the caller must hold
+        :param span: the messages to read; None for none
+        :param divided: which of them are read in parts if they are long
+        :return: None if the conversation is unknown
+        """
+        tried: StoredReply | None = None
+        while True:
+            version = live.version
+            if span is None:
+                record = await self._store.peek(live.conversation_id)
+            else:
+                record = await self._store.read(live.conversation_id, span, divided=divided)
+            reply = record.reply if record else None
+            if reply is not None and (settled := self._own.unsettled(reply.id)) is not None:
+                # Our own start: stored, but not yet published, or about to be settled.
+                await settled.wait()
+            elif reply is not None and reply.expired and reply.id not in self._own.writers and reply != tried:
+                await self._leases.finish_from_checkpoint(live.conversation_id, reply, endings.INTERRUPTED)
+                tried = reply
+            elif live.version == version:
+                if record is None and live.reply is None:
+                    # Deleted, possibly by another server: its subscribers are disconnected and find out.
+                    live.adopt(positions.start(live.conversation_id))
+                return record
+
+    def align(self, live: LiveConversation, record: Record | None) -> None:
+        """Bring a live conversation into line with a record: its last message, and a reply of another server.
+
+        :param record: as `read` returned it, without an `await` since
+        """
+        end = positions.after(record.last_id if record else None, live.conversation_id)
+        stored = record.reply if record else None
+        if stored is None:
+            if live.reply is None:
+                live.adopt(end)
+        elif live.reply is None or live.reply.message_id != stored.id:
+            live.open_turn(end, None, stored.id, stored.created_at)
+            assert live.reply is not None
+            publishing.publish_text(live, live.reply, stored.content)
+            self.follow(live, live.reply)
+
+    async def realign(self, live: LiveConversation) -> None:
+        """Read and align a conversation whose reply another server has ended: the next one may have started there."""
+        if not live.is_unused:
+            with suppress(DatabaseUnavailable), self._hub.hold(live.conversation_id) as live:
+                self.align(live, await self.read(live))
+
+    def follow(self, live: LiveConversation, reply: LiveReply) -> None:
+        """Follow, in the background, a reply that this process does not write."""
+        self._tasks.spawn(self._follow(live, reply))
+
+    async def _follow(self, live: LiveConversation, reply: LiveReply) -> None:
+        followed = await Follower(self._settings, self._store, self._hub, self._leases, live, reply).run()
+        if followed is not None and not live.is_unused:
+            # The other server may have started the next turn.
+            self.align(live, followed.record)

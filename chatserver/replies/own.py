@@ -1,0 +1,68 @@
+"""The replies that belong to this process: those it writes, and those it is starting."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tornado.locks import Condition
+
+from chatserver.replies.writer import Writer
+
+
+class OwnReplies:
+    """The table of a process's replies.
+
+    A reply is listed while its start is being stored, so that readers who find it in the database wait until it is
+    published; then its writer is listed until it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.writers: dict[str, Writer] = {}
+        """Reply id -> writer."""
+        self._starting: dict[str, asyncio.Event] = {}
+        """Reply id -> set when its start is published, or known not to be stored."""
+        self._changed = Condition()
+
+    def __len__(self) -> int:
+        return len(self.writers) + len(self._starting)
+
+    @property
+    def ids(self) -> list[str]:
+        return [*self.writers, *self._starting]
+
+    @property
+    def starting(self) -> int:
+        """The number of replies whose start is not settled."""
+        return len(self._starting)
+
+    @contextmanager
+    def start(self, reply_id: str) -> Iterator[None]:
+        """List a reply as starting inside the block."""
+        settled = self._starting[reply_id] = asyncio.Event()
+        try:
+            yield
+        finally:
+            del self._starting[reply_id]
+            settled.set()
+            self._changed.notify_all()
+
+    def unsettled(self, reply_id: str) -> asyncio.Event | None:
+        """Return the event that is set once a starting reply is settled; None if the reply is not starting."""
+        return self._starting.get(reply_id)
+
+    def add(self, writer: Writer) -> None:
+        self.writers[writer.reply.message_id] = writer
+
+    def remove(self, writer: Writer) -> None:
+        del self.writers[writer.reply.message_id]
+        self._changed.notify_all()
+
+    async def idle_within(self, seconds: float) -> bool:
+        """Wait until the table is empty; return whether that happened within `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                while self:
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True

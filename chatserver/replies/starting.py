@@ -1,0 +1,93 @@
+"""Starting a turn: its first write, and what to do if the outcome of that write is unknown."""
+
+import asyncio
+from dataclasses import dataclass
+
+from chatserver import tasks
+from chatserver.errors import DatabaseUnavailable, ReplyInProgress
+from chatserver.hub import LiveConversation
+from chatserver.records import StartedTurn, Turn
+from chatserver.replies.alignment import Alignment
+from chatserver.store import Store
+
+_LOOKS = 3
+"""A write that was in flight may arrive a moment after the database is back, so one look is not enough."""
+_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class NewTurn:
+    """A turn that begins with a user's message.
+
+    :ivar is_new: whether the conversation's id is fresh, so that the conversation need not be searched for
+    """
+
+    turn: Turn
+    text: str
+    key: str | None
+    is_new: bool
+
+    @property
+    def conversation_id(self) -> str:
+        return self.turn.conversation_id
+
+    @property
+    def reply_id(self) -> str:
+        return self.turn.reply_id
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """A turn that replaces the last reply, which was stopped, failed or interrupted, by a new one."""
+
+    conversation_id: str
+    reply_id: str
+
+
+class Starter:
+    """Stores the starts of turns."""
+
+    def __init__(self, store: Store, alignment: Alignment) -> None:
+        self._store = store
+        self._alignment = alignment
+
+    async def store(self, live: LiveConversation, turn: NewTurn | Retry) -> StartedTurn:
+        """Store the start of a turn, once an expired reply that blocks it is ended.
+
+        :raises OutcomeUnknown: if MongoDB stopped answering in the middle; see `settle`
+        :raises ChatError: as `Store.start_turn` or `Store.start_retry`, and nothing is stored
+        """
+        try:
+            return await self._write(turn)
+        except ReplyInProgress:
+            # Reading ends a reply whose lease has expired.
+            record = await self._alignment.read(live)
+            if record is not None and record.reply is not None:
+                raise
+            return await self._write(turn)
+
+    async def _write(self, turn: NewTurn | Retry) -> StartedTurn:
+        if isinstance(turn, Retry):
+            return await self._store.start_retry(turn.conversation_id, turn.reply_id)
+        return await self._store.start_turn(turn.turn, turn.text, turn.key, new=turn.is_new)
+
+    async def settle(self, turn: NewTurn | Retry) -> StartedTurn | None:
+        """Find out, once MongoDB answers, whether a start with an unknown outcome was stored; return it, or None."""
+        search = _Search(self._store, turn)
+        await tasks.repeat(search.look, expected=(DatabaseUnavailable,))
+        return search.found
+
+
+class _Search:
+    def __init__(self, store: Store, turn: NewTurn | Retry) -> None:
+        self.found: StartedTurn | None = None
+        self._store = store
+        self._turn = turn
+        self._looks = 0
+
+    async def look(self) -> bool:
+        """Look once; return whether the search is over."""
+        await asyncio.sleep(_PAUSE_S)
+        self.found = await self._store.find_started(self._turn.conversation_id, self._turn.reply_id)
+        self._looks += 1
+        return self.found is not None or self._looks == _LOOKS

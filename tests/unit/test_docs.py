@@ -87,6 +87,13 @@ def test_tree_of_the_architecture_is_the_real_one() -> None:
         assert all((ROOT / "scripts" / name).exists() for name in scripts.split(", "))
 
 
+def test_modules_of_the_packages_are_the_real_ones() -> None:
+    table = (ROOT / "docs" / "architecture.md").read_text().partition("| package | modules |")[2].partition("\n\n")[0]
+    for package, modules in re.findall(r"^\| `(.*?)/` \| (.*) \|$", table, re.M):
+        there = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+        assert set(re.findall(r"`(\w+)`", modules)) == there, package
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_links_and_paths_in_the_documents_exist(page: Path) -> None:
     text = _without_blocks(page)

@@ -38,8 +38,8 @@ class History:
 class Part(NamedTuple):
     """Some messages of a history, as many as may be in memory at once.
 
-    `position` is the position after them. With `continues`, the first message is a further piece of the last one of the
-    previous part; with `breaks_off`, the next part continues the last message.
+    `position` is the position after them. With `continues`, the first message continues the last one of the previous
+    part; with `breaks_off`, the next part continues the last message.
     """
 
     messages: Sequence[Message]
@@ -102,7 +102,7 @@ class Reading:
             )
 
     async def _parts(self, conversation_id: str, record: Record, running: Message | None) -> AsyncIterator[Part]:
-        """Yield the messages of a record, those that follow, and the running reply."""
+        """Yield the messages of a record, all later messages, and the running reply."""
         created_at, continues = record.created_at, False
         position = positions.start(conversation_id)
         while True:

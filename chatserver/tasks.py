@@ -54,6 +54,6 @@ async def repeat(step: Callable[[], Awaitable[bool | None]], *, expected: tuple[
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 raise
-            # This task was not cancelled: the CancelledError came from something that the step awaited.
-            logger.exception("a background job failed and goes on")
+            # This task was not cancelled: the CancelledError came from an object that the step awaited.
+            logger.exception("a background job failed; retrying")
             await asyncio.sleep(PAUSE_S)

@@ -1,4 +1,4 @@
-"""Alignment: a conversation in the database and in memory, read at one moment and brought into line.
+"""Alignment: the database and memory, read consistently and brought into line.
 
 MongoDB is authoritative. Memory is ahead of it only by the text of replies that this process writes.
 """

@@ -34,7 +34,7 @@ class Leases:
         self._own = own
 
     async def checkpoint(self) -> None:
-        """Checkpoint the running replies over one interval; end those that other servers have ended.
+        """Checkpoint the running replies over one interval; abandon replies that other servers have ended.
 
         Many replies are saved in several batches, so that no single write blocks the event loop for long.
         """

@@ -1,4 +1,4 @@
-"""The registry: starts the replies of this process, decides what follows their outcome, and drains them."""
+"""The registry: starts the replies of this process, acts on their outcomes, and drains them."""
 
 import logging
 from contextlib import ExitStack
@@ -39,7 +39,7 @@ class Phase(Enum):
     DRAINING = auto()
     """New turns are refused; running replies may end by themselves."""
     INTERRUPTING = auto()
-    """The time to drain is over: running replies are interrupted, and so is each that was still being started."""
+    """The time to drain is over: running replies are interrupted, as are replies that start later."""
 
 
 class Replies:
@@ -195,5 +195,5 @@ class Replies:
         if outcome is Outcome.ENDED_ELSEWHERE:
             await self.alignment.realign(writer.live)
         elif outcome is Outcome.FAILED and writer.live.reply is writer.reply:
-            # Its subscribers receive what the database has of it, at the latest when its lease has expired.
+            # Its subscribers receive the end that the database has, at the latest once the lease has expired.
             self.alignment.follow(writer.live, writer.reply)

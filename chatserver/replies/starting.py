@@ -11,7 +11,7 @@ from chatserver.replies.alignment import Alignment
 from chatserver.store import Store
 
 _LOOKS = 3
-"""A write that was in flight may arrive a moment after the database is back, so one look is not enough."""
+"""A write in flight may reach MongoDB shortly after it answers again, so one look is not enough."""
 _PAUSE_S = 0.5
 
 

@@ -30,7 +30,7 @@ class Stage(Enum):
     GENERATING = auto()
     """The source sends text, which is published."""
     STOPPING = auto()
-    """It was told to end early. Its text is kept."""
+    """An early end was requested. The text is kept."""
     STORING = auto()
     """The text is complete; its end is being stored, however long that takes."""
     ENDED = auto()
@@ -43,7 +43,7 @@ class Outcome(Enum):
     STORED = auto()
     """This writer stored and published the end."""
     ENDED_ELSEWHERE = auto()
-    """Another server had ended or deleted the reply. What the database has of it is published."""
+    """Another server had ended or deleted the reply. The database's version is published."""
     FAILED = auto()
     """The end could not be stored or published. The lease will expire, and the last checkpoint will remain."""
 
@@ -66,7 +66,7 @@ class Timings:
 
 
 class Writer:
-    """Writes one reply. `task` is the task that awaits `run`; whoever creates it must set it.
+    """Writes one reply. Set `task` to the task that awaits `run` before it first runs.
 
     :param live: the conversation, in which `reply` is open
     :param max_chars: the maximum length of a reply
@@ -179,7 +179,7 @@ class Writer:
                 if self._early_ending is None:
                     raise
                 return self._early_ending
-            # Whatever a source raises, the reply must end, or the conversation would stay busy.
+            # The reply must end after any exception of a source, or the conversation would stay busy for ever.
             logger.exception("the source of replies crashed", extra=self.log_fields)
             return endings.CRASHED
         return endings.COMPLETE if has_words else endings.EMPTY
@@ -201,6 +201,6 @@ class Writer:
                 if isinstance(error, RuntimeError) or failures == STORE_ATTEMPTS:
                     raise
                 # The text since the last checkpoint exists only here.
-                logger.exception("a reply could not be stored; tried again")
+                logger.exception("a reply could not be stored; retrying")
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, 2.0)

@@ -21,7 +21,7 @@ from chatserver.streams import Connection
 from tests.apps import App, MakeApp, Script
 from tests.clients import RawStream, new_id, text_of
 
-pytestmark = [pytest.mark.gen_test, pytest.mark.expects_log("background job failed and goes on")]
+pytestmark = [pytest.mark.gen_test, pytest.mark.expects_log("background job failed; retrying")]
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,7 @@ async def test_reply_that_cannot_be_checkpointed_costs_the_others_nothing(
     assert text_of(events) == "kept rest" and events[-1].name == "done"
 
 
-@pytest.mark.expects_log("a reply could not be stored; tried again")
+@pytest.mark.expects_log("a reply could not be stored; retrying")
 async def test_reply_is_stored_after_all(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     app = await make_app(source=Script("every ", "word"))
     monkeypatch.setattr(app.store, "finish", Broken(app.store.finish))

@@ -118,15 +118,15 @@ def _allow_connections(settings: Settings) -> int:
         return wanted
     others = _OTHER_FILES + (settings.max_replies if settings.reply_source == "openai" else 0)
     room = max(files - others, files // 2)
-    name, asked = (
+    name, configured = (
         ("MAX_STREAMS", settings.max_streams)
         if settings.max_connections is None
         else ("MAX_CONNECTIONS", settings.max_connections)
     )
-    if asked > room:
+    if configured > room:
         logger.warning(
             "%s is %d, but this process may open only %d files (ulimit -n), which leaves room for %d connections",
-            *(name, asked, files, room),
+            *(name, configured, files, room),
         )
     return min(wanted, room)
 

@@ -120,13 +120,13 @@ class Turn:
 class StartedTurn:
     """A turn that is stored and whose reply is to be written.
 
-    `said` is the user's message if it is new, None at a retry; `messages` are the newest ones, the last being the
+    `new_message` is the user's message, None at a retry; `messages` are the newest ones, the last being the
     user's; `number` counts the user's messages; `previous_id` is the message right before this turn, if any;
     `reply_room` is how many bytes the reply may have.
     """
 
     turn: Turn
-    said: Message | None
+    new_message: Message | None
     messages: Sequence[Message]
     number: int
     previous_id: str | None
@@ -149,12 +149,12 @@ class Place(NamedTuple):
 class Summary:
     """A conversation in the list.
 
-    `beginning` is the beginning of its first user message; `is_cut` is whether that goes on.
+    `beginning` is the beginning of its first user message; `is_truncated` is whether that goes on.
     """
 
     id: str
     beginning: str
-    is_cut: bool
+    is_truncated: bool
     created_at: datetime
     updated_at: datetime
     message_count: int

@@ -174,7 +174,7 @@ def _message(message: Message) -> dict[str, Any]:
 def _summary(summary: Summary) -> dict[str, Any]:
     return {
         "conversationId": summary.id,
-        "title": _title(summary.beginning, summary.is_cut),
+        "title": _title(summary.beginning, summary.is_truncated),
         "createdAt": iso(summary.created_at),
         "updatedAt": iso(summary.updated_at),
         "messageCount": summary.message_count,
@@ -182,13 +182,13 @@ def _summary(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _title(text: str, is_cut: bool) -> str:
+def _title(text: str, is_truncated: bool) -> str:
     """Return the first words of a text, truncated between grapheme clusters (characters as people see them).
 
-    :param is_cut: whether the text is truncated, so that its last cluster may be incomplete
+    :param is_truncated: whether the text is truncated, so that its last cluster may be incomplete
     """
     characters = regex.findall(r"\X", " ".join(text.split()))
-    if is_cut:
+    if is_truncated:
         del characters[-1:]
     elif len(characters) <= TITLE_CHARS:
         return "".join(characters)

@@ -65,8 +65,8 @@ class StreamHandler(BaseHandler):
         """
         conversation_id = self.conversation_id(conversation_id)
         query = self.query("stream")
-        asked = self.request.headers.get("Last-Event-ID") or query.get("lastEventId") or None
-        position = positions.parse_position(asked) if asked else None
+        last_event_id = self.request.headers.get("Last-Event-ID") or query.get("lastEventId") or None
+        position = positions.parse_position(last_event_id) if last_event_id else None
         chunked = self.request.version == "HTTP/1.1"
         options = self.request.headers.get("Connection", "").lower().split(",")
         reusable = chunked and "close" not in (each.strip() for each in options)
@@ -81,7 +81,7 @@ class StreamHandler(BaseHandler):
             reusable=reusable,
         )
         try:
-            if asked and position is None:
+            if last_event_id and position is None:
                 self.reading.refuse(connection)
             else:
                 await self.reading.subscribe(conversation_id, position, connection)

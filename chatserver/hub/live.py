@@ -7,7 +7,7 @@ from datetime import datetime
 from sys import maxsize
 from typing import Protocol, TypeVar
 
-from chatserver.hub.log import LiveReply, Log, Place
+from chatserver.hub.log import LiveReply, Log, ResumePoint
 from chatserver.positions import Position
 from chatserver.records import Message
 from chatserver.wire import Format, sse
@@ -15,7 +15,7 @@ from chatserver.wire import Format, sse
 logger = logging.getLogger(__name__)
 
 _FAILED = "a subscriber failed and is aborted"
-_EARLY = maxsize
+_AHEAD = maxsize
 """The cursor of a subscriber whose position the log has not reached."""
 
 
@@ -109,7 +109,7 @@ class LiveConversation:
         self._schedule = on_dirty
         self._counts = counts
         self._log = Log(sse)
-        self._early: dict[Subscriber, Position] = {}
+        self._ahead: dict[Subscriber, Position] = {}
 
     @property
     def position(self) -> Position | None:
@@ -124,7 +124,7 @@ class LiveConversation:
     @property
     def is_unused(self) -> bool:
         """Whether it has no subscriber, no holder and no running reply."""
-        return self.reply is None and not (self.holders or self.subscribers or self._early)
+        return self.reply is None and not (self.holders or self.subscribers or self._ahead)
 
     # -- publishing ----------------------------------------------------------------------------------------------
 
@@ -183,16 +183,16 @@ class LiveConversation:
     def reset(self) -> None:
         """Send every subscriber a `reset`, because its position is no longer known, and end its stream."""
         self.reply = None
-        for_each([*self.subscribers, *self._early], self._reset_one)
+        for_each([*self.subscribers, *self._ahead], self._reset_one)
         self._drop(None)
 
     def disconnect(self) -> None:
         """Disconnect every subscriber after the frames that it can still take: the clients resume."""
-        for_each([*self.subscribers, *self._early], self._disconnect_one)
+        for_each([*self.subscribers, *self._ahead], self._disconnect_one)
 
     def abort(self) -> None:
         """Abort every subscriber, after an unexpected failure: the clients resume, and the server continues."""
-        for subscriber in [*self.subscribers, *self._early]:
+        for subscriber in [*self.subscribers, *self._ahead]:
             _abort(subscriber)
 
     def _reset_one(self, subscriber: Subscriber) -> None:
@@ -221,7 +221,7 @@ class LiveConversation:
 
     # -- subscribing ---------------------------------------------------------------------------------------------
 
-    def locate(self, position: Position) -> Place | None:
+    def locate(self, position: Position) -> ResumePoint | None:
         """Return where a position lies in the log; None if it does not, or not yet."""
         return self._log.locate(position)
 
@@ -238,23 +238,23 @@ class LiveConversation:
         its clients saw) waits until the log reaches it, or the reply ends.
         """
         subscriber.live = self
-        place = self.locate(position)
-        if place is None:
-            subscriber.cursor = _EARLY
-            self._early[subscriber] = position
+        point = self.locate(position)
+        if point is None:
+            subscriber.cursor = _AHEAD
+            self._ahead[subscriber] = position
             return
         # Set the cursor first: a connection that takes the rest of a frame at once continues from it.
-        subscriber.cursor = place.offset
+        subscriber.cursor = point.offset
         self.subscribers.add(subscriber)
-        if place.before:
+        if point.before:
             self._counts.events += 1
-            subscriber.replay(place.before)
+            subscriber.replay(point.before)
         self.catch_up((subscriber,))
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Remove a subscriber, if it is one."""
         self.subscribers.discard(subscriber)
-        self._early.pop(subscriber, None)
+        self._ahead.pop(subscriber, None)
 
     def is_caught_up(self, subscriber: Subscriber) -> bool:
         """Return whether a subscriber was sent everything in the log."""
@@ -269,8 +269,8 @@ class LiveConversation:
     def deliver(self) -> None:
         """Write to every ready subscriber the frames after its cursor."""
         self.is_dirty = False
-        if self._early:
-            self._admit_early()
+        if self._ahead:
+            self._admit_ahead()
         self.catch_up(self.subscribers)
         end = self._log.end
         if self.reply is None and self._log and all(each.cursor == end for each in self.subscribers):
@@ -287,7 +287,7 @@ class LiveConversation:
                 while subscriber.ready and subscriber.cursor < log.end:
                     piece = log.piece
                     if piece.begin != subscriber.cursor:
-                        piece = log.cut(subscriber.cursor)
+                        piece = log.piece_at(subscriber.cursor)
                     counts.writes += 1
                     if subscriber.until_done and (last := log.end_of_reply_after(piece.begin)) and last <= piece.end:
                         data = piece.data[: last - piece.begin]
@@ -302,11 +302,11 @@ class LiveConversation:
                 logger.exception(_FAILED, extra={"conversation": self.conversation_id})
                 _abort(subscriber)
 
-    def _admit_early(self) -> None:
+    def _admit_ahead(self) -> None:
         """Subscribe those whose position the log has reached; disconnect the others if the reply has ended."""
-        for subscriber, position in list(self._early.items()):
+        for subscriber, position in list(self._ahead.items()):
             if self.locate(position) is not None:
-                del self._early[subscriber]
+                del self._ahead[subscriber]
                 self.subscribe(subscriber, position)
             elif self.reply is None:
                 subscriber.disconnect()

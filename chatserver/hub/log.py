@@ -42,7 +42,7 @@ class LiveReply:
         return chars
 
 
-class Place(NamedTuple):
+class ResumePoint(NamedTuple):
     """Where a position lies in a log: the offset to continue from, after sending `before` (the rest of a frame)."""
 
     offset: int
@@ -149,35 +149,35 @@ class Log:
 
     # -- reading -------------------------------------------------------------------------------------------------
 
-    def locate(self, position: Position) -> Place | None:
+    def locate(self, position: Position) -> ResumePoint | None:
         """Return where a position lies in the log; None if it does not, or not yet."""
         if position == self._tail:
-            return Place(self.base)
+            return ResumePoint(self.base)
         for entry in self._entries:
             if entry.message_id != position.message_id:
                 continue
             if position.chars is None:
-                return None if entry.end is None else Place(entry.end)
+                return None if entry.end is None else ResumePoint(entry.end)
             if entry.reply is None:
-                return Place(entry.begin) if position.chars == 0 else None
+                return ResumePoint(entry.begin) if position.chars == 0 else None
             if position.chars > entry.reply.chars and not entry.failed:
                 # Not yet written; or the reply has ended with less text than this client saw: `done` would be wrong.
                 return None
             return self._locate_in_reply(entry, entry.reply, min(position.chars, entry.reply.chars))
         return None
 
-    def _locate_in_reply(self, entry: _Entry, reply: LiveReply, chars: int) -> Place:
+    def _locate_in_reply(self, entry: _Entry, reply: LiveReply, chars: int) -> ResumePoint:
         index = bisect_left(entry.char_ends, chars)
         offset, end = entry.byte_ends[index], entry.char_ends[index]
         if end == chars:
-            return Place(offset)
-        return Place(offset, self.format.token_frame(reply.message_id, end, reply.content[chars:end]))
+            return ResumePoint(offset)
+        return ResumePoint(offset, self.format.token_frame(reply.message_id, end, reply.content[chars:end]))
 
     def end_of_reply_after(self, offset: int) -> int | None:
         """Return the offset at the end of the first reply that ends after an offset; None if none has."""
         return next((each.end for each in self._entries if each.reply and each.end and each.end > offset), None)
 
-    def cut(self, begin: int) -> Piece:
+    def piece_at(self, begin: int) -> Piece:
         """Return the piece at an offset, and keep it for the next subscriber: whole frames, about `MAX_WRITE` at most.
 
         A frame that is longer is a piece by itself.

@@ -56,7 +56,7 @@ class Leases:
         :param replies: reply id -> conversation id, content
         """
         try:
-            lost = await self._store.checkpoint(replies)
+            ended = await self._store.checkpoint(replies)
         except DatabaseUnavailable:
             raise
         except Exception:
@@ -69,7 +69,7 @@ class Leases:
                     if writer.failed_checkpoints == STORE_ATTEMPTS:
                         writer.end(endings.CRASHED)
             return
-        for reply_id in lost:
+        for reply_id in ended:
             if (writer := self._own.writers.get(reply_id)) and writer.end(endings.INTERRUPTED):
                 logger.info("reply ended or deleted by another server", extra=writer.log_fields)
 

@@ -117,7 +117,7 @@ class Completion:
             )
         if self.finish is None:
             if not self.is_done:
-                raise provider_errors.cut()
+                raise provider_errors.incomplete()
             return
         reason = self.finish.lower()
         if reason in _COMPLETE:
@@ -138,7 +138,7 @@ class Completion:
         # insufficient_system_resource, network_error, abort, error, and other inventions of servers
         name = provider_errors.shown(self.finish)
         logger.warning("the model provider failed: finish_reason=%s", name or "[hidden]")
-        raise provider_errors.cut(name)
+        raise provider_errors.incomplete(name)
 
 
 def _parse(data: bytes) -> object:

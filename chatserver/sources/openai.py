@@ -176,7 +176,7 @@ class OpenAI:
             return provider_errors.unavailable("cannot be reached through the proxy of HTTP_PROXY or HTTPS_PROXY")
         if isinstance(cause, httpx2.DecodingError):
             return provider_errors.invalid()
-        return provider_errors.cut() if started else provider_errors.unavailable("cannot be reached")
+        return provider_errors.incomplete() if started else provider_errors.unavailable("cannot be reached")
 
 
 # httpx2's errors are wrapped by the SDK, or plain while a response is read.

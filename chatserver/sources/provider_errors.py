@@ -209,7 +209,7 @@ def timed_out() -> SourceError:
     )
 
 
-def cut(reason: str | None = None) -> TemporaryError:
+def incomplete(reason: str | None = None) -> TemporaryError:
     """Return the error of a reply that the server did not finish.
 
     :param reason: the finish_reason, if the server named one

@@ -167,7 +167,7 @@ def summary(document: Document) -> Summary:
     return Summary(
         id=str(document["_id"]),
         beginning=beginning[:BEGINNING_CHARS],
-        is_cut=len(beginning) > BEGINNING_CHARS,
+        is_truncated=len(beginning) > BEGINNING_CHARS,
         created_at=time_of(document.get("createdAt"), document["_id"], updated_at),
         updated_at=time_of(updated_at, document.get("createdAt"), document["_id"]),
         message_count=document["count"] + streaming,

@@ -117,7 +117,7 @@ def last_ids(count: int) -> Document:
     return {"$map": {"input": {"$slice": [MESSAGES, -count]}, "in": {"$ifNull": ["$$this._id", None]}}}
 
 
-def asked_index(prompt: str) -> Document:
+def question_index(prompt: str) -> Document:
     """Return the expression for the index of the last user message if its `_id` is no ObjectId, else null.
 
     :param prompt: the variable that holds `PROMPT`
@@ -128,8 +128,8 @@ def asked_index(prompt: str) -> Document:
     indexes = {"$filter": {"input": {"$range": [0, COUNT]}, "cond": is_users}}
     return {
         "$let": {
-            "vars": {"asked": {"$last": prompt}},
-            "in": {"$cond": [{"$eq": [{"$type": "$$asked._id"}, "objectId"]}, None, {"$max": indexes}]},
+            "vars": {"question": {"$last": prompt}},
+            "in": {"$cond": [{"$eq": [{"$type": "$$question._id"}, "objectId"]}, None, {"$max": indexes}]},
         }
     }
 
@@ -201,7 +201,7 @@ def turn(history: int, history_chars: int) -> Document:
                 "in": {
                     # 4 bytes are the most that a code point takes.
                     "messages": newest_within({"$slice": ["$$prompt", -history]}, 4 * history_chars),
-                    "asked": asked_index("$$prompt"),
+                    "question_index": question_index("$$prompt"),
                 },
             }
         },

@@ -41,8 +41,8 @@ class RunningReplies(Database):
         async with self.guard.call("checkpoint"):
             if await self.conversations.update_all(changes) == len(changes):
                 return ()
-            held = several(conversation_id for conversation_id, _ in replies.values())
-            found = await self.conversations.find(held, {"reply._id": 1}).to_list(None)
+            condition = several(conversation_id for conversation_id, _ in replies.values())
+            found = await self.conversations.find(condition, {"reply._id": 1}).to_list(None)
         running = (documents.reply(each, expired=False) for each in found)
         return set(replies) - {each.id for each in running if each is not None}
 

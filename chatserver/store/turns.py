@@ -66,11 +66,11 @@ class Turns(Database):
                     new = False
                     await self._reject(turn.conversation_id, key, needed)
                     continue
-                said = Message(turn.message_id, "user", content, time)
+                first = Message(turn.message_id, "user", content, time)
                 return StartedTurn(
                     turn=turn,
-                    said=said,
-                    messages=[said],
+                    new_message=first,
+                    messages=[first],
                     number=1,
                     previous_id=None,
                     created_at=time,
@@ -139,13 +139,13 @@ class Turns(Database):
             )
         if document is None:
             return None
-        asked, *replies = (
+        question, *replies = (
             documents.message(each, document, index) for index, each in enumerate(document["messages"], document["at"])
         )
         reply = replies[0] if replies else documents.reply(document, expired=False)
-        if asked.content != content or reply is None:
+        if question.content != content or reply is None:
             raise KeyReused
-        return Turn(conversation_id, asked.id, reply.id)
+        return Turn(conversation_id, question.id, reply.id)
 
     async def _insert_turn(
         self, conversation_id: str, also: Document, update: Document, needed: int, *also_true: Document
@@ -194,19 +194,19 @@ class Turns(Database):
 def _started_turn(document: Document) -> StartedTurn:
     conversation, count = document["_id"], document["count"]
     messages = [documents.message(each, document, 0) for each in document["prompt"]["messages"]]
-    if (asked_at := document["prompt"]["asked"]) is not None:
-        messages[-1] = replace(messages[-1], id=documents.message_id(conversation, asked_at, None))
-    asked, reply = messages[-1], documents.reply(document, expired=False)
+    if (index := document["prompt"]["question_index"]) is not None:
+        messages[-1] = replace(messages[-1], id=documents.message_id(conversation, index, None))
+    question, reply = messages[-1], documents.reply(document, expired=False)
     assert reply is not None
     last = [
         documents.message_id(conversation, index, each)
         for index, each in enumerate(document["last"], count - len(document["last"]))
     ]
-    said = asked if last[-1] == asked.id else None
-    before = last[:-1] if said else last
+    is_new = last[-1] == question.id
+    before = last[:-1] if is_new else last
     return StartedTurn(
-        turn=Turn(str(conversation), asked.id, reply.id),
-        said=said,
+        turn=Turn(str(conversation), question.id, reply.id),
+        new_message=question if is_new else None,
         messages=messages,
         number=document["turns"],
         previous_id=before[-1] if before else None,

@@ -222,7 +222,7 @@ async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: St
             last = Message(str(current), "assistant", "x", datetime.now(UTC), status)
             await store.finish(first.conversation_id, last)
             begun = await store.start_retry(first.conversation_id, new_id())
-            assert begun.said is None and begun.number == 1 and begun.previous_id == str(current)
+            assert begun.new_message is None and begun.number == 1 and begun.previous_id == str(current)
             assert [(each.role, each.content) for each in begun.messages] == [("user", "Hello")]
             assert begun.turn.message_id == first.message_id
         with pytest.raises(ReplyInProgress):

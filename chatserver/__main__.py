@@ -109,9 +109,9 @@ async def _serve_on(
 
 def _allow_connections(settings: Settings) -> int:
     """Raise the limit of open files as far as the system permits; return the maximum number of connections."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = settings.max_connections or settings.max_streams + _OTHER_CONNECTIONS
     if files == resource.RLIM_INFINITY:

@@ -28,11 +28,12 @@ class Chat:
         await self._store.ping()
 
     async def say(self, conversation_id: str | None, text: str, key: str | None = None) -> Turn:
-        """Store a user's message and start the reply; with a known idempotency key return the first answer.
+        """Store a user's message and start the reply; return the turn, or the first one with the same idempotency key.
 
         :param conversation_id: None for a new conversation; an unknown one is created
-        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, KeyReused: and nothing is stored
-        :raises DatabaseUnavailable, Draining, TooManyReplies: and nothing is stored, or the turn runs
+        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, KeyReused, Draining, TooManyReplies: and
+            nothing is stored
+        :raises DatabaseUnavailable: and the message may be stored nevertheless; a repetition with the key is safe
         """
         is_new = conversation_id is None and key is None
         if key is not None:
@@ -47,21 +48,21 @@ class Chat:
             with suppress(KeyReused):
                 return await self._replies.start_turn(NewTurn(turn, text, key, is_new))
             # Another attempt with this key was stored since the search: find it, or start again if its conversation
-            # was deleted meanwhile.
+            # has been deleted.
 
     async def retry(self, conversation_id: str) -> Turn:
-        """Start a new reply in place of the last one, if that was stopped, failed or interrupted.
+        """Start a new reply in place of a stopped, failed or interrupted last one; return the turn.
 
-        :raises NotFound, NothingToRetry, ReplyInProgress, ConversationFull, UnsupportedConversation: and nothing is
-            stored
-        :raises DatabaseUnavailable, Draining, TooManyReplies: as `say`
+        :raises NotFound, NothingToRetry: and nothing is stored
+        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, Draining, TooManyReplies: as `say`
+        :raises DatabaseUnavailable: and the new reply may run nevertheless
         """
         return await self._replies.start_turn(Retry(conversation_id, store.new_id()))
 
     async def stop(self, conversation_id: str) -> str | None:
         """Stop the running reply, keeping its text; return its id, or None if no reply runs or it is ending by itself.
 
-        :raises NotFound: if there is no such conversation
+        :raises NotFound: if the conversation does not exist
         """
         with self._hub.hold(conversation_id) as live:
             return await self._replies.stop(live)
@@ -69,13 +70,13 @@ class Chat:
     async def delete(self, conversation_id: str) -> None:
         """Delete a conversation and its running reply; its streams end with `reset`.
 
-        :raises NotFound: if there is no such conversation
+        :raises NotFound: if the conversation does not exist
         """
         with self._hub.hold(conversation_id) as live:
             reply = live.reply
             found = await self._store.delete(conversation_id)
             # Reset it also if it was not found: an attempt that got no answer may have deleted it. But not if another
-            # reply has started under this id meanwhile, nor for subscribers that wait for its first message.
+            # reply has started under this id since, nor for subscribers that wait for its first message.
             if live.reply in (None, reply) and live.position != positions.start(conversation_id):
                 live.reset()
             if reply is not None:

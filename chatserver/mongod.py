@@ -37,14 +37,14 @@ _SHORT = r"[\w/.-]{1,50}"
 _SOCKET_FOLDER = rf"{_SHORT}/chatserver-\w{{8}}"
 _LOCK_BYTES = 200
 """Longer than every valid name."""
-_ANOTHER = """Start one, and set its address:
+_REMEDY = """Start one, and set its address:
 
     docker run -d --name chat-mongo -p 127.0.0.1:27017:27017 mongo:7
     MONGODB_URI=mongodb://127.0.0.1:27017/chat-db scripts/run"""
-_NOWHERE = f"""No MongoDB server was found: there is no `mongod` on the PATH, and no package with one for this machine.
-{_ANOTHER}"""
-_LACKS = f"""A library is missing (Debian: apt-get install libssl3 libcurl4). Or use another MongoDB server:
-{_ANOTHER}"""
+_MISSING = f"""No MongoDB server was found: there is no `mongod` on the PATH, and no package with one for this machine.
+{_REMEDY}"""
+_LIBRARY_MISSING = f"""A library is missing (Debian: apt-get install libssl3 libcurl4). Or use another MongoDB server:
+{_REMEDY}"""
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -61,7 +61,7 @@ def find_mongod() -> str:
             return str(path)
     if (found := shutil.which("mongod")) is not None:
         return found
-    raise SetupError(_NOWHERE)
+    raise SetupError(_MISSING)
 
 
 class Mongod:
@@ -199,7 +199,7 @@ class Mongod:
         if re.fullmatch(_SOCKET_FOLDER, last):
             shutil.rmtree(last, ignore_errors=True)
         elif last:
-            # No folder to remove can be read from it, which does not prevent a start.
+            # The folder to remove is unknown. That must not prevent a start.
             logger.warning(
                 "%s is damaged and is written again; if a folder chatserver-* is left over in %s, remove it",
                 self._lock.name,
@@ -251,8 +251,8 @@ class Mongod:
         code = self._process.returncode if self._process is not None else None
         how = "takes too long to start" if code is None else f"does not start (exit code {code})"
         last = "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-        lacks = f"\n{_LACKS}" if "shared librar" in last else ""
-        raise SetupError(f"The private MongoDB server {how}; the end of {self._log}:\n{last}{lacks}")
+        remedy = f"\n{_LIBRARY_MISSING}" if "shared librar" in last else ""
+        raise SetupError(f"The private MongoDB server {how}; the end of {self._log}:\n{last}{remedy}")
 
 
 def _die_with_parent() -> None:

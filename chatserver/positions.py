@@ -7,7 +7,7 @@ _POSITION = re.compile(r"([0-9a-f]{24})-(done|0|[1-9][0-9]{0,8})\Z", re.ASCII)
 
 
 class Position(NamedTuple):
-    """How much of a conversation a client has seen: all before a message, and so much of that message.
+    """How much of a conversation a client has seen: everything before a message, and `chars` of that message.
 
     The position `start(conversation_id)` lies before the first message.
     """
@@ -31,7 +31,7 @@ def after(message_id: str | None, conversation_id: str) -> Position:
 
 
 def parse_position(text: str) -> Position | None:
-    """Return the position that `text` is the opaque form of; None if it is none."""
+    """Return the position from its opaque form; None if the text is not a position."""
     match = _POSITION.match(text)
     if match is None:
         return None

@@ -23,9 +23,9 @@ from chatserver.wire.replay import Page, page_after, span_after
 class History:
     """A conversation, including a running reply as its last message, with the status "streaming".
 
-    `streaming` is whether a reply runs, be it among the messages or not; `has_more` is whether older messages were left
-    out. `parts` yields the messages, in at least one part. Later parts are read on demand, which raises
-    `NoSuchConversation` if the conversation was deleted meanwhile.
+    `streaming` is whether a reply runs, even if it is not among the messages; `has_more` is whether older messages were
+    left out. `parts` yields the messages, in at least one part. Later parts are read on demand, which raises
+    `NoSuchConversation` if the conversation has been deleted.
     """
 
     created_at: datetime
@@ -74,9 +74,10 @@ class Reading:
         self._resets = metrics.counter("chatserver_resets_total", "Streams whose position was unknown.")
 
     async def history(self, conversation_id: str, limit: int | None = None, before: str | None = None) -> History:
-        """Return a conversation: all of it, or its newest `limit` messages (before a message's id).
+        """Return a conversation with all its messages, or the newest `limit` of them.
 
-        :raises NotFound: if there is no such conversation, or `before` is none of its messages
+        :param before: the id of a message: only the messages before it
+        :raises NotFound: if the conversation does not exist, or does not contain the message `before`
         """
         with self._hub.hold(conversation_id) as live:
             span: Span = Newest(limit) if before is None else Before(before, limit)
@@ -187,7 +188,7 @@ class Reading:
 def _default_position(live: LiveConversation) -> Position | None:
     """Return where a stream without a position begins: at the running reply's start, else at the end.
 
-    :return: None if nothing is known of the conversation
+    :return: None if the position of the conversation's end is unknown
     """
     return Position(live.reply.message_id, 0) if live.reply else live.position
 

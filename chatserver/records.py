@@ -1,4 +1,4 @@
-"""What is stored of a conversation, in plain values: no driver, no I/O. Ids are 24 hex digits, times are in UTC."""
+"""Conversations as plain values: no driver, no I/O. Ids are 24 hex digits, times are in UTC."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ INTERRUPTED = ReplyError(
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A message as stored, or the one that still grows."""
+    """A stored message, or a running reply."""
 
     id: str
     role: str
@@ -49,9 +49,9 @@ class StoredReply:
 
 
 PAGE_SIZE = 128 * 1024
-"""What is read of a conversation at once: no message that begins beyond this many bytes, and of a message that is
-larger, this many code points. Decoding more would hold the interpreter, and with it the event loop, for too long. One
-size for both, so that a message of which a part is read is always the last of its page."""
+"""The limit of one read: the messages that begin within this many bytes, and this many code points of a larger message.
+Decoding more would hold the interpreter, and with it the event loop, for too long. The two limits are equal, so that a
+message that is read in part is always the last of its page."""
 
 
 class Newest(NamedTuple):
@@ -68,7 +68,7 @@ class Before(NamedTuple):
 
 
 class After(NamedTuple):
-    """What follows the first `chars` code points of a message, or (None) what follows the message."""
+    """A message without its first `chars` code points and the messages after it; without `chars`, only the latter."""
 
     message_id: str
     chars: int | None
@@ -88,12 +88,12 @@ Span = Newest | Before | After | Between
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A conversation, and of the messages asked for the first ones, as many as may be in memory at once.
+    """A conversation with the first of the requested messages, as many as may be in memory at once.
 
-    `older` is the number of messages before `messages`; `following` are those asked for that are not in `messages`: if
-    it has `chars`, the last message is only a part of itself, which ends there. `length` is how many code points the
-    last message has if `messages` has only a part of it. `last_id` is the conversation's last message, whether it is
-    among them or not; `found` is whether the message asked for is there.
+    `older` is the number of messages before `messages`. `following` is the rest of the requested messages; if it has
+    `chars`, the last message of `messages` is a part that ends there. `length` is the whole length in code points of a
+    last message that is read in part. `last_id` is the id of the conversation's last message, even if that is not in
+    `messages`. `found` is whether the message that the request names exists.
     """
 
     created_at: datetime
@@ -149,7 +149,7 @@ class Place(NamedTuple):
 class Summary:
     """A conversation in the list.
 
-    `beginning` is the beginning of its first user message; `is_truncated` is whether that goes on.
+    `beginning` is the beginning of its first user message; `is_truncated` is whether the message is longer.
     """
 
     id: str

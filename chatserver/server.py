@@ -39,7 +39,7 @@ class Server:
     """One server over one database.
 
     :param uri: the database's
-    :param sole_server: whether the database is private, so that a reply found running at start-up has lost its server
+    :param sole_server: whether the database is private, so that at start-up every running reply lacks a server
     :param source: where replies come from; by default the configured one
     :param client: a MongoDB client for `uri`; by default one of its own. `stop` closes it
     """
@@ -116,7 +116,7 @@ class Server:
         self.background.spawn(tasks.repeat(self._measure_loop_lag))
 
     async def start_replies(self) -> None:
-        """Start what works without HTTP: indexes are built, expired replies ended, replies delivered and saved.
+        """Start everything except HTTP: indexes are built, expired replies ended, replies delivered and saved.
 
         :raises DatabaseUnavailable: if no MongoDB answers
         :raises SetupError: if the database cannot be used
@@ -139,7 +139,7 @@ class Server:
         await self.http.close_all_connections()
 
     async def stop_replies(self) -> None:
-        """Cancel all that runs in the background; running replies remain in the database as checkpointed."""
+        """Cancel the background tasks; running replies remain in the database as checkpointed."""
         await self.background.close()
         await self.source.close()
 

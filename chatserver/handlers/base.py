@@ -1,4 +1,4 @@
-"""What all handlers share: the checks before the body is read, ids and parameters, JSON answers."""
+"""The base of all handlers: the checks before the body is read, ids and parameters, JSON answers."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ from chatserver.settings import Settings
 logger = logging.getLogger(__name__)
 
 COMMON_ERRORS = (ChatError, HeadersTooLarge, HostNotAllowed, TooManyConnections)
-"""The errors of every method. Those methods that pages of other sites may not use also raise `CrossSite`."""
+"""The errors of every method. Methods that pages of other sites may not use also raise `CrossSite`."""
 _CHUNK_BYTES = 64 * 1024
 """A long answer is sent in chunks of this size; a shorter one is sent whole."""
 _ID = re.compile(r"[0-9a-fA-F]{24}\Z", re.ASCII)

@@ -32,7 +32,7 @@ class RequestBody:
     def check_length(self) -> None:
         """Check the announced size before the body is read.
 
-        :raises PayloadTooLarge: if so large a body is not even read
+        :raises PayloadTooLarge: if the body is too large to be discarded
         """
         length = self._headers.get("Content-Length", "0")
         # A length that is not a number is refused where the body is read.

@@ -183,7 +183,7 @@ def _summary(summary: Summary) -> dict[str, Any]:
 
 
 def _title(text: str, is_truncated: bool) -> str:
-    """Return the first words of a text, truncated between grapheme clusters (characters as people see them).
+    """Return the first words of a text, truncated between grapheme clusters (user-perceived characters).
 
     :param is_truncated: whether the text is truncated, so that its last cluster may be incomplete
     """

@@ -48,7 +48,7 @@ class ProblemHandler(RequestHandler):
     log_fields: dict[str, str]
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
-        """Answer with an error, whatever raised it: this server's code or Tornado's."""
+        """Answer with an error of this server or of Tornado."""
         raised = kwargs.get("exc_info", (None, None, None))[1]
         problem = _as_chat_error(raised, status_code)
         self.log_fields["code"] = problem.code

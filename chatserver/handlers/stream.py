@@ -3,7 +3,7 @@
 The stream resumes from the position in `Last-Event-ID`, else in `?lastEventId=`; `?until=done` ends it after one reply.
 
 The body is chunked in HTTP/1.1. Its last chunk is sent only if the client has received everything and no reply runs, so
-that a client can tell an end from a lost connection (RFC 9112, 8). In HTTP/1.0 the body ends with the connection.
+that a client can distinguish an end from a lost connection (RFC 9112, 8). In HTTP/1.0 the connection ends the body.
 
 The request is an ordinary one up to its headers; then its socket goes to a `Connection`. After the last chunk the
 socket goes back to the HTTP server, which reads the connection's next request. It must not be closed then: a pooled
@@ -54,7 +54,7 @@ class StreamHandler(BaseHandler):
 
     @raises(InvalidRequest, InvalidId, TooManyStreams, DatabaseUnavailable, Draining)
     def get(self, _conversation_id: str) -> None:
-        """Answer why there is no stream. Before the body is read, Tornado would close the connection with it."""
+        """Answer with the error of `prepare`. Raised there, before the body is read, it would close the connection."""
         assert self._refusal is not None
         raise self._refusal
 

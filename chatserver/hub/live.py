@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _FAILED = "a subscriber failed and is aborted"
 _AHEAD = maxsize
-"""The cursor of a subscriber whose position the log has not reached."""
+"""The cursor of a subscriber whose position is ahead of the log."""
 
 
 class Subscriber(Protocol):
@@ -102,7 +102,7 @@ class LiveConversation:
         self.subscribers: set[Subscriber] = set()
         self.reply: LiveReply | None = None
         self.version = 0
-        """Raised whenever a turn starts or ends, so that a reader of the database sees that its result may be old."""
+        """Incremented whenever a turn starts or ends, so that a reader of the database can detect an old result."""
         self.holders = 0
         self.is_dirty = False
         """Whether it waits to be delivered."""
@@ -110,6 +110,7 @@ class LiveConversation:
         self._counts = counts
         self._log = Log(sse)
         self._ahead: dict[Subscriber, Position] = {}
+        """The subscribers whose position is ahead of the log, and that position."""
 
     @property
     def position(self) -> Position | None:
@@ -234,8 +235,8 @@ class LiveConversation:
     def subscribe(self, subscriber: Subscriber, position: Position) -> None:
         """Deliver to a subscriber everything after a position, from now on.
 
-        A position that the log has not reached (the reply runs on another server, whose checkpoints are older than what
-        its clients saw) waits until the log reaches it, or the reply ends.
+        A position that the log has not reached (the reply runs on another server, whose checkpoints are older than the
+        text that its clients have) waits until the log reaches it, or the reply ends.
         """
         subscriber.live = self
         point = self.locate(position)
@@ -279,7 +280,7 @@ class LiveConversation:
     def catch_up(self, subscribers: Iterable[Subscriber]) -> None:
         """Write to subscribers the frames after their cursors, for as long as their connections are ready.
 
-        One that fails is aborted. The way of a token to each client: no call but the write itself.
+        A subscriber that fails is aborted. Runs for every token and client: no call but the write itself.
         """
         log, counts = self._log, self._counts
         for subscriber in subscribers:
@@ -303,7 +304,7 @@ class LiveConversation:
                 _abort(subscriber)
 
     def _admit_ahead(self) -> None:
-        """Subscribe those whose position the log has reached; disconnect the others if the reply has ended."""
+        """Subscribe each once the log has reached its position; disconnect the others if the reply has ended."""
         for subscriber, position in list(self._ahead.items()):
             if self.locate(position) is not None:
                 del self._ahead[subscriber]

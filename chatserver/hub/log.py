@@ -51,7 +51,7 @@ class ResumePoint(NamedTuple):
 
 @dataclass(slots=True)
 class Piece:
-    """A run of whole frames of a log, copied and wrapped as a chunk once for all subscribers at its begin."""
+    """A run of whole frames of a log, copied and wrapped as a chunk once for all subscribers at its start."""
 
     begin: int
     end: int
@@ -74,9 +74,9 @@ class _Entry:
     """None while the reply runs."""
     failed: bool = False
     char_ends: "array[int]" = field(default_factory=lambda: array("Q", [0]))
-    """The code points of the reply up to the end of each frame, and 0 for the begin."""
+    """The code points of the reply up to the end of each frame, and 0 for the start."""
     byte_ends: "array[int]" = field(default_factory=lambda: array("Q"))
-    """The offset at the end of each frame, and that of the begin."""
+    """The offset at the end of each frame, and that of the start."""
 
     def __post_init__(self) -> None:
         self.byte_ends.append(self.begin)
@@ -86,7 +86,7 @@ class Log:
     """The frames of the current turn, each encoded once, as one run of bytes.
 
     Offsets count from the conversation's first frame in this process, so that they stay valid when the front of the log
-    is dropped. `piece` is the one that most subscribers need next; it starts at a frame.
+    is dropped. Most subscribers need `piece` next; it starts at a frame.
     """
 
     def __init__(self, stream_format: Format) -> None:
@@ -122,7 +122,7 @@ class Log:
         self._entries[-1].end = self.end
 
     def open_reply(self, reply: LiveReply) -> None:
-        """Have the next frames belong to a reply."""
+        """Assign the next frames to a reply."""
         self._entries.append(_Entry(reply.message_id, self.end, reply))
 
     def close_reply(self, message: Message, *, delivered: bool) -> None:
@@ -144,7 +144,7 @@ class Log:
         entry = self._entries[-1]
         entry.char_ends.append(chars)
         entry.byte_ends.append(end)
-        # When all is delivered, every up-to-date cursor is at this frame's begin, so it is the next piece.
+        # When all is delivered, every up-to-date cursor is at this frame's start, so it is the next piece.
         self.piece = Piece(begin, end, frame, 1, chunked.chunk(frame)) if delivered else _NO_PIECE
 
     # -- reading -------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class Log:
     def piece_at(self, begin: int) -> Piece:
         """Return the piece at an offset, and keep it for the next subscriber: whole frames, about `MAX_WRITE` at most.
 
-        A frame that is longer is a piece by itself.
+        A longer frame is a piece by itself.
         """
         frame_end = self.format.FRAME_END
         first, last = begin - self.base, len(self._data)

@@ -26,7 +26,7 @@ The writer returns its outcome, and the registry decides:
     FAILED                    follow the reply: its lease expires, and a sweep ends it with its last checkpoint
 
 Before NEW, a reply is *starting*: its start is being stored. If the outcome of that write is unknown, it stays starting
-until a background task has settled the matter: the start is found, and the reply is written, or it was never stored.
+until a background task has searched for it: either it is found, and the reply is written, or it was never stored.
 
 The modules, each importing only those before it: `endings`, `publishing` (into the live conversation), `writer`, `own`
 (the table of this process's replies), `leases` (checkpoint, renew, expire), `follower`, `alignment` (the database and

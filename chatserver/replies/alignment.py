@@ -37,7 +37,7 @@ class Alignment:
     ) -> Record | None:
         """Read a conversation such that the record is consistent with `live` until the caller's next `await`.
 
-        Repeat the read if a turn started or ended here meanwhile. End the running reply if its lease has expired.
+        Repeat the read if a turn starts or ends here during it. End the running reply if its lease has expired.
 
         :param live: the conversation, which the caller must hold
         :param span: the messages to read; None for none
@@ -60,7 +60,7 @@ class Alignment:
                 tried = reply
             elif live.version == version:
                 if record is None and live.reply is None:
-                    # Deleted, possibly by another server: its subscribers are disconnected and find out.
+                    # Deleted, possibly by another server: its subscribers are disconnected, and get a `reset` later.
                     live.adopt(positions.start(live.conversation_id))
                 return record
 

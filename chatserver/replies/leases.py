@@ -20,7 +20,7 @@ from chatserver.store import Store
 logger = logging.getLogger(__name__)
 
 _BATCH = 200
-"""Replies in one checkpoint, about."""
+"""The approximate number of replies in one checkpoint."""
 _MAX_SWEEP_INTERVAL_S = 5.0
 
 
@@ -41,7 +41,7 @@ class Leases:
         batches = len(self._own.writers) // _BATCH + 1
         for batch in range(batches):
             await asyncio.sleep(self._checkpoint_s / batches)
-            # By hash, not by slice: a reply that has started meanwhile may still get its first checkpoint.
+            # By hash, not by slice: a reply that starts between two batches may still get its first checkpoint.
             replies = {
                 reply_id: (writer.live.conversation_id, writer.reply.content)
                 for reply_id, writer in self._own.writers.items()
@@ -94,7 +94,7 @@ class Leases:
                 logger.exception("an expired reply could not be finished", extra=extra)
 
     async def finish_from_checkpoint(self, conversation_id: str, reply: StoredReply, ending: Ending) -> bool:
-        """Store the end of another server's reply with its checkpointed text, unless its lease was renewed meanwhile.
+        """Store the end of another server's reply with its checkpointed text, unless its lease was renewed.
 
         :param reply: as read; its `renewed_at` is compared
         :return: whether this call stored it

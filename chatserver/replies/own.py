@@ -1,4 +1,4 @@
-"""The replies that belong to this process: those it writes, and those it is starting."""
+"""The replies of this process, being written or being started."""
 
 import asyncio
 from collections.abc import Iterator

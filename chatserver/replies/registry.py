@@ -132,7 +132,7 @@ class Replies:
 
         :param live: the conversation, which the caller must hold
         :return: the reply's id; None if no reply runs, or it is ending by itself
-        :raises NoSuchConversation:
+        :raises NoSuchConversation: if the conversation does not exist
         """
         while True:
             if (writer := self._writer_in(live)) is not None:

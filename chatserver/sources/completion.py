@@ -135,7 +135,7 @@ class Completion:
                 ReplyCode.INVALID,
                 "The model asked for a tool, but there are no tools here. Rephrase the question.",
             )
-        # insufficient_system_resource, network_error, abort, error, and other inventions of servers
+        # insufficient_system_resource, network_error, abort, error, and other names that servers invent
         name = provider_errors.shown(self.finish)
         logger.warning("the model provider failed: finish_reason=%s", name or "[hidden]")
         raise provider_errors.incomplete(name)

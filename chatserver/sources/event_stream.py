@@ -20,7 +20,7 @@ class Event(NamedTuple):
 
 
 class EventTooLarge(Exception):
-    """A line or an event exceeds its limit; the message says which."""
+    """A line or an event exceeds its limit; the message names it."""
 
 
 class EventReader:

@@ -194,7 +194,7 @@ def unavailable(what: str, later: str = "in a minute", wait_s: float | None = No
 
 
 def redirected() -> SourceError:
-    """Return the error of a redirect that a POST does not survive, or that does not end."""
+    """Return the error of a redirect that loses the POST, or of too many redirects."""
     return SourceError(
         ReplyCode.UNAVAILABLE,
         "The model provider redirects requests, and the redirect failed. Set OPENAI_BASE_URL to the final address.",

@@ -32,7 +32,7 @@ class Batcher(Generic[Item, Result]):
         return self._task is not None
 
     async def submit(self, item: Item) -> Result:
-        """Return the result for one item, or raise what the call raised."""
+        """Return the result for one item, or raise the call's exception."""
         loop = asyncio.get_running_loop()
         result: asyncio.Future[Result] = loop.create_future()
         self._submitted.append((item, result))
@@ -57,8 +57,8 @@ class Batcher(Generic[Item, Result]):
         if not isinstance(results, BaseException) and len(results) != len(batch):
             results = RuntimeError(f"{len(results)} results for {len(batch)} items")
         if isinstance(results, BaseException):
-            is_away = isinstance(results, DatabaseUnavailable) and not isinstance(results, DatabaseRefused)
-            if len(batch) > 1 and not is_away:
+            is_unavailable = isinstance(results, DatabaseUnavailable) and not isinstance(results, DatabaseRefused)
+            if len(batch) > 1 and not is_unavailable:
                 # One item alone may have caused the failure.
                 await asyncio.gather(*(self._resolve([each]) for each in batch))
                 return

@@ -78,11 +78,11 @@ class Conversations:
         return self.collection.find(condition, projection)
 
     async def update_one(self, condition: Condition, change: Document, *, upsert: bool = False) -> None:
-        """Change one document, or insert it if there is none and `upsert` is set."""
+        """Change one document, or insert it if none matches and `upsert` is set."""
         await self.collection.update_one(condition, change, upsert=upsert)
 
     async def find_changed(self, condition: Condition, change: Document, projection: Document) -> Any:
-        """Change one document and return it as it is then; None if there is none."""
+        """Change one document and return its new state; None if none matches."""
         return await self.collection.find_one_and_update(
             condition, change, projection=projection, return_document=ReturnDocument.AFTER
         )

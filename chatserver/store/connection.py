@@ -18,7 +18,7 @@ def redact_uri(uri: str) -> str:
     """Return a valid MongoDB URI with the database's name and without secrets, as it may be shown and pasted."""
     scheme, _, rest = uri.partition("://")
     address, _, query = rest.partition("?")
-    # Not as URLs in general: what PyMongo takes for a password may hold a `#`.
+    # Not as URLs in general: PyMongo accepts a password with a `#`.
     authority, _, database = address.partition("/")
     user, at, hosts = authority.rpartition("@")
     options = "&".join(each for each in query.split("&") if each and not _SECRET_OPTION.match(each))
@@ -41,7 +41,7 @@ def connect(uri: str, timeout_s: float) -> "AsyncIOMotorClient[Any]":
 
 
 def client_options(timeout_s: float) -> dict[str, Any]:
-    """Return what a client needs for the promises made here: majority, journaled, bounded in time (seconds)."""
+    """Return the options of a client for durable writes (majority, journaled) and calls bounded in time (seconds)."""
     return {
         "w": "majority",
         "journal": True,

@@ -42,9 +42,9 @@ class Database:
         self._uri = uri
         self._is_expired = expressions.is_expired(lease_ms)
         self._overview = {**expressions.OVERVIEW, "expired": self._is_expired}
-        """Projects everything that a `Record` has but the messages."""
+        """Projects the fields of a `Record`, except the messages."""
         self._turn_projection = expressions.turn(history, history_chars)
-        """Projects what a new turn needs; `prompt.messages` ends with the user's message."""
+        """Projects the fields that a new turn needs; `prompt.messages` ends with the user's message."""
 
     async def prepare(self) -> None:
         """Check that the database accepts our writes.

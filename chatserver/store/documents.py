@@ -1,6 +1,6 @@
 """Documents and records: pure functions from BSON to the values of `chatserver.records`.
 
-Other applications may write the same collection. Whatever a document contains, reading it never fails:
+Other applications may write the same collection. Reading never fails, even if a document has another form:
 
 - `messages` counts as empty if it is not an array;
 - a message whose `_id` is not an ObjectId gets an id derived from its conversation's id and its index;
@@ -115,7 +115,7 @@ def _error(value: object) -> ReplyError | None:
 
 
 def reply(document: Document, *, expired: bool) -> StoredReply | None:
-    """Return the running reply; None if there is none, or not one that a chatserver wrote."""
+    """Return the running reply; None if the document has none that a chatserver wrote."""
     stored = document.get("reply")
     if not isinstance(stored, dict) or not isinstance(stored.get("_id"), ObjectId):
         return None

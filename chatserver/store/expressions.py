@@ -30,7 +30,7 @@ IS_SUPPORTED: Document = {
 USER_TURNS: Document = {"$size": {"$filter": {"input": MESSAGES, "cond": {"$eq": ["$$this.role", "user"]}}}}
 _LAST_ID: Document = {"$let": {"vars": {"last": {"$last": MESSAGES}}, "in": "$$last._id"}}
 OVERVIEW: Document = {"createdAt": 1, "updatedAt": 1, "reply": 1, "count": COUNT, "last": _LAST_ID}
-"""Everything that `documents.record` needs but `messages` and `expired`."""
+"""The fields that `documents.record` needs, except `messages` and `expired`."""
 SUMMARY: Document = {
     "createdAt": 1,
     "updatedAt": 1,
@@ -66,12 +66,12 @@ SUMMARY: Document = {
 
 
 def literal(text: str) -> Document:
-    """Return the expression for a text, whatever it begins with."""
+    """Return the expression for a text, which may begin with `$`."""
     return {"$literal": text}
 
 
 def index_of(conversation: ObjectId, message_id: str) -> Document:
-    """Return the expression for a message's index, -1 if there is none with this id.
+    """Return the expression for a message's index, -1 if no message has this id.
 
     `$messages._id` omits messages without an `_id`, so an index into it may be too low. It is checked, and the more
     expensive search follows only if it is wrong.
@@ -95,11 +95,11 @@ def index_of(conversation: ObjectId, message_id: str) -> Document:
 
 
 def _id_at(index: int | str) -> Document:
-    """Return the expression for the `_id` of the message at an index: null if no ObjectId, 0 if none is there."""
+    """Return the expression for the `_id` of the message at an index: null if no ObjectId, 0 without a message."""
     message = {"$arrayElemAt": [MESSAGES, index]}
     of_message = {"$cond": [{"$eq": [{"$type": "$$message._id"}, "objectId"]}, "$$message._id", None]}
-    is_there = {"$lt": [index, COUNT]}
-    return {"$cond": [is_there, {"$let": {"vars": {"message": message}, "in": of_message}}, 0]}
+    exists = {"$lt": [index, COUNT]}
+    return {"$cond": [exists, {"$let": {"vars": {"message": message}, "in": of_message}}, 0]}
 
 
 def messages_from(at: Document | int, count: int) -> Document:
@@ -113,7 +113,7 @@ def messages_from(at: Document | int, count: int) -> Document:
 
 
 def last_ids(count: int) -> Document:
-    """Return the expression for the `_id`s of the last messages, null for those that have none."""
+    """Return the expression for the `_id`s of the last messages, null for messages without one."""
     return {"$map": {"input": {"$slice": [MESSAGES, -count]}, "in": {"$ifNull": ["$$this._id", None]}}}
 
 
@@ -183,10 +183,10 @@ def is_expired(lease_ms: int) -> Document:
 
 
 def turn(history: int, history_chars: int) -> Document:
-    """Return the projection of what a new turn needs, instead of the whole document.
+    """Return the projection of the fields that a new turn needs, instead of the whole document.
 
     :param history: how many of the newest messages
-    :param history_chars: older messages than these code points are left out
+    :param history_chars: messages before these newest code points may be left out
     """
     return {
         "reply._id": 1,

@@ -3,7 +3,7 @@
 On a large collection that another application has filled a build takes longer than an ordinary call may. It has a
 client of its own, PyMongo's, because a build must be waited for without a limit and still be given up at once when the
 process ends: a call of Motor blocks a thread, and the interpreter does not exit before all threads have returned.
-MongoDB goes on with a build whose client has left, and the next start finds it ready or waits for the rest.
+MongoDB continues a build whose client has disconnected, and the next start finds it ready or waits for the rest.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
 
 
 async def build(uri: str, database: str) -> None:
-    """Build the indexes that are missing, then drop those of earlier versions; what fails is logged and tried again.
+    """Build the indexes that are missing, then drop those of earlier versions; log failures and retry.
 
     Cancel it to give up waiting.
 
@@ -46,7 +46,7 @@ async def build(uri: str, database: str) -> None:
                 await _close(client)
             return
         except PyMongoError as error:
-            # Without its message, which may quote what a document holds.
+            # Without its message, which may quote a document.
             why = f"code {error.code}" if isinstance(error, OperationFailure) else type(error).__name__
             # While MongoDB is away, the store warns of that.
             level = logging.INFO if isinstance(error, ConnectionFailure) else logging.WARNING
@@ -59,7 +59,7 @@ async def build(uri: str, database: str) -> None:
 
 async def _close(client: Any) -> None:
     """Close a client to the end, also if that is cancelled: it would leave tasks and sockets behind."""
-    with pymongo.timeout(_CLOSE_S):  # it says goodbye to the database, which may not answer
+    with pymongo.timeout(_CLOSE_S):  # it ends its sessions at the database, which may not answer
         closing = asyncio.ensure_future(client.close())
     try:
         await asyncio.shield(closing)
@@ -80,7 +80,7 @@ async def _build(conversations: Any) -> None:
         except OperationFailure as error:
             if error.code not in _EXISTS_OTHERWISE:
                 raise
-            logger.warning("the index %s exists with other options; it is left as it is", name)
+            logger.warning("the index %s exists with other options; it is kept", name)
         else:
             if name not in existing:
                 logger.info("built the index %s in %.1f s", name, monotonic() - started)

@@ -29,7 +29,7 @@ class Reading(Database):
         """Return a conversation (None if unknown) and the first page of some of its messages; see `Record`.
 
         Messages are only ever appended, so the pages after it (`Record.following`) can be read later, unless the
-        conversation is deleted meanwhile. A new conversation with the same id has another `created_at`.
+        conversation has been deleted. A new conversation with the same id has another `created_at`.
 
         :param span: which messages
         :param divided: which of them are read in parts if they are long
@@ -57,7 +57,7 @@ class Reading(Database):
         try:
             found = await self._list(limit, after, expressions.SUMMARY)
         except DatabaseRefused:
-            # One of them has text that is not UTF-8, which MongoDB does not cut. Only that one is left without a title.
+            # One has text that is not UTF-8, which `$substrCP` rejects. Only that conversation has no title.
             found = await self._list(limit, after, {**expressions.SUMMARY, "beginning": expressions.literal("")})
             for each in found:
                 with suppress(DatabaseRefused):

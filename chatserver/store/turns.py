@@ -40,7 +40,7 @@ class Turns(Database):
         :param new: whether the conversation's id is fresh, so that the conversation need not be searched for
         :raises ReplyInProgress, ConversationFull: and nothing is stored
         :raises KeyReused: if a message with this key exists already; see `find_by_key`
-        :raises UnsupportedConversation: if another application stored something that a turn cannot follow
+        :raises UnsupportedConversation: if another application stored values that a turn cannot follow
         :raises OutcomeUnknown: if the database stopped answering in the middle; see `find_started`
         """
         time = documents.now()

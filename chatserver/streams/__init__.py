@@ -1,4 +1,4 @@
-"""Streams: the open connections of this process, whatever their format."""
+"""Streams: the open connections of this process, in any format."""
 
 from chatserver.streams.connection import Connection
 from chatserver.streams.registry import Streams

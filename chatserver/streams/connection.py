@@ -19,7 +19,7 @@ from chatserver.wire.chunked import LAST_CHUNK, chunk
 TICK_S = 1.0
 """Seconds between two calls of `Connection.tick`."""
 _SEND_BUFFER = 128 * 1024
-"""`SO_SNDBUF` in bytes: bounds the kernel memory held by a client that stops reading."""
+"""`SO_SNDBUF` in bytes: bounds the kernel's memory for a client that stops reading."""
 
 
 class Connection(asyncio.Protocol):
@@ -54,7 +54,7 @@ class Connection(asyncio.Protocol):
         """The event loop's time at which the stream ends, in seconds; None: never."""
         self.closed = False
         self.ending = False
-        """Whether the response is being ended, or has ended: nothing more is taken."""
+        """Whether the response is being ended, or has ended: no more data is accepted."""
         self.paused = False
         """Whether the kernel has not taken all bytes of the last write."""
         self.progress = (0, 0, 0)
@@ -68,7 +68,7 @@ class Connection(asyncio.Protocol):
         self._progress_at = 0.0
 
     async def attach(self, stream: IOStream) -> None:
-        """Take over the socket of a request from the HTTP server, which has let go of it."""
+        """Take over the socket of a request from the HTTP server, which has detached it."""
         if stream.closed():
             self.release()
             return
@@ -180,7 +180,7 @@ class Connection(asyncio.Protocol):
             self.finish()
         return False
 
-    # -- what is buffered ----------------------------------------------------------------------------------------
+    # -- buffers ------------------------------------------------------------------------------------------------
 
     @property
     def backlog_bytes(self) -> int:
@@ -210,7 +210,7 @@ class Connection(asyncio.Protocol):
     # -- writing -------------------------------------------------------------------------------------------------
 
     def _wrap(self, data: bytes) -> bytes:
-        """Return bytes of this stream alone as its body carries them; the log wraps those that subscribers share."""
+        """Return bytes of this stream alone as its body carries them; the log wraps shared frames."""
         return chunk(data) if self.chunked else data
 
     def _start_ending(self) -> None:
@@ -224,7 +224,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None:
             return
         if self.ending and self._reuse is not None:
-            # Before the last chunk is written: what the client sends after it is for the HTTP server to read.
+            # Before the last chunk is written: the HTTP server must read the bytes that the client sends after it.
             self._transport.pause_reading()
         while self._backlog and not self.paused:
             part = bytes(self._backlog[:MAX_WRITE])

@@ -9,10 +9,10 @@ from chatserver.wire import Format
 
 
 class Page(NamedTuple):
-    """The frames of stored messages after a position: of all of them, or of those that one read has returned.
+    """The frames of the stored messages after a position, as far as one read returned them.
 
-    `position` is the one after them; `more` is whether text or messages follow that are not in it; `ends` is whether
-    the stream ends with it.
+    `position` is the position after these frames; `more` is whether stored text or messages follow; `ends` is whether
+    the stream ends with them.
     """
 
     frames: list[bytes]

@@ -3,7 +3,7 @@
 The framing is the WHATWG HTML standard's, section "Server-sent events". An event's `id` is the position right after it.
 It is the last line of its frame: clients that store an `id` as soon as its line arrives (npm eventsource 2,
 fetch-event-source) would otherwise skip the event's text when the connection breaks inside the frame. For them one
-place is left, right before the line break that ends the frame. The data is JSON, so that no line break of a message
+gap remains, right before the line break that ends the frame. The data is JSON, so that no line break of a message
 ends a line of the stream; U+0085, U+2028 and U+2029 are escaped, too, since some clients split lines there.
 """
 
@@ -61,7 +61,7 @@ def end_frame(message: Message) -> bytes:
 
 
 def ping(every_s: float) -> bytes:
-    """Return the `ping` that announces a keep-alive every so many seconds on a quiet stream."""
+    """Return a `ping`, which announces the interval of keep-alives on a quiet stream in seconds."""
     return f'event: ping\ndata: {{"everyS":{every_s:g}}}\n\n'.encode()
 
 

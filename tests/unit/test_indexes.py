@@ -81,7 +81,7 @@ async def test_build_that_fails_is_logged_and_tried_again(
 
 
 @pytest.mark.gen_test
-@pytest.mark.expects_log("the index reply._id_1 exists with other options; it is left as it is")
+@pytest.mark.expects_log("the index reply._id_1 exists with other options; it is kept")
 async def test_index_that_another_application_made_is_left_as_it_is(database: Database) -> None:
     database.conversations.create_index("reply._id", name="reply._id_1")
     await indexes.build(database.uri, "unused")

@@ -51,11 +51,16 @@ class Metrics(Collector):
         """Register a gauge, or a counter, whose value is read for each answer.
 
         :param what: its help text
+        :param read: returns the value
+        :param counter: whether the value only grows
         """
         self._registry.register(_Watched(name, what, read, counter))
 
     def observe_store(self, operation: str, seconds: float, answered: bool) -> None:
-        """Count one database operation."""
+        """Count one database operation.
+
+        :param answered: whether the database answered it
+        """
         self._store_duration.labels(operation).observe(seconds)
         if not answered:
             self._store_errors.labels(operation).inc()

@@ -128,7 +128,7 @@ class Reading:
                 yield Part([part], Position(running.id, end), continues=begin > 0, breaks_off=end < chars)
 
     async def summaries(self, limit: int, after: Place | None = None) -> Sequence[Summary]:
-        """Return up to `limit` conversations that follow a place in the list, the latest activity first."""
+        """Return up to `limit` conversations that follow a place in the list (None: from its start)."""
         return await self._store.summaries(limit, after)
 
     async def subscribe(self, conversation_id: str, position: Position | None, subscriber: Subscriber) -> None:

@@ -171,7 +171,7 @@ async def private_database(mongod: Mongod) -> AsyncIterator[str]:
 def _set_tcp_user_timeout(sockets: list[socket.socket], slow_client_timeout_s: float) -> None:
     """Have the kernel, where it can, abort connections whose client has vanished or has stopped reading.
 
-    Accepted sockets inherit the option. It is later than a stream's own timer, which counts the clients that it aborts.
+    Accepted sockets inherit the option. It expires later than a stream's own timer, which counts its aborts.
     """
     milliseconds = int(slow_client_timeout_s * 1000) + 5000
     for each in sockets:

@@ -43,7 +43,7 @@ class PageHandler(BaseHandler, StaticFileHandler):
         return StaticFileHandler.compute_etag(self)
 
     def get_content_type(self) -> str:
-        """Return the media type; `client.d.ts` is text, although systems take `.ts` for a video or a translation."""
+        """Return the media type; `client.d.ts` is text, although systems map `.ts` to videos or translations."""
         return "text/plain" if self.path.endswith(".ts") else StaticFileHandler.get_content_type(self)
 
     def set_extra_headers(self, path: str) -> None:

@@ -8,7 +8,7 @@ that a client can distinguish an end from a lost connection (RFC 9112, 8). In HT
 The request is an ordinary one up to its headers; then its socket goes to a `Connection`. After the last chunk the
 socket goes back to the HTTP server, which reads the connection's next request. It must not be closed then: a pooled
 client would send its next post into a closed connection. Nor may the response announce `Connection: close`: Node's
-`fetch()` would take a lost connection for the end of the body.
+`fetch()` would treat a lost connection as the end of the body.
 """
 
 from chatserver import positions

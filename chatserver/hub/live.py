@@ -7,7 +7,7 @@ from datetime import datetime
 from sys import maxsize
 from typing import Protocol, TypeVar
 
-from chatserver.hub.log import LiveReply, Log, ResumePoint
+from chatserver.hub.log import LiveReply, Log
 from chatserver.positions import Position
 from chatserver.records import Message
 from chatserver.wire import Format, sse
@@ -222,15 +222,11 @@ class LiveConversation:
 
     # -- subscribing ---------------------------------------------------------------------------------------------
 
-    def locate(self, position: Position) -> ResumePoint | None:
-        """Return where a position lies in the log; None if it does not, or not yet."""
-        return self._log.locate(position)
-
     def covers(self, position: Position) -> bool:
         """Return whether everything after a position is, or will be, in the log."""
         if self.reply is not None and self.reply.message_id == position.message_id:
             return True
-        return self.locate(position) is not None
+        return self._log.locate(position) is not None
 
     def subscribe(self, subscriber: Subscriber, position: Position) -> None:
         """Deliver to a subscriber everything after a position, from now on.
@@ -239,7 +235,7 @@ class LiveConversation:
         text that its clients have) waits until the log reaches it, or the reply ends.
         """
         subscriber.live = self
-        point = self.locate(position)
+        point = self._log.locate(position)
         if point is None:
             subscriber.cursor = _AHEAD
             self._ahead[subscriber] = position
@@ -306,7 +302,7 @@ class LiveConversation:
     def _admit_ahead(self) -> None:
         """Subscribe each once the log has reached its position; disconnect the others if the reply has ended."""
         for subscriber, position in list(self._ahead.items()):
-            if self.locate(position) is not None:
+            if self._log.locate(position) is not None:
                 del self._ahead[subscriber]
                 self.subscribe(subscriber, position)
             elif self.reply is None:

@@ -28,6 +28,7 @@ class OwnReplies:
 
     @property
     def ids(self) -> list[str]:
+        """The ids of all replies in the table."""
         return [*self.writers, *self._starting]
 
     @property
@@ -51,9 +52,11 @@ class OwnReplies:
         return self._starting.get(reply_id)
 
     def add(self, writer: Writer) -> None:
+        """List a writer."""
         self.writers[writer.reply.message_id] = writer
 
     def remove(self, writer: Writer) -> None:
+        """Remove a writer that has ended."""
         del self.writers[writer.reply.message_id]
         self._changed.notify_all()
 

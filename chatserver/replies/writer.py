@@ -102,7 +102,7 @@ class Writer:
         self._early_ending: Ending | None = None
 
     async def run(self) -> Outcome:
-        """Generate, store and publish the reply."""
+        """Generate, store and publish the reply; return how that ended. Raises nothing but `CancelledError`."""
         try:
             return await self._run()
         except Exception:

@@ -52,7 +52,7 @@ class Batcher(Generic[Item, Result]):
         """Make the call for some items and set their results."""
         results: Sequence[Result] | BaseException
         # `gather` instead of `try`: a CancelledError that the call itself raises fails the items, or their submitters
-        # would wait for ever; a cancellation of this task is still raised here.
+        # would wait forever; a cancellation of this task is still raised here.
         (results,) = await asyncio.gather(self._call([item for item, _ in batch]), return_exceptions=True)
         if not isinstance(results, BaseException) and len(results) != len(batch):
             results = RuntimeError(f"{len(results)} results for {len(batch)} items")

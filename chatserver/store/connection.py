@@ -29,6 +29,7 @@ def redact_uri(uri: str) -> str:
 def connect(uri: str, timeout_s: float) -> "AsyncIOMotorClient[Any]":
     """Return the one database client of a process.
 
+    :param timeout_s: the longest that a call may take, in seconds
     :raises SetupError: if the URI is wrong
     """
     if not uri.startswith(("mongodb://", "mongodb+srv://")):

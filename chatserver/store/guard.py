@@ -25,7 +25,7 @@ BUSY = {24, 112, 262, 365, 388, 462}
 IngressRequestRateLimitExceeded: MongoDB rejects an operation for now."""
 _UNREACHABLE = {6, 7, 89, 133, 134, 9001}
 """HostUnreachable, HostNotFound, NetworkTimeout, FailedToSatisfyReadPreference, ReadConcernMajorityNotAvailableYet,
-SocketException: a `mongos` answers so while it does not reach a shard."""
+SocketException: the answer of a `mongos` that cannot reach a shard."""
 _PROBE_S = 0.5
 """While the database is away, one call per this interval probes it; the others fail at once."""
 _CONCURRENT_CALLS = 10

@@ -23,6 +23,7 @@ class Reading(Database):
 
     @cached_property
     def peeks(self) -> Batcher[str, Record | None]:
+        """The batched calls of `peek`."""
         return Batcher(self._peek_all)
 
     async def read(self, conversation_id: str, span: Span, *, divided: Divided = "all") -> Record | None:

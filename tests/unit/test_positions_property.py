@@ -93,7 +93,7 @@ def test_reply_that_is_replaced_before_its_first_word_leaves_nothing_in_the_log(
     live.open_turn(positions.start("c" * 24), None, "1" * 24, time)
     for turn in range(2, 5):
         live.open_turn(Position(f"{turn - 1}" * 24, None), None, f"{turn}" * 24, time)
-        assert live.locate(Position("1" * 24, 0)) is None
+        assert not live.covers(Position("1" * 24, 0))
         live.finish(Message(f"{turn}" * 24, "assistant", "", time))
 
 

@@ -105,12 +105,13 @@ class Server:
         :raises DatabaseUnavailable: if no MongoDB answers
         :raises SetupError: if the database cannot be used
         """
+        # First: the kernel accepts connections already, and only later ones inherit the option.
+        _set_tcp_user_timeout(sockets, self._settings.slow_client_timeout_s)
         try:
             await self.start_replies()
         except BaseException:
             await self.store.close()
             raise
-        _set_tcp_user_timeout(sockets, self._settings.slow_client_timeout_s)
         self.listener.start(sockets)
         self.background.spawn(self.streams.run())
         self.background.spawn(tasks.repeat(self._measure_loop_lag))

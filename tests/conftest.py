@@ -189,7 +189,7 @@ def standalone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def faulty_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URI of a MongoDB replica set of one that has fail points."""
+    """The URI of a MongoDB replica set of one, with fail points."""
     yield from _mongod(
         tmp_path_factory.mktemp("faulty"), replica_set=True, options=("--setParameter", "enableTestCommands=1")
     )

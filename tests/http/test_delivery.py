@@ -284,7 +284,7 @@ async def test_client_that_dawdles_over_its_request_is_let_go(make_server: Calla
 
 
 async def test_head_that_is_too_large_is_refused(make_server: Callable[..., Server]) -> None:
-    """In words up to four times what is allowed, as a cookie too many is; beyond, it is not even read."""
+    """Up to four times the limit the client gets an answer; beyond, the head is not read to its end."""
     server = await asyncio.to_thread(
         make_server(MAX_HEADER_BYTES=2000, CORS_ORIGINS="https://chat.example", REQUEST_TIMEOUT_S=0.5).start
     )

@@ -325,7 +325,7 @@ async def test_odd_fields_break_neither_their_conversation_nor_any_other(app: Ap
         lambda odd: {"messages": [{"role": "assistant", "content": "x", "error": {"code": odd, "message": odd}}]},
     ]
     for shape in shapes:
-        # As one batch, as the bulk reads have it: one that is wrong would take the others along.
+        # All in one batch, as in the bulk reads, where one bad document would fail the others.
         ids = [ObjectId() for _ in ODD]
         documents = [{"_id": id_, "updatedAt": TIME, **shape(odd)} for id_, odd in zip(ids, ODD, strict=True)]
         app.database.conversations.insert_many(documents)

@@ -172,7 +172,7 @@ async def test_large_body_is_refused_before_it_is_read(app: App, chunked: bool) 
         f"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{length}\r\n\r\n".encode()
     )
     piece = b"x" * 65536
-    # No more than it takes: what is left unread resets the connection, and a write may fail before the answer is read.
+    # No more than the server reads: unread bytes reset the connection, and a write may fail before the answer is read.
     for _ in range((DISCARDED_BYTES + app.settings.max_body_bytes) // len(piece) + 1 if chunked else 1):
         writer.write(b"10000\r\n%b\r\n" % piece if chunked else piece)
     head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)

@@ -131,7 +131,7 @@ def cpu_s(server: Server) -> float:
 
 
 def until_level(server: Server) -> None:
-    """Wait until the server uses no more CPU: all clients have what they take."""
+    """Wait until the server uses no more CPU: nothing more is delivered."""
     before = -1.0
     while (used := cpu_s(server)) != before:
         before = used

@@ -1,4 +1,4 @@
-"""Posting a message: the answer, what is stored, what the source receives."""
+"""Posting a message: the answer, the stored turn, the source's prompt."""
 
 import asyncio
 from datetime import UTC, datetime

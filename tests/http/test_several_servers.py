@@ -172,7 +172,7 @@ async def test_turn_started_elsewhere_while_a_reply_is_followed_is_not_missed(ma
     await said(other, conversation_id, 4)
     release(source)
     await writer.until(lambda: not writer.replies.running)
-    # Now the other server still follows what has ended.
+    # Now the other server still follows a reply that has ended.
     second = await writer.client.say("And?", conversation_id)
     seen = Transcript()
     position = first["lastEventId"]
@@ -200,7 +200,7 @@ async def test_client_in_the_middle_of_a_frame_receives_only_its_rest(
     await writer.until(lambda: len(document(writer, conversation_id)["reply"]["content"]) == 30)
     watcher = await RawStream(other.port, f"/chat/stream/{conversation_id}").open()
     await said(other, conversation_id, 30)
-    # What comes next to the other server is one frame that ends beyond what this client has seen here.
+    # The next frame of the other server ends beyond the text that this client has received here.
     ahead = await RawStream(other.port, f"/chat/stream/{conversation_id}?lastEventId={answer['replyId']}-50").open()
     release(source, 5)
     await said(other, conversation_id, 80)

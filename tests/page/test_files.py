@@ -119,7 +119,7 @@ def test_page_of_the_readme(
     expect(log).to_have_text(f"user: {'x' * 400}\nassistant: {said(2)}")
     expect(box).to_have_value("")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    # A refused message, and one that cannot be sent, stay in the box, and the reason is shown.
+    # A refused or unsent message stays in the box, and the reason is shown.
     box.fill("y" * 401)
     page.get_by_role("button").click()
     expect(trouble).to_have_text("Not sent: /input must have at most 400 characters.")

@@ -220,6 +220,7 @@ def test_silence_is_not_judged_by_the_clock_of_a_computer_that_slept(page: Page,
     site.say()
     expect(answers(page)).to_have_text([said(1)])
     expect(page.locator("#state")).to_have_text("Live")
+    expect_idle(page)  # the end of the reply has arrived, and with it its position
     assert len(streams) == 1
     # The watchdog still runs: it waits two and a half intervals of the server's 60 s.
     for _ in range(4):

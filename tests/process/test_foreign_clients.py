@@ -21,7 +21,12 @@ from tests.process.test_nginx import DEPLOYED, PLAIN, nginx
 from tests.processes import ROOT, Server
 from tests.proxy import CuttingProxy
 
-pytestmark = pytest.mark.gen_test(timeout=110)
+pytestmark = [
+    pytest.mark.gen_test(timeout=110),
+    # A foreign client that was disconnected may leave its socket to the garbage collector.
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
+]
 
 NODE = ROOT / "tests" / "node"
 TURNS = 2
@@ -96,7 +101,7 @@ async def converse(app: App, conversation_id: str) -> None:
 
 
 async def compare(app: App, conversation_id: str, seen: dict[str, Any]) -> str:
-    """Return in what a client's view of a conversation differs from what is stored; "" if in nothing."""
+    """Return the difference between a client's view of a conversation and the stored one; "" if there is none."""
     messages = (await app.client.history(conversation_id))["messages"]
     replies = [each["content"] for each in messages if each["role"] == "assistant"]
     assert len(replies) == TURNS and all(len(each) > 100 for each in replies)
@@ -215,7 +220,7 @@ async def test_cut_at_any_byte_of_a_frame_but_the_last_loses_nothing(
 
 @asynccontextmanager
 async def compressing(target: str) -> AsyncIterator[int]:
-    """Run an Express proxy that compresses what it may; give its port."""
+    """Run an Express proxy with compression; yield its port."""
     process = await asyncio.create_subprocess_exec(
         "node", str(NODE / "compressing_proxy.mjs"), target, stdout=asyncio.subprocess.PIPE
     )
@@ -256,7 +261,7 @@ async def test_client_has_each_word_through_a_proxy(
 async def test_post_right_after_a_stream_has_ended_is_accepted(
     make_server: Callable[..., Server], tmp_path: Path
 ) -> None:
-    """Guards: a client that pools its connections sent the post into one that the server was closing."""
+    """Guards: a client with a connection pool sent the post into a connection that the server was closing."""
     turns = 1000
     server = make_server(SIMULATED_TOKENS=2, SIMULATED_TOKEN_DELAY_MS=0, LOG_LEVEL="warning")
     await asyncio.to_thread(server.start)

@@ -1,4 +1,4 @@
-"""scripts/run and scripts/test after they were interrupted while they set up what they need."""
+"""scripts/run and scripts/test after an interrupted set-up."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Starting and ending the server, as whoever runs it does: a process, signals, what it prints."""
+"""Starting and ending the server as an operator does: a process, signals, its output."""
 
 import json
 import re

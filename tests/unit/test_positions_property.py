@@ -101,7 +101,7 @@ def test_reply_that_is_replaced_before_its_first_word_leaves_nothing_in_the_log(
 
 
 class Client:
-    """Puts together what it is told; whatever it is told must follow on what it has."""
+    """Assembles the events that it receives; each must continue the text before it."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -204,7 +204,7 @@ class Line(asyncio.Transport):
 
 
 class Fed:
-    """A source whose newest reply says what it is fed: a text, an error, or None for its end."""
+    """A source whose newest reply yields the items that a test feeds it: text, an error, or None for the end."""
 
     def __init__(self) -> None:
         self.food: asyncio.Queue[str | SourceError | None] = asyncio.Queue()
@@ -222,7 +222,7 @@ class Fed:
 
 
 class GatedStore(Store):
-    """A store that takes checkpoints only when it is told to, and whose indexes were built before."""
+    """A store that accepts checkpoints only on request, and whose indexes exist already."""
 
     taken: asyncio.Event | None = None
 
@@ -270,7 +270,7 @@ class Server:
 
 @dataclass
 class Turn:
-    """A reply that runs: what it has said, and how much of that is saved."""
+    """A running reply: its text, and the length of its checkpoint."""
 
     reply_id: str
     server: Server | None
@@ -347,7 +347,7 @@ class Conversation(RuleBasedStateMachine):
             await asyncio.sleep(0)
 
     async def begin_again(self, client: Client) -> None:
-        """Do as a reset demands, which is justified only where less of a reply was kept than its server had told."""
+        """Handle a reset, which is correct only where less of a reply was stored than its server had sent."""
         assert self.shortened, "a reset without a reason"
         await self.begin_with_history(client, self.servers[0])
 
@@ -592,7 +592,7 @@ class Conversation(RuleBasedStateMachine):
             self.stall(which, stalled=False)
 
     async def catch_up(self) -> None:
-        """Whoever is still at the server of the last turn has all of it; the others resume."""
+        """Clients still connected to the server of the last turn have all of it; the others resume."""
         end = f"{self.record[-1][0]}-done" if self.record else str(positions.start(self.id))
         for client in self.clients:
             if client.line is not None and client.server is self.ended_at:
@@ -637,7 +637,7 @@ class Conversation(RuleBasedStateMachine):
 
 
 def end_of(status: str, code: str | None) -> str:
-    """Return how a client is told of a stored reply's end: the status of its `done`, or the code of its `error`."""
+    """Return the end of a stored reply as clients receive it: the status of its `done`, or the code of its `error`."""
     if code is not None:
         return code
     return {"complete": "complete", "failed": "source_failed", "interrupted": "interrupted"}.get(status, "stopped")
@@ -673,7 +673,7 @@ def test_any_sequence_of_events_ends_with_the_stored_text(machine: type[Conversa
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_client_that_saw_more_than_a_stop_elsewhere_kept_is_reset(machine: type[Conversation], waits: bool) -> None:
-    """A `done` was told to clients whose text went further than what the other server had of it and stored."""
+    """A `done` was sent to clients with more text than the other server had stored."""
     conversation = machine()
     conversation.start()
     conversation.come(number=0, begins="start", window=400)

@@ -1,4 +1,4 @@
-"""The simulated source: what it says, in which pieces and at which pace."""
+"""The simulated source: its text, its tokens and its pace."""
 
 import asyncio
 import re
@@ -42,7 +42,7 @@ async def tokens_of(source: Simulated, question: str, turn: int = 1) -> list[str
 
 
 def is_inner(char: str) -> bool:
-    """Tell whether a character is shown as a part of the one before it."""
+    """Return whether a character is displayed as a part of the one before it."""
     return unicodedata.category(char).startswith("M") or char == "\u200d" or "\U0001f3fb" <= char <= "\U0001f3ff"
 
 
@@ -275,7 +275,7 @@ def test_200_replies_at_delay_0_leave_room_for_all_streams_and_healthz(make_serv
             before = received.copy()
             response = await client.http.get("/healthz")
             assert response.status_code == 200
-            # Those that began while the others were yet to be posted may have said nearly all they have to say.
+            # Replies that started while the others were being posted may be nearly complete.
             going = [each for each in conversations if received[each] < 1900]
             if len(going) < 100:
                 break

@@ -1,4 +1,4 @@
-"""The store, with both clients and both kinds of server; the shape of what is in the database."""
+"""The store, with both clients and both kinds of server; the shape of the documents."""
 
 import asyncio
 import re
@@ -356,11 +356,11 @@ async def test_replies_that_end_in_one_moment_are_stored_by_one_write(stores: St
 
         assert await finish(whole) == 30 * ["hi" * 500]
         assert writes == ["finish"]
-        # One that another server has ended, and one that is gone: each is told the truth, and the others are stored.
+        # A reply ended by another server and a deleted one get their own results, and the others are stored.
         await store.finish(lost[0].conversation_id, reply_of(lost[0], "mine", status="interrupted"))
         await store.delete(lost[1].conversation_id)
         assert await finish(lost) == ["mine", None, *28 * ["hi" * 500]]
-        # One that has no room: the others are stored.
+        # A reply without room does not prevent the others.
         filler = {
             "_id": ObjectId(),
             "role": "user",
@@ -463,7 +463,7 @@ async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:
 
 
 async def test_what_is_looked_for_is_found_by_an_index(database: Database) -> None:
-    """As the database's own profile of the store's queries has it; a page of the list costs what is on it."""
+    """Measured by MongoDB's profiler: a page of the list reads the documents on it and no others."""
     async with Stores(database, "motor").open() as store:
         turns = [turn() for _ in range(30)]
         for each in turns:

@@ -89,7 +89,7 @@ def ask(chosen: Settings, *contents: str) -> Outcome:
 
 
 def started(command: list[str], address: str, **environment: str) -> Iterator[str]:
-    """Start a server and give its address, found in what it prints; end it afterwards."""
+    """Start a server, yield the address that it prints, and end it afterwards."""
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
     )

@@ -324,7 +324,7 @@ def test_a_read_of_many_events_does_not_hold_up_the_loop() -> None:
 
 @fails_loudly
 def test_the_body_of_an_error_is_limited() -> None:
-    """A server that sends an error without end, or one that grows when it is decompressed."""
+    """The provider sends an endless error, or an error that grows when it is decompressed."""
     head = b"HTTP/1.1 400 No\r\nContent-Type: application/json\r\n"
     outcome = ask_raw(head + b"Content-Length: 50000000\r\n\r\n" + b" " * 1_000_000)  # and no more comes
     assert outcome.code == "source_failed"

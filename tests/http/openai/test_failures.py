@@ -1,4 +1,4 @@
-"""What may go wrong at a model provider, and which reply it leaves."""
+"""Failures of a model provider, and the reply after each."""
 
 import asyncio
 import socket

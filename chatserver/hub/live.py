@@ -97,6 +97,20 @@ class LiveConversation:
     :param on_dirty: called when there is something to deliver; once until it is delivered
     """
 
+    # An idle stream keeps its conversation in memory: without a dictionary it takes less.
+    __slots__ = (
+        "_ahead",
+        "_counts",
+        "_log",
+        "_schedule",
+        "conversation_id",
+        "holders",
+        "is_dirty",
+        "reply",
+        "subscribers",
+        "version",
+    )
+
     def __init__(self, conversation_id: str, counts: Counts, on_dirty: Callable[["LiveConversation"], None]) -> None:
         self.conversation_id = conversation_id
         self.subscribers: set[Subscriber] = set()

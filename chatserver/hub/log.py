@@ -89,6 +89,9 @@ class Log:
     is dropped. Most subscribers need `piece` next; it starts at a frame.
     """
 
+    # As in `LiveConversation`.
+    __slots__ = ("_data", "_entries", "_tail", "base", "end", "format", "piece")
+
     def __init__(self, stream_format: Format) -> None:
         self.format = stream_format
         self.base = 0

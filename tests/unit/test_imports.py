@@ -246,12 +246,36 @@ def test_openai_sdk_is_not_loaded_at_start_up() -> None:
     assert "chatserver.chat" in done.stdout.split() and "openai" not in done.stdout.split()
 
 
-def test_only_the_collection_makes_conditions_and_sends_commands() -> None:
+@pytest.mark.parametrize(("path", "module"), MODULES.items(), ids=MODULES.values())
+def test_only_the_collection_makes_conditions_and_sends_commands(path: Path, module: str) -> None:
     """A rule for every command, such as the conversation's owner, has one place: the functions that make conditions."""
-    commands = re.compile(
-        r"\b(?:collection|client)\.(?:find|update|delete|insert|replace|aggregate|bulk_write|count|distinct)"
-    )
-    for path in (ROOT / "store").glob("*.py"):
-        if path.name != "collection.py":
-            assert "Condition(" not in path.read_text(), path
-            assert not commands.search(path.read_text()), path
+    if module == "chatserver.store.collection":
+        return
+    nodes = [*ast.walk(ast.parse(path.read_text()))]
+    attributes = {(ast.unparse(node.value), node.attr) for node in nodes if isinstance(node, ast.Attribute)}
+    if module.startswith("chatserver.store."):
+        called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+        assert not called & {"Condition", "collection.Condition"}
+    else:
+        assert not any(is_in(name, ["chatserver.store.collection"]) for name in imports(path))
+
+    # The driver's collection cannot be reached in another way; the builder of the indexes has a client of its own.
+    assert not any(attr == "collection" and of.endswith("conversations") for of, attr in attributes)
+    if module != "chatserver.store.indexes":
+        assert not {attr for _, attr in attributes} & {"get_default_database", "get_database", "get_collection"}
+        assert not any(ast.unparse(node.value).endswith("client") for node in nodes if isinstance(node, ast.Subscript))
+
+
+def test_the_collection_sends_nothing_but_its_conditions() -> None:
+    """The type checker ensures that the argument `condition` of a method is a `Condition`."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(PATHS["chatserver.store.collection"].read_text()))
+        if isinstance(node, ast.Call)
+    ]
+    sent = [
+        ast.unparse(node.args[0])
+        for node in calls
+        if ast.unparse(node.func).startswith("self.collection.") or ast.unparse(node.func) == "UpdateOne"
+    ]
+    assert len(sent) == 7 and set(sent) == {"condition", "writes"}

@@ -1,4 +1,4 @@
-"""The store, with both clients and both kinds of server; the shape of the documents."""
+"""The store and the shape of its documents, with Motor and PyMongo, on a replica set and a standalone server."""
 
 import asyncio
 import re
@@ -18,7 +18,7 @@ from pymongo.monitoring import CommandListener
 from chatserver import store as store_package
 from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
 from chatserver.records import INTERRUPTED, After, Before, Between, Message, Newest, ReplyError, Span, Turn
-from chatserver.store import Store, client_options, connect, documents, new_id, redact_uri
+from chatserver.store import Store, client_options, collection, connect, documents, new_id, redact_uri
 from chatserver.store.turns import DOCUMENT_BYTES, REPLY_ROOM
 from tests.apps import Database
 
@@ -64,8 +64,8 @@ def turn(conversation_id: str | None = None) -> Turn:
     return Turn(conversation_id or new_id(), new_id(), new_id())
 
 
-def reply_of(begun: Turn, content: str, **options: Any) -> Message:
-    return Message(begun.reply_id, "assistant", content, datetime.now(UTC), **options)
+def reply_of(turn: Turn, content: str, **options: Any) -> Message:
+    return Message(turn.reply_id, "assistant", content, datetime.now(UTC), **options)
 
 
 async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
@@ -73,8 +73,8 @@ async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
         assert store.conversations.collection.write_concern.document == {"w": "majority", "j": True}
         assert store.conversations.collection.read_concern.level == "majority"
         first = turn()
-        begun = await store.start_turn(first, "Hello", None, new=True)
-        assert (begun.number, begun.previous_id, begun.turn) == (1, None, first)
+        started = await store.start_turn(first, "Hello", None, new=True)
+        assert (started.number, started.previous_id, started.turn) == (1, None, first)
         document = stores.database.conversations.find_one()
         assert set(document) == {"_id", "createdAt", "updatedAt", "messages", "reply"}
         assert set(document["reply"]) == {"_id", "createdAt", "content", "renewedAt"}
@@ -94,27 +94,27 @@ async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
             assert isinstance(each["_id"], ObjectId) and isinstance(each["createdAt"], datetime)
         assert (user["role"], reply["role"], reply["content"]) == ("user", "assistant", "Hey")
         second = turn(first.conversation_id)
-        begun = await store.start_turn(second, "More", None)
-        assert (begun.number, begun.previous_id) == (2, first.reply_id)
-        assert [each.content for each in begun.messages] == ["Hello", "Hey", "More"]
+        started = await store.start_turn(second, "More", None)
+        assert (started.number, started.previous_id) == (2, first.reply_id)
+        assert [each.content for each in started.messages] == ["Hello", "Hey", "More"]
 
 
-async def test_finish_may_be_repeated_and_is_done_once(stores: Stores) -> None:
+async def test_finish_can_be_repeated_and_stores_one_message(stores: Stores) -> None:
     async with stores.open() as store:
-        begun = turn()
-        await store.start_turn(begun, "Hello", None)
-        message = reply_of(begun, "Hey")
-        await store.finish(begun.conversation_id, message)
-        other = reply_of(begun, "Other", status="interrupted", error=INTERRUPTED)
-        assert (await store.finish(begun.conversation_id, other)).content == "Hey"  # type: ignore[union-attr]
+        first = turn()
+        await store.start_turn(first, "Hello", None)
+        message = reply_of(first, "Hey")
+        await store.finish(first.conversation_id, message)
+        other = reply_of(first, "Other", status="interrupted", error=INTERRUPTED)
+        assert (await store.finish(first.conversation_id, other)).content == "Hey"  # type: ignore[union-attr]
         assert len(stores.database.conversations.find_one()["messages"]) == 2
-        await store.delete(begun.conversation_id)
-        assert await store.finish(begun.conversation_id, message) is None
+        await store.delete(first.conversation_id)
+        assert await store.finish(first.conversation_id, message) is None
         assert stores.database.conversations.count_documents({}) == 0
 
 
 @pytest.mark.parametrize("known", [True, False])
-async def test_of_many_posts_at_one_moment_one_is_begun(stores: Stores, known: bool) -> None:
+async def test_one_of_concurrent_posts_starts_a_turn(stores: Stores, known: bool) -> None:
     async with stores.open() as store:
         conversation_id = new_id()
         if known:
@@ -129,7 +129,7 @@ async def test_of_many_posts_at_one_moment_one_is_begun(stores: Stores, known: b
         assert len(messages) == (3 if known else 1)
 
 
-async def test_key_is_found_with_the_first_answer_and_never_used_twice(stores: Stores) -> None:
+async def test_key_names_its_first_turn_and_is_never_used_twice(stores: Stores) -> None:
     async with stores.open() as store:
         first = turn()
         await store.start_turn(first, "Hello", "k")
@@ -150,7 +150,7 @@ async def test_key_is_found_with_the_first_answer_and_never_used_twice(stores: S
 
 
 class Commands(CommandListener):
-    """Keeps the commands that are sent to MongoDB."""
+    """Records the commands that are sent to MongoDB."""
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
@@ -177,25 +177,35 @@ def texts(value: Any, *, evaluated: bool = False) -> Iterator[tuple[str, bool]]:
             yield from texts(each, evaluated=evaluated)
 
 
-async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Database) -> None:
-    mark = "$$ROOT.mark"
+async def commands_of_all_operations(database: Database, text: str) -> list[Any]:
+    """Return the commands that MongoDB receives when each operation of a store is called.
+
+    :param text: every text of a client, key or source
+    """
     commands = Commands()
     client: Any = AsyncIOMotorClient(database.uri, event_listeners=[commands], **client_options(4.0))
-    store = Store(client, database.uri, timeout_s=4.0, lease_ms=10_000, history=50)
     calls: set[str] = set()
-    store.guard.observe = lambda operation, _seconds, _ok: calls.add(operation)
+    store = Store(
+        client,
+        database.uri,
+        timeout_s=4.0,
+        lease_ms=10_000,
+        history=50,
+        observe=lambda operation, _seconds, _answered: calls.add(operation),
+    )
     first = turn()
     await store.prepare()
-    await store.start_turn(first, mark, mark)
-    await store.checkpoint({first.reply_id: (first.conversation_id, mark)})
-    await store.finish(first.conversation_id, reply_of(first, mark, status="failed", error=ReplyError(mark, mark)))
+    await store.start_turn(first, text, text)
+    await store.checkpoint({first.reply_id: (first.conversation_id, text)})
+    await store.finish(first.conversation_id, reply_of(first, text, status="failed", error=ReplyError(text, text)))
     retried = await store.start_retry(first.conversation_id, new_id())
-    await store.finish(first.conversation_id, reply_of(retried.turn, mark))
-    await store.finish(first.conversation_id, reply_of(retried.turn, mark))
-    assert await store.find_by_key(first.conversation_id, mark, mark) == first
+    await store.finish(first.conversation_id, reply_of(retried.turn, text))
+    await store.finish(first.conversation_id, reply_of(retried.turn, text))
+    assert await store.checkpoint({retried.turn.reply_id: (first.conversation_id, text)}) == {retried.turn.reply_id}
+    assert await store.find_by_key(first.conversation_id, text, text) == first
     with pytest.raises(KeyReused):
-        await store.start_turn(turn(first.conversation_id), mark, mark)
-    more = await store.start_turn(turn(first.conversation_id), mark, f"{mark} 2")
+        await store.start_turn(turn(first.conversation_id), text, text)
+    more = await store.start_turn(turn(first.conversation_id), text, f"{text} 2")
     assert await store.find_started(first.conversation_id, more.turn.reply_id) is not None
     await store.find_expired([more.turn.reply_id])
     for span in (Newest(), Newest(1), After(first.message_id, 0), Before(first.message_id), Between(0, 1)):
@@ -206,11 +216,43 @@ async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Da
     await store.ping()
     await store.delete(first.conversation_id)
     await store.close()
-    assert calls == set(
-        re.findall(r'\.call\("(\w+)"', "".join(path.read_text() for path in STORE.glob("*.py")))
-    )  # none was left out
-    found = [(text, evaluated) for command in commands.sent for text, evaluated in texts(command) if mark in text]
+    named = re.findall(r'\.call\("(\w+)"', "".join(path.read_text() for path in STORE.glob("*.py")))
+    assert calls == set(named)  # none was left out
+    return commands.sent
+
+
+async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Database) -> None:
+    mark = "$$ROOT.mark"
+    sent = await commands_of_all_operations(database, mark)
+    found = [(text, evaluated) for command in sent for text, evaluated in texts(command) if mark in text]
     assert len(found) > 10 and not any(evaluated for _, evaluated in found)
+
+
+def filters(command: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the filters of a command on a collection."""
+    match next(iter(command)):
+        case "find":
+            return [command["filter"]]
+        case "findAndModify":
+            return [command["query"]]
+        case "update":
+            return [each["q"] for each in command["updates"]]
+        case "delete":
+            return [each["q"] for each in command["deletes"]]
+        case name:
+            raise AssertionError(f"{name}: how does it select documents?")
+
+
+async def test_every_command_selects_by_a_condition_of_the_collection(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule added to each condition, such as the conversation's owner, reaches MongoDB with each command."""
+    monkeypatch.setattr(collection, "Condition", lambda selected: {**selected, "$comment": "the rule"})
+    sent = await commands_of_all_operations(database, "Hello")
+    on_collection = [each for each in sent if next(iter(each.values())) == "conversations"]
+    assert {next(iter(each)) for each in on_collection} == {"find", "findAndModify", "update", "delete"}
+    for command in on_collection:
+        assert all(each.get("$comment") == "the rule" for each in filters(command)), command
 
 
 async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: Stores) -> None:
@@ -221,20 +263,20 @@ async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: St
             current = stores.database.conversations.find_one()["reply"]["_id"]
             last = Message(str(current), "assistant", "x", datetime.now(UTC), status)
             await store.finish(first.conversation_id, last)
-            begun = await store.start_retry(first.conversation_id, new_id())
-            assert begun.new_message is None and begun.number == 1 and begun.previous_id == str(current)
-            assert [(each.role, each.content) for each in begun.messages] == [("user", "Hello")]
-            assert begun.turn.message_id == first.message_id
+            started = await store.start_retry(first.conversation_id, new_id())
+            assert started.new_message is None and started.number == 1 and started.previous_id == str(current)
+            assert [(each.role, each.content) for each in started.messages] == [("user", "Hello")]
+            assert started.turn.message_id == first.message_id
         with pytest.raises(ReplyInProgress):
             await store.start_retry(first.conversation_id, new_id())
-        await store.finish(first.conversation_id, reply_of(begun.turn, "done"))
+        await store.finish(first.conversation_id, reply_of(started.turn, "done"))
         with pytest.raises(NothingToRetry):
             await store.start_retry(first.conversation_id, new_id())
         statuses = [each.get("status") for each in stores.database.conversations.find_one()["messages"]]
         assert statuses == [None, "superseded", "superseded", "superseded", None]
 
 
-async def test_lost_replies_are_those_whose_lease_has_run_out_but_for_our_own(stores: Stores) -> None:
+async def test_expired_replies_are_found_except_our_own(stores: Stores) -> None:
     async with stores.open(lease_ms=1000) as store:
         ours, theirs, alive = turn(), turn(), turn()
         for each in (ours, theirs, alive):
@@ -242,37 +284,37 @@ async def test_lost_replies_are_those_whose_lease_has_run_out_but_for_our_own(st
         assert await store.find_expired([]) == []
         assert len(await store.find_expired([], sole_server=True)) == 3
         async with asyncio.timeout(5):
-            while not (lost := await store.find_expired([ours.reply_id])):
+            while not (expired := await store.find_expired([ours.reply_id])):
                 await store.checkpoint({alive.reply_id: (alive.conversation_id, "alive")})
                 await asyncio.sleep(0.02)
-        assert [conversation_id for conversation_id, _ in lost] == [theirs.conversation_id]
-        message = reply_of(theirs, lost[0][1].content, status="interrupted", error=INTERRUPTED)
+        assert [conversation_id for conversation_id, _ in expired] == [theirs.conversation_id]
+        message = reply_of(theirs, expired[0][1].content, status="interrupted", error=INTERRUPTED)
         await store.checkpoint({theirs.reply_id: (theirs.conversation_id, "renewed")})
-        assert await store.finish(theirs.conversation_id, message, if_renewed_at=lost[0][1].renewed_at) is None
+        assert await store.finish(theirs.conversation_id, message, if_renewed_at=expired[0][1].renewed_at) is None
         assert "reply" in stores.database.conversations.find_one({"_id": ObjectId(theirs.conversation_id)})
 
 
-async def test_checkpoint_says_which_replies_are_no_longer_ours(stores: Stores) -> None:
+async def test_checkpoint_returns_the_replies_that_no_longer_run(stores: Stores) -> None:
     async with stores.open() as store:
-        kept, lost = turn(), turn()
-        for each in (kept, lost):
+        kept, ended = turn(), turn()
+        for each in (kept, ended):
             await store.start_turn(each, "Hello", None)
-        await store.finish(lost.conversation_id, reply_of(lost, "taken over"))
-        replies = {each.reply_id: (each.conversation_id, "text") for each in (kept, lost)}
-        assert set(await store.checkpoint(replies)) == {lost.reply_id}
+        await store.finish(ended.conversation_id, reply_of(ended, "taken over"))
+        replies = {each.reply_id: (each.conversation_id, "text") for each in (kept, ended)}
+        assert set(await store.checkpoint(replies)) == {ended.reply_id}
 
 
-async def test_conversation_without_room_is_refused_before_the_turn(stores: Stores) -> None:
+async def test_turn_is_refused_in_a_full_conversation(stores: Stores) -> None:
     async with stores.open() as store:
         first = turn()
         await store.start_turn(first, "Hello", None)
         await store.finish(first.conversation_id, reply_of(first, "x" * (DOCUMENT_BYTES - REPLY_ROOM - 20_000)))
         second = turn(first.conversation_id)
-        begun = await store.start_turn(second, "fits", None)
-        assert REPLY_ROOM <= begun.reply_room < REPLY_ROOM + 20_000
-        # The room is real: a reply of just that size is checkpointed and stored.
-        await store.checkpoint({second.reply_id: (second.conversation_id, "y" * begun.reply_room)})
-        failed = reply_of(second, "y" * begun.reply_room, status="failed", error=INTERRUPTED)
+        started = await store.start_turn(second, "fits", None)
+        assert REPLY_ROOM <= started.reply_room < REPLY_ROOM + 20_000
+        # A reply of exactly that size can be checkpointed and stored.
+        await store.checkpoint({second.reply_id: (second.conversation_id, "y" * started.reply_room)})
+        failed = reply_of(second, "y" * started.reply_room, status="failed", error=INTERRUPTED)
         assert await store.finish(second.conversation_id, failed) == failed
         with pytest.raises(ConversationFull):
             await store.start_turn(turn(first.conversation_id), "no more", None)
@@ -281,7 +323,7 @@ async def test_conversation_without_room_is_refused_before_the_turn(stores: Stor
         assert len(stores.database.conversations.find_one()["messages"]) == 4
 
 
-async def test_only_the_messages_asked_for_are_read(stores: Stores) -> None:
+async def test_only_the_requested_messages_are_read(stores: Stores) -> None:
     async with stores.open() as store:
         conversation_id = new_id()
         ids = []
@@ -314,7 +356,7 @@ async def test_only_the_messages_asked_for_are_read(stores: Stores) -> None:
         assert await store.read(new_id(), Newest()) is None
 
 
-async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_query(stores: Stores) -> None:
+async def test_concurrent_peeks_share_one_query(stores: Stores) -> None:
     async with stores.open() as store:
         turns = [turn() for _ in range(150)]
         for each in turns[:120]:
@@ -340,14 +382,14 @@ async def test_conversations_that_are_looked_at_in_one_moment_are_read_by_one_qu
 
 
 @pytest.mark.expects_log("MongoDB rejected 1 of 30 writes")
-async def test_replies_that_end_in_one_moment_are_stored_by_one_write(stores: Stores) -> None:
+async def test_replies_that_end_together_share_one_bulk_write(stores: Stores) -> None:
     async with stores.open() as store:
         turns = [turn() for _ in range(90)]
         for each in turns:
             await store.start_turn(each, "hello", None, new=True)
         writes: list[str] = []
         store.guard.observe = lambda operation, _seconds, _ok: writes.append(operation)
-        whole, lost, full = turns[:30], turns[30:60], turns[60:]
+        whole, ended, full = turns[:30], turns[30:60], turns[60:]
 
         async def finish(turns: list[Turn]) -> list[Any]:
             messages = [(each.conversation_id, reply_of(each, "hi" * 500)) for each in turns]
@@ -357,9 +399,9 @@ async def test_replies_that_end_in_one_moment_are_stored_by_one_write(stores: St
         assert await finish(whole) == 30 * ["hi" * 500]
         assert writes == ["finish"]
         # A reply ended by another server and a deleted one get their own results, and the others are stored.
-        await store.finish(lost[0].conversation_id, reply_of(lost[0], "mine", status="interrupted"))
-        await store.delete(lost[1].conversation_id)
-        assert await finish(lost) == ["mine", None, *28 * ["hi" * 500]]
+        await store.finish(ended[0].conversation_id, reply_of(ended[0], "mine", status="interrupted"))
+        await store.delete(ended[1].conversation_id)
+        assert await finish(ended) == ["mine", None, *28 * ["hi" * 500]]
         # A reply without room does not prevent the others.
         filler = {
             "_id": ObjectId(),
@@ -373,7 +415,7 @@ async def test_replies_that_end_in_one_moment_are_stored_by_one_write(stores: St
         assert isinstance(refused, RuntimeError) and others == 29 * ["hi" * 500]
 
 
-async def test_reply_that_cannot_be_encoded_fails_none_of_those_that_end_with_it(stores: Stores) -> None:
+async def test_reply_that_cannot_be_encoded_fails_alone(stores: Stores) -> None:
     async with stores.open() as store:
         turns = [turn() for _ in range(3)]
         for each in turns:
@@ -386,7 +428,7 @@ async def test_reply_that_cannot_be_encoded_fails_none_of_those_that_end_with_it
 
 
 @pytest.mark.parametrize("hours", [-5, 5])
-async def test_lease_is_set_and_judged_by_the_clock_of_the_database(
+async def test_lease_is_set_and_checked_by_the_database_clock(
     stores: Stores, monkeypatch: pytest.MonkeyPatch, hours: int
 ) -> None:
     now = documents.now
@@ -403,8 +445,8 @@ async def test_lease_is_set_and_judged_by_the_clock_of_the_database(
             assert record is not None and record.reply is not None and not record.reply.expired
 
 
-async def test_lease_that_lies_in_the_future_has_run_out(stores: Stores) -> None:
-    """The database's clock was put back after the last renewal."""
+async def test_lease_in_the_future_has_expired(stores: Stores) -> None:
+    """The database's clock was set back after the last renewal."""
     async with stores.open() as store:
         mine = turn()
         await store.start_turn(mine, "hello", None, new=True)
@@ -417,8 +459,8 @@ async def test_lease_that_lies_in_the_future_has_run_out(stores: Stores) -> None
         assert record.reply.expired
 
 
-async def test_call_whose_time_is_up_before_it_begins_is_unavailable(database: Database) -> None:
-    """The process was paused, say, between its wait for a place and its next step."""
+async def test_call_whose_timeout_expires_in_the_queue_is_unavailable(database: Database) -> None:
+    """For example, the process was paused after the call had left the queue."""
     async with Stores(database, "motor").open() as store:
         for _ in range(10):
             await store.guard.slots.acquire()
@@ -432,8 +474,10 @@ async def test_call_whose_time_is_up_before_it_begins_is_unavailable(database: D
 
 
 @pytest.mark.expects_log("MongoDB rejected 1 of 1 writes: .388.")
-async def test_write_refused_for_now_is_not_refused_for_good(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The storage engine's cache was full, say; it may be asked again, and others need not wait."""
+async def test_write_that_mongodb_rejects_for_now_can_be_repeated(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example, the storage engine's cache was full."""
     async with stores.open() as store:
         mine = turn()
         await store.start_turn(mine, "hello", None, new=True)
@@ -450,7 +494,7 @@ async def test_write_refused_for_now_is_not_refused_for_good(stores: Stores, mon
 
 
 async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:
-    """Conversations that other code has written in the same shape are ours, too."""
+    """Other applications may write conversations of the same shape."""
     time = datetime(2025, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
     message = {"_id": ObjectId(), "role": "user", "content": "from Node", "createdAt": time}
     conversation = {"_id": ObjectId(), "createdAt": time, "updatedAt": time, "messages": [message], "__v": 0}
@@ -458,11 +502,11 @@ async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:
     async with stores.open() as store:
         record = await store.read(str(conversation["_id"]), Newest())
         assert record is not None and record.messages[0].content == "from Node" and record.created_at == time
-        begun = await store.start_turn(turn(str(conversation["_id"])), "from Python", None)
-        assert begun.number == 2
+        started = await store.start_turn(turn(str(conversation["_id"])), "from Python", None)
+        assert started.number == 2
 
 
-async def test_what_is_looked_for_is_found_by_an_index(database: Database) -> None:
+async def test_every_query_uses_an_index(database: Database) -> None:
     """Measured by MongoDB's profiler: a page of the list reads the documents on it and no others."""
     async with Stores(database, "motor").open() as store:
         turns = [turn() for _ in range(30)]
@@ -485,8 +529,8 @@ async def test_what_is_looked_for_is_found_by_an_index(database: Database) -> No
 
 
 @pytest.mark.expects_log("the database rejected a call \\(begin\\): code 8000")
-async def test_database_that_refuses_is_unavailable(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A quota or a rate limit, say: nobody's fault here, and it passes."""
+async def test_database_that_rejects_a_call_is_unavailable(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example, by a quota or a rate limit. The next call succeeds."""
     async with Stores(database, "motor").open() as store:
 
         async def refuse(*_: Any, **__: Any) -> None:
@@ -514,7 +558,7 @@ async def test_uri_is_shown_without_secrets(uri: str, shown: str) -> None:
 
 
 @pytest.mark.expects_log("database does not answer")
-async def test_silent_database_is_told_in_time_and_then_at_once() -> None:
+async def test_calls_to_a_silent_database_fail_within_the_timeout_and_then_at_once() -> None:
     uri = "mongodb://127.0.0.1:1/?directConnection=true"
     store = Store(connect(uri, 1.0), uri, timeout_s=1.0, lease_ms=1000, history=1)
     loop = asyncio.get_running_loop()

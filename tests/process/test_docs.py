@@ -127,9 +127,11 @@ const proxy = http.createServer((request, answer) => {
   await follow(url, "right", (name, data) => {
     if (name === "token") text += data.text;
     if (name !== "done") return;
-    console.log(JSON.stringify({ refused, streams, text }));
+    throw new TypeError("from the handler");
+  }, `${id}-0`).catch((error) => {
+    console.log(JSON.stringify({ refused, streams, text, thrown: error.message }));
     process.exit();
-  }, `${id}-0`);
+  });
 });
 """
 
@@ -149,4 +151,9 @@ async def test_stream_is_read_by_fetch_with_a_token(make_app: MakeApp, tmp_path:
     output, _ = await asyncio.wait_for(node.communicate(), 50)
 
     reply = (await app.client.history(conversation_id))["messages"][1]
-    assert json.loads(output) == {"refused": 401, "streams": 3, "text": reply["content"]}
+    assert json.loads(output) == {
+        "refused": 401,
+        "streams": 3,
+        "text": reply["content"],
+        "thrown": "from the handler",
+    }

@@ -106,10 +106,10 @@ class App:
 
     async def end_streams(self) -> None:
         """End all open streams; their clients resume."""
-        connections = set(self.streams._open)
+        connections = set(self.streams.connections)
         for connection in connections:
             connection.finish()
-        await self.until(lambda: connections.isdisjoint(self.streams._open))
+        await self.until(lambda: connections.isdisjoint(self.streams.connections))
 
     async def until_idle(self) -> None:
         """Wait until no reply is running and no live conversation is left."""

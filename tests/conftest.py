@@ -33,7 +33,7 @@ TOOLS = {
     "systemd-analyze": "systemd-analyze",
 }
 NODE_PACKAGES = Path(__file__).parent / "node" / "node_modules" / "installed.json"
-"""Written by scripts/test once all the packages are there."""
+"""Written by scripts/test after it has installed all the packages."""
 
 
 # A background job ignores SIGINT, and every program under test would inherit that.
@@ -151,7 +151,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def no_unexpected_logs(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Fail a test that logs above INFO, unless it says so with `expects_log`."""
+    """Fail a test that logs above INFO, unless it is marked with `expects_log`."""
     yield
     expected = [pattern for mark in request.node.iter_markers("expects_log") for pattern in mark.args]
     records = [record for phase in ("setup", "call", "teardown") for record in caplog.get_records(phase)]

@@ -124,7 +124,7 @@ class Server:
 
     @property
     def output(self) -> str:
-        """All that the process has printed: its standard output, then its standard error."""
+        """The whole output of the process: its standard output, then its standard error."""
         return "".join([*self.stdout, *self.stderr])
 
     def signal(self, number: int) -> None:
@@ -201,7 +201,7 @@ class MongoServer:
         :raises StartError: if it ends five times instead
         """
         self._folder.mkdir(exist_ok=True)
-        # After a kill, the port may be taken for a moment.
+        # After a kill, the port may stay in use briefly.
         for _ in range(5):
             self._process = self._spawn()
             if await self._listens():

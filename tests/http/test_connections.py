@@ -1,4 +1,4 @@
-"""The limit of connections, below that of open files, and what happens at either."""
+"""The limit of connections, below that of open files, and the behaviour at each."""
 
 import asyncio
 import errno
@@ -95,7 +95,7 @@ def test_connections_are_limited_below_the_limit_of_open_files(
     assert refused.socket.recv(1) == b""
 
     more = [connect(server) for _ in range(150)]
-    # The first request of all: nothing that it needs may be opened only now.
+    # The very first request: it must not need to open any further file.
     assert held[0].ask("POST", "/chat", '{"input": "hi"}')[0] == 202
     # Of those beyond the limit, most are closed at once.
     for each in more:

@@ -26,7 +26,7 @@ EVIL = {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}
 @pytest.mark.parametrize(
     ("site", "origin", "host", "refused"),
     [
-        # The browser's own word counts, whatever a proxy made of Host.
+        # Sec-Fetch-Site decides, even if a proxy has changed Host.
         ("same-origin", "https://chat.example", "127.0.0.1", False),
         ("same-origin", None, "chat.example", False),
         ("none", None, "chat.example", False),
@@ -60,7 +60,7 @@ EVIL = {"Origin": "http://evil.example", "Sec-Fetch-Site": "cross-site"}
         (None, None, "chat.example", False),
     ],
 )
-def test_pages_of_other_sites_are_told_from_our_own(
+def test_pages_of_other_sites_are_distinguished_from_our_own(
     site: str | None, origin: str | None, host: str, refused: bool
 ) -> None:
     headers = {"Sec-Fetch-Site": site, "Origin": origin}

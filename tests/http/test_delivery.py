@@ -131,7 +131,7 @@ async def test_client_that_stops_reading_is_disconnected_resumes_and_delays_no_o
     assert text_of(rest) == history["messages"][-1]["content"][1000:]
 
 
-async def test_what_is_cut_into_writes_ends_with_a_frame(make_app: MakeApp) -> None:
+async def test_each_write_ends_with_a_whole_frame(make_app: MakeApp) -> None:
     """The next write must begin a frame and a chunk, even if it is a `reset`."""
     gate = asyncio.Semaphore(0)
     source = Script(*["some words " * 80] * 400, "x" * 3 * MAX_WRITE, "end", gate=gate)
@@ -204,7 +204,7 @@ async def test_client_a_whole_turn_behind_is_disconnected_and_resumes(make_app: 
     await app.until_idle()
 
 
-async def test_missed_messages_are_told_page_by_page_as_the_client_takes_them(make_app: MakeApp) -> None:
+async def test_missed_messages_are_sent_page_by_page_as_the_client_reads(make_app: MakeApp) -> None:
     app = await make_app()
     conversation_id, time = new_id(), datetime.now(UTC)
     texts = [f"{number} " + "some words " * (20_000 if number % 20 == 1 else 1) for number in range(250)]
@@ -244,19 +244,19 @@ async def test_missed_messages_are_told_page_by_page_as_the_client_takes_them(ma
     await app.until_idle()
 
 
-async def test_vanished_client_is_given_up_by_the_kernel(make_app: MakeApp) -> None:
-    """Only that the kernel is asked to: to lose packets on the way takes rights that a test has not."""
+async def test_vanished_client_is_disconnected_by_the_kernel(make_app: MakeApp) -> None:
+    """Check only the socket's option: dropping packets needs privileges that a test does not have."""
     app = await make_app(slow_client_timeout_s=7.0)
     raw = await RawStream(app.port, f"/chat/stream/{new_id()}").open()
     await app.until(lambda: app.subscribers == 1)
     (connection,) = app.hub.conversations[0].subscribers
-    accepted = connection._transport.get_extra_info("socket")  # type: ignore[attr-defined]
+    accepted = connection.client_socket  # type: ignore[attr-defined]
     assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 12_000
     raw.close()
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel must be able to")
-async def test_client_that_does_not_read_an_ordinary_answer_is_given_up(
+async def test_client_that_does_not_read_an_ordinary_answer_is_disconnected(
     make_server: Callable[..., Server], database: Database
 ) -> None:
     """It would hold the whole answer in memory for as long as it likes."""
@@ -275,7 +275,9 @@ async def test_client_that_does_not_read_an_ordinary_answer_is_given_up(
     "sent",
     ["", "GET /chat HTTP/1.1\r\nHost: local", "POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"],
 )
-async def test_client_that_dawdles_over_its_request_is_let_go(make_server: Callable[..., Server], sent: str) -> None:
+async def test_client_that_sends_its_request_too_slowly_is_disconnected(
+    make_server: Callable[..., Server], sent: str
+) -> None:
     server = await asyncio.to_thread(make_server(REQUEST_TIMEOUT_S=0.5).start)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(sent.encode())
@@ -340,7 +342,7 @@ async def test_stalled_client_costs_no_memory_while_fifty_megabytes_are_streamed
                 received += len(chunk)
                 tail = tail[-100:] + chunk
             assert received > 50_000_000
-            # It is still there: it was neither cut nor did it end.
+            # The stream is still open: it was neither aborted nor ended.
             metrics = (await client.http.get("/metrics")).text
             assert f"chatserver_open_streams {1 + stalls}.0" in metrics
         kib = peak_kib(server)

@@ -1,4 +1,4 @@
-"""Documents that other applications wrote into the collection: they are readable, and break no other conversation."""
+"""Documents of other applications in the collection: they can be read, and do not break other conversations."""
 
 import asyncio
 import json
@@ -72,7 +72,7 @@ async def listed(app: App) -> dict[str, Any]:
 
 
 async def replayed(app: App, conversation_id: str, position: str, count: int) -> list[Any]:
-    """Return so many events after a position."""
+    """Return the first `count` events after a position."""
     events: list[Any] = []
     if count:
         async with asyncio.timeout(5):
@@ -84,7 +84,10 @@ async def replayed(app: App, conversation_id: str, position: str, count: int) ->
 
 
 async def check_stream(app: App, conversation_id: str, *, whole: bool = False) -> None:
-    """Check that a stream from every position (or only a whole one) brings what the history has after it."""
+    """Check that a stream from each position sends the messages that the history has after it.
+
+    :param whole: check only the stream from the beginning
+    """
     history = await app.client.history(conversation_id)
     messages = history["messages"]
     expected = [each["content"] for each in messages]
@@ -135,7 +138,7 @@ async def test_key_works_in_a_conversation_without_messages(app: App, first: dic
     ],
     ids=["none", "some", "inner", "other types"],
 )
-async def test_message_without_an_objectid_has_an_id_that_stays(make_app: MakeApp, ids: list[Any]) -> None:
+async def test_message_without_an_objectid_has_a_stable_id(make_app: MakeApp, ids: list[Any]) -> None:
     source = Script("an answer")
     app = await make_app(source=source)
     texts = ["Be kind.", "one", "two words", "three", "four words"]
@@ -174,7 +177,7 @@ async def test_message_without_an_objectid_has_an_id_that_stays(make_app: MakeAp
     assert [each.content for each in source.prompts[-1].messages] == [*texts[1:], "More"]
 
 
-async def test_new_turn_is_seen_by_a_stream_that_stands_at_a_message_without_an_id(app: App) -> None:
+async def test_stream_from_a_message_without_an_id_receives_a_new_turn(app: App) -> None:
     conversation_id = insert(app, messages=[message("user", "one"), message("assistant", "two")])
     last = (await app.client.history(conversation_id))["lastEventId"]
     transcript = Transcript()
@@ -289,7 +292,7 @@ async def test_other_roles_are_shown_and_not_sent_to_the_model(make_app: MakeApp
     ],
 )
 @pytest.mark.parametrize("role", ["user", "assistant", "tool"])
-async def test_content_that_is_no_string_is_shown_as_json_and_not_continued(
+async def test_content_that_is_not_a_string_is_shown_as_json_and_not_continued(
     app: App, role: str, content: Any, shown: str
 ) -> None:
     failed = message("assistant", "x", status="failed")
@@ -307,8 +310,8 @@ async def test_content_that_is_no_string_is_shown_as_json_and_not_continued(
 
 
 @pytest.mark.process
-async def test_odd_fields_break_neither_their_conversation_nor_any_other(app: App) -> None:
-    """Each field of a document in turn is of each type, and all of them are in one list."""
+async def test_fields_of_unexpected_types_break_no_conversation(app: App) -> None:
+    """Each field is tried with each type; all documents of a field are in one list."""
     good, _ = await app.client.turn("Hello")
     whole = await app.client.history(good["conversationId"])
     shapes: list[Callable[[Any], dict[str, Any]]] = [
@@ -325,7 +328,7 @@ async def test_odd_fields_break_neither_their_conversation_nor_any_other(app: Ap
         lambda odd: {"messages": [{"role": "assistant", "content": "x", "error": {"code": odd, "message": odd}}]},
     ]
     for shape in shapes:
-        # All in one batch, as in the bulk reads, where one bad document would fail the others.
+        # In one batch, as in the batched reads, where one bad document would fail the others.
         ids = [ObjectId() for _ in ODD]
         documents = [{"_id": id_, "updatedAt": TIME, **shape(odd)} for id_, odd in zip(ids, ODD, strict=True)]
         app.database.conversations.insert_many(documents)
@@ -347,7 +350,7 @@ async def test_odd_fields_break_neither_their_conversation_nor_any_other(app: Ap
 
 
 @pytest.mark.parametrize("id_", ["0" * 24, 5, {"a": 1}, datetime(2020, 1, 1, tzinfo=UTC)], ids=str)
-async def test_conversation_whose_id_is_no_objectid_is_not_in_the_list(app: App, id_: Any) -> None:
+async def test_conversation_whose_id_is_not_an_objectid_is_not_listed(app: App, id_: Any) -> None:
     good, _ = await app.client.turn("Hello")
     stored = {"_id": id_, "messages": [], "reply": {"_id": ObjectId()}}
     app.database.conversations.insert_many([{**stored, "updatedAt": TIME}, {"_id": ObjectId(), "messages": []}])
@@ -358,7 +361,7 @@ async def test_conversation_whose_id_is_no_objectid_is_not_in_the_list(app: App,
 
 
 @pytest.mark.expects_log("the database rejected a call \\(list\\)")
-async def test_text_that_is_no_utf8_breaks_nothing(app: App) -> None:
+async def test_text_that_is_not_utf8_is_read(app: App) -> None:
     good, _ = await app.client.turn("Hello")
     valid = {"_id": ObjectId(), "updatedAt": TIME, "messages": [message("user", "XXXX")]}
     raw = encode(valid).replace(b"XXXX", b"\xff\xfe\xfd\xfc")
@@ -369,7 +372,7 @@ async def test_text_that_is_no_utf8_breaks_nothing(app: App) -> None:
 
 
 @pytest.mark.expects_log("the database rejected a call \\(begin\\): code 121")
-async def test_refusal_by_the_database_is_an_error_of_ours_and_not_its_absence(app: App) -> None:
+async def test_write_that_mongodb_rejects_is_an_internal_error_and_not_an_outage(app: App) -> None:
     conversations = app.database.db.create_collection
     app.database.db.drop_collection("conversations")
     conversations("conversations", validator={"owner": {"$exists": True}})

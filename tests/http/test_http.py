@@ -1,4 +1,4 @@
-"""What goes in and out over HTTP: validation, errors in one shape, access, limits."""
+"""Requests and responses: validation, errors in one shape, access, limits."""
 
 import asyncio
 import json
@@ -137,7 +137,7 @@ async def test_body_is_not_compressed(app: App, encoding: str, status: int) -> N
         (b'{"input": }', "is not valid JSON: Expecting value, line 1 column 11."),
     ],
 )
-async def test_what_is_wrong_with_a_body_is_said_in_our_own_words(app: App, body: bytes, words: str) -> None:
+async def test_invalid_body_is_described_in_our_own_words(app: App, body: bytes, words: str) -> None:
     response = await app.client.http.post("/chat", content=body, headers=JSON)
     assert assert_problem(response, 400, "invalid_json")["detail"] == f"The body {words}"
 
@@ -244,7 +244,7 @@ async def test_unknown_and_unsupported_have_the_one_shape(app: App) -> None:
 
 
 @pytest.mark.expects_log("unexpected error")
-async def test_unexpected_error_is_logged_with_its_trace_and_tells_nothing(
+async def test_unexpected_error_is_logged_with_its_trace_and_reveals_nothing(
     app: App, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def crash(*_: Any, **__: Any) -> None:
@@ -260,7 +260,7 @@ async def test_unexpected_error_is_logged_with_its_trace_and_tells_nothing(
 
 
 async def test_no_route_or_method_bypasses_the_base_of_all_handlers(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base will check who sends a request; a handler that does not await its `prepare` would serve anybody."""
+    """The base will check who sends a request; a handler that does not await its `prepare` would serve every client."""
 
     async def refuse(_handler: BaseHandler) -> None:
         await asyncio.sleep(0)
@@ -376,7 +376,7 @@ async def test_host_names_are_a_setting(make_app: MakeApp) -> None:
         assert (await app.client.http.get("/healthz", headers={"Host": host})).status_code == status
 
 
-async def test_origins_are_told_only_if_they_are_allowed(make_app: MakeApp) -> None:
+async def test_origins_are_sent_only_if_they_are_allowed(make_app: MakeApp) -> None:
     app = await make_app(cors_origins=("https://chat.example",), cors_credentials=True)
     http, good, bad = app.client.http, {"Origin": "https://chat.example"}, {"Origin": "https://evil.example"}
     preflight = {**good, "Access-Control-Request-Method": "POST"}
@@ -398,7 +398,7 @@ async def test_origins_are_told_only_if_they_are_allowed(make_app: MakeApp) -> N
     raw.close()
 
 
-async def test_without_a_setting_no_origin_is_told(app: App) -> None:
+async def test_without_a_setting_no_origin_is_sent(app: App) -> None:
     response = await app.client.http.options("/chat", headers={"Origin": "https://chat.example"})
     assert not [name for name in response.headers if name.lower().startswith("access-control")]
 
@@ -497,7 +497,7 @@ async def test_length_beyond_all_measure_is_too_large(app: App, length: str) -> 
     await writer.wait_closed()
 
 
-async def test_whoever_may_read_may_ask_for_the_head_only(app: App) -> None:
+async def test_head_is_allowed_wherever_get_is(app: App) -> None:
     await app.client.turn("hi", ID)
     for path in ("/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/", "/chat", f"/chat/{ID}"):
         whole, head = await app.client.http.get(path), await app.client.http.head(path)

@@ -1,4 +1,4 @@
-"""The list of conversations: its order, a walk through its pages while they move, its titles, its indexes."""
+"""The list of conversations: its order, its pages while conversations move, its cursors, its titles."""
 
 import asyncio
 from collections.abc import Callable
@@ -35,12 +35,12 @@ async def walk(app: App, limit: int = 2, between: Callable[[], Any] | None = Non
             await between()
 
 
-async def test_walk_shows_no_conversation_twice_while_they_move_up(app: App) -> None:
+async def test_walk_shows_no_conversation_twice_while_some_move_up(app: App) -> None:
     ids = [(await app.client.say(f"Number {n}, and more than fits into a title of at most sixty characters"))[
         "conversationId"
     ] for n in range(7)]  # fmt: skip
     await app.until_idle()
-    # The same time for some: the order must not depend on it alone.
+    # Some have the same time, so that the order must not depend on it alone.
     time = document(app, ids[3])["updatedAt"]
     app.database.conversations.update_many(
         {"_id": {"$in": [ObjectId(each) for each in ids[2:5]]}}, {"$set": {"updatedAt": time}}
@@ -64,7 +64,7 @@ async def test_walk_shows_no_conversation_twice_while_they_move_up(app: App) -> 
     assert page[1]["status"] == "idle" and page[1]["messageCount"] == len(document(app, ids[1])["messages"])
 
 
-async def test_list_follows_the_begin_and_the_end_of_turns_alone(make_app: MakeApp) -> None:
+async def test_order_changes_only_when_a_turn_starts_or_ends(make_app: MakeApp) -> None:
     source = Script("one ", "two", gate=asyncio.Semaphore(0))
     app = await make_app(source=source)
     first, second = new_id(), new_id()
@@ -76,21 +76,21 @@ async def test_list_follows_the_begin_and_the_end_of_turns_alone(make_app: MakeA
     assert source.gate is not None
     source.gate.release()
     await app.until(lambda: document(app, first)["reply"]["content"] == "one ")
-    assert await walk(app) == [second, first]  # a checkpoint is no activity
+    assert await walk(app) == [second, first]  # a checkpoint does not count as activity
 
     source.gate.release()
     await app.client.http.post(f"/chat/{second}/stop")
     source.gate.release()
     await app.until(lambda: "reply" not in document(app, second))
-    begun = document(app, second)["updatedAt"]
+    ended = document(app, second)["updatedAt"]
     await asyncio.sleep(0.002)
     await app.client.http.post(f"/chat/{first}/stop")
     await app.until_idle()
-    assert document(app, first)["updatedAt"] > begun
+    assert document(app, first)["updatedAt"] > ended
     assert await walk(app) == [first, second]
 
 
-async def test_conversation_does_not_move_down_when_the_clock_is_put_back(
+async def test_conversation_does_not_move_down_when_the_clock_is_set_back(
     app: App, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     conversation_id = new_id()
@@ -103,7 +103,7 @@ async def test_conversation_does_not_move_down_when_the_clock_is_put_back(
     assert document(app, conversation_id)["updatedAt"] == before
 
 
-async def test_conversations_without_a_time_come_last_and_all_are_in_a_walk(app: App) -> None:
+async def test_conversations_without_a_time_are_listed_last(app: App) -> None:
     time = datetime(2026, 1, 1, tzinfo=UTC)
     dated = [{"_id": ObjectId(), "updatedAt": time + timedelta(seconds=n // 2), "messages": []} for n in range(4)]
     beyond_python = datetime_ms.DatetimeMS(2**62)
@@ -118,7 +118,7 @@ async def test_conversations_without_a_time_come_last_and_all_are_in_a_walk(app:
         assert await walk(app, limit) == [str(each["_id"]) for each in expected]
 
 
-async def test_cursor_of_another_order_is_refused_in_clear_words(app: App) -> None:
+async def test_invalid_cursor_is_refused_with_a_clear_detail(app: App) -> None:
     former = f"{1790000000000:014}-{new_id()}"
     for cursor in (former, "x", "1-2", f"u-{new_id()}", f"m{0:016}-{new_id()}", f"u{10**16}-{new_id()}"):
         response = await app.client.http.get("/chat", params={"cursor": cursor})
@@ -140,7 +140,7 @@ async def test_cursor_of_another_order_is_refused_in_clear_words(app: App) -> No
         ("x" * 400, "x" * 60 + "…"),
     ],
 )
-async def test_title_is_cut_between_characters_as_people_see_them(app: App, text: str, title: str) -> None:
+async def test_title_is_truncated_between_grapheme_clusters(app: App, text: str, title: str) -> None:
     await app.client.say(text)
     (only,) = (await app.client.http.get("/chat")).json()["conversations"]
     assert only["title"] == title

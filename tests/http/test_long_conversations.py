@@ -1,4 +1,4 @@
-"""Conversations of up to 15 MB: what one client costs in memory, and for how long a request holds the event loop."""
+"""Conversations of up to 15 MB: the memory per client, and the time for which a request blocks the event loop."""
 
 import asyncio
 import asyncio.events
@@ -33,7 +33,7 @@ SHAPES: dict[str, Callable[[], list[str]]] = {
 
 
 def insert(database: Database, texts: list[str], **fields: Any) -> str:
-    """Store a conversation of users' messages and replies in turn; return its id."""
+    """Store a conversation in which users' messages and replies alternate; return its id."""
     messages = [
         {"_id": ObjectId(), "role": "assistant" if number % 2 else "user", "content": text, "createdAt": TIME}
         for number, text in enumerate(texts)
@@ -44,7 +44,7 @@ def insert(database: Database, texts: list[str], **fields: Any) -> str:
 
 
 def fetch(app: App, method: str, path: str, body: str | None = None, end: bytes | None = None) -> tuple[Any, bytes]:
-    """Return an answer and its body, of a stream only the bytes up to `end`; for a thread of its own."""
+    """Return a response and its body, of a stream only the bytes up to `end`. It blocks: call it in a thread."""
     connection = HTTPConnection("127.0.0.1", app.port, timeout=50)
     connection.request(method, path, body, {"Content-Type": "application/json"})
     response = connection.getresponse()
@@ -59,7 +59,7 @@ def fetch(app: App, method: str, path: str, body: str | None = None, end: bytes 
 
 @pytest.fixture
 def holds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """How many seconds of CPU each callback of the event loop took."""
+    """Return a list that gets the CPU time of each callback of the event loop, in seconds."""
     measured: list[float] = []
     run = asyncio.events.Handle._run
 
@@ -69,7 +69,7 @@ def holds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         measured.append(time.thread_time() - before)
 
     monkeypatch.setattr(asyncio.events.Handle, "_run", timed)
-    # As the server does: what the tests before have left is not looked through.
+    # As in the server: the garbage collector skips the objects of earlier tests.
     gc.collect()
     gc.freeze()
     yield measured
@@ -131,7 +131,7 @@ def cpu_s(server: Server) -> float:
 
 
 def until_level(server: Server) -> None:
-    """Wait until the server uses no more CPU: nothing more is delivered."""
+    """Wait until the server uses no more CPU, because it has nothing more to deliver."""
     before = -1.0
     while (used := cpu_s(server)) != before:
         before = used
@@ -154,7 +154,7 @@ async def test_long_text_is_sent_in_parts_that_join(make_app: MakeApp) -> None:
     assert [each["content"] for each in before["messages"]] == texts[2:4]
     assert before["hasMore"] is True and before["lastEventId"] == f"{ids[3]}-done"
 
-    # A stream has a user's message as one event, and a reply in as many as it takes.
+    # A stream sends a user's message as one event, and a long reply as several.
     seen = Transcript()
     async for event in app.client.stream(conversation_id, f"{conversation_id}-0"):
         seen.take(event)
@@ -168,14 +168,14 @@ async def test_long_text_is_sent_in_parts_that_join(make_app: MakeApp) -> None:
     assert [event.name for event in await app.client.events(conversation_id, f"{ids[5]}-999999")] == ["error"]
 
 
-async def test_running_reply_and_its_position_belong_together_in_a_long_history(make_app: MakeApp) -> None:
+async def test_long_history_has_the_position_of_its_running_reply(make_app: MakeApp) -> None:
     gate = asyncio.Semaphore(0)
     app = await make_app(source=Script("😀" * 200_000, " and on", gate=gate))
     conversation_id = insert(app.database, ["x" * 100_000] * 20)
     answer = await app.client.say("hi", conversation_id)
     gate.release()
     await app.until(lambda: app.hub.counts.tokens == 1)
-    # The reply goes on while the client reads.
+    # The reply continues while the client reads.
     stalled = app.client.http.stream("GET", f"/chat/{conversation_id}")
     async with stalled as response:
         gate.release()
@@ -198,7 +198,7 @@ async def test_short_history_has_its_length_and_a_long_one_is_chunked(app: App) 
         assert (whole.getheader("Content-Length") == str(len(body))) is is_short
         assert head.getheader("Content-Length") == whole.getheader("Content-Length") and nothing == b""
         assert head.getheader("Content-Type") == whole.getheader("Content-Type") == "application/json"
-        # Of HTTP/1.0, the end of a long answer is the connection's, also for a client that would keep it.
+        # With HTTP/1.0 the connection's end marks the end of a long body, even if the client asks to keep it alive.
         reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
         writer.write(f"GET /chat/{conversation_id} HTTP/1.0\r\nConnection: keep-alive\r\n\r\n".encode())
         old_head, old_body = await reader.readuntil(b"\r\n\r\n"), await reader.readexactly(len(body))
@@ -209,7 +209,7 @@ async def test_short_history_has_its_length_and_a_long_one_is_chunked(app: App) 
 
 
 @pytest.mark.parametrize("recreated", [False, True])
-async def test_conversation_that_is_deleted_while_it_is_read_is_cut_off(
+async def test_history_is_aborted_if_its_conversation_is_deleted(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, recreated: bool
 ) -> None:
     app = await make_app()
@@ -235,7 +235,7 @@ async def test_conversation_that_is_deleted_while_it_is_read_is_cut_off(
     writer.close()
 
 
-async def test_client_that_stops_reading_a_history_is_cut_off(make_app: MakeApp, caplog: Any) -> None:
+async def test_client_that_stops_reading_a_history_is_disconnected(make_app: MakeApp, caplog: Any) -> None:
     app = await make_app(slow_client_timeout_s=0.3)
     conversation_id = insert(app.database, ["x" * 100_000] * 100)
     stalled = Stalled(app.port, f"/chat/{conversation_id}")

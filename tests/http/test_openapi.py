@@ -65,7 +65,7 @@ async def test_every_problem_code_and_event_is_described() -> None:
         assert f"`{event}`" in stream
 
 
-async def test_each_operation_tells_the_problem_codes_that_it_answers_with(app: App) -> None:
+async def test_each_operation_documents_the_problem_codes_that_it_answers_with(app: App) -> None:
     told = {
         operation["operationId"]: {
             code
@@ -107,7 +107,7 @@ async def test_each_operation_tells_the_problem_codes_that_it_answers_with(app: 
 
 
 @pytest.mark.parametrize("value", [{"$gt": ""}, 5, None, [], True])
-async def test_one_mistake_is_told_once(value: object) -> None:
+async def test_one_mistake_is_reported_once(value: object) -> None:
     with pytest.raises(errors.InvalidRequest) as raised:
         schemas.validate("say", {"input": value}, 100)
     assert raised.value.fields == [{"pointer": "/input", "detail": "must be of type string"}]

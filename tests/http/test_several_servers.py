@@ -114,7 +114,7 @@ async def test_paused_server_notices_that_its_reply_was_finished_elsewhere(make_
     watcher = asyncio.create_task(paused.client.events(conversation_id, answer["lastEventId"]))
     await paused.until(lambda: document(paused, conversation_id)["reply"]["content"] == "one ")
     await paused.until(lambda: paused.subscribers == 1)
-    # What another server does once the lease has run out.
+    # Do as another server does after the lease has expired.
     ((_, reply),) = await paused.store.find_expired([], sole_server=True)
     message = Message(reply.id, "assistant", "one ", reply.created_at, "interrupted", INTERRUPTED)
     release(source)
@@ -148,7 +148,7 @@ async def test_stop_and_delete_reach_a_reply_of_another_server(make_app: MakeApp
 
 
 async def test_stream_on_another_server_resumes_from_the_stored_text(make_app: MakeApp) -> None:
-    """Also while that server keeps in memory, for somebody who watches, how the conversation stood before."""
+    """Also while that server keeps an older state of the conversation in memory for another subscriber."""
     writer, other = await make_app(), await make_app()
     first, _ = await writer.client.turn("one")
     conversation_id = first["conversationId"]
@@ -215,7 +215,7 @@ async def test_client_in_the_middle_of_a_frame_receives_only_its_rest(
     ahead.close()
 
 
-async def test_turns_written_by_another_server_meanwhile_are_not_missed(make_app: MakeApp) -> None:
+async def test_concurrent_turns_of_another_server_are_not_missed(make_app: MakeApp) -> None:
     here, there = await make_app(), await make_app()
     conversation_id = new_id()
     first, _ = await here.client.turn("here", conversation_id)
@@ -225,7 +225,7 @@ async def test_turns_written_by_another_server_meanwhile_are_not_missed(make_app
     await here.until(lambda: here.subscribers == 1)
     await there.client.turn("there", conversation_id)
     last, _ = await here.client.turn("here again", conversation_id)
-    # The stream was cut, since it would have skipped a turn; from its position all is there.
+    # The server aborted the stream, since it would have skipped a turn; resuming brings everything.
     with contextlib.suppress(StopAsyncIteration):
         seen.take(await reading)
     assert not seen.said

@@ -53,7 +53,7 @@ class Endless:
 async def resume_at_random(
     client: Client, conversation_id: str, dice: random.Random, replies: int, position: str = ""
 ) -> Transcript:
-    """Watch a conversation, cut off at random points and resuming, until so many replies have ended."""
+    """Watch a conversation, disconnecting at random points and resuming, until `replies` replies have ended."""
     seen, in_query = Transcript(), dice.random() < 0.5
     while len(seen.ended) < replies:
         left = dice.choice([1, 2, 3, 7, 20, 1000])
@@ -70,7 +70,7 @@ async def resume_at_random(
 
 
 def our_tasks() -> list[str]:
-    """Return what runs on the loop, but for the connections that the test's own client keeps alive."""
+    """Return the tasks on the loop, except those of connections that the test's own client keeps alive."""
     names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
     return sorted(name for name in names if "_server_request_loop" not in name)
 
@@ -87,7 +87,9 @@ def stored(history: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("delay_ms", [0, 2])
-async def test_fifty_clients_cut_off_at_random_points_have_the_stored_text(make_app: MakeApp, delay_ms: int) -> None:
+async def test_fifty_clients_disconnected_at_random_points_have_the_stored_text(
+    make_app: MakeApp, delay_ms: int
+) -> None:
     app = await make_app(simulated_token_delay_ms=delay_ms)
     conversation_id = new_id()
     dice = random.Random(7)
@@ -107,7 +109,7 @@ async def test_fifty_clients_cut_off_at_random_points_have_the_stored_text(make_
         assert transcript.said[answer["replyId"]] == texts[answer["replyId"]]
     for transcript in seen[:25]:
         assert transcript.said == texts and transcript.order == list(texts)
-    # After the reply: cut off at random, too; and from positions of every kind, the rest and nothing but the rest.
+    # After the reply: random disconnects, too; and a position of each kind yields exactly the rest.
     for transcript in await asyncio.gather(*(join(0, answer["lastEventId"]) for _ in range(5))):
         assert transcript.said == {answer["replyId"]: texts[answer["replyId"]]}
     reply = texts[answer["replyId"]]
@@ -269,7 +271,7 @@ async def test_connection_serves_another_request_after_a_stream_has_ended_in_ord
 
 
 async def test_stream_until_done_ends_once_though_another_turn_waits_behind_it(make_app: MakeApp) -> None:
-    """Guards: a client that lagged had the next turn's frames, and a second last chunk in its next response."""
+    """Guards: a slow client received the next turn's frames, and a second last chunk in its next response."""
     app = await make_app(source=Script("a"))
     cid = new_id()
     reader, writer = await asyncio.open_connection("127.0.0.1", app.port)
@@ -328,7 +330,7 @@ async def test_connection_that_ends_as_soon_as_it_is_made_is_passed_on_once() ->
 
 
 async def test_last_chunk_is_sent_only_if_the_client_has_everything(make_app: MakeApp) -> None:
-    """Guards: a reply that was cut off by the end of its connection looked complete to curl, fetch() and their like."""
+    """Guards: a reply that was truncated by a disconnect looked complete to curl, fetch() and their like."""
     gate = asyncio.Semaphore(0)
     app = await make_app(source=Script("a", "b", "c", gate=gate), stream_max_age_s=0.0)
 
@@ -442,7 +444,7 @@ async def test_stream_stays_open_across_turns_and_shows_what_others_say(app: App
 
 
 async def test_clients_that_resume_together_read_twice_each_at_the_most(app: App) -> None:
-    """After a restart, say: only the first one's look at the database makes the others' out of date."""
+    """As after a restart: only the first one's read of the database makes the others' out of date."""
     answer, _ = await app.client.turn("hi")
     reads: list[str] = []
     app.store.guard.observe = lambda operation, _seconds, _ok: reads.append(operation)
@@ -459,7 +461,7 @@ async def test_clients_that_resume_together_read_twice_each_at_the_most(app: App
 
 
 async def test_stream_from_the_start_of_an_unknown_conversation_resumes_without_a_gap(app: App) -> None:
-    """Guards: a line cut before the first event left an EventSource with nothing to resume from."""
+    """Guards: a disconnect before the first event left an EventSource with nothing to resume from."""
     conversation_id = new_id()
     raw = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
     block = (await raw.reader.readuntil(b"\n\n")).decode()
@@ -488,7 +490,7 @@ async def test_position_that_does_not_exist_is_answered_by_reset(app: App, kind:
     assert [event.name async for event in app.client.stream(new_id(), position)] == ["reset"]
 
 
-async def test_source_that_fails_at_once_tells_early_and_late_clients(make_app: MakeApp) -> None:
+async def test_source_that_fails_at_once_notifies_early_and_late_clients(make_app: MakeApp) -> None:
     app = await make_app(source=Script(SourceError("source_failed", "Out of paper.")))
     conversation_id = new_id()
     early = asyncio.create_task(app.client.events(conversation_id))

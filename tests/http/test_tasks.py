@@ -1,4 +1,4 @@
-"""Background jobs go on after an exception that nobody foresaw: each is broken once."""
+"""Background jobs survive an unexpected exception: each of them fails once."""
 
 import asyncio
 import os
@@ -30,7 +30,7 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Broken:
-    """Stands for a function and raises at its first call, or whenever `when` holds for its arguments."""
+    """Replaces a function and raises at its first call, or whenever `when` holds for its arguments."""
 
     def __init__(self, function: Callable[..., Any], when: Callable[..., bool] | None = None) -> None:
         self.calls = 0
@@ -200,7 +200,7 @@ async def test_end_that_cannot_be_published_is_published_from_what_is_stored(
 
 
 @pytest.mark.expects_log("an expired reply could not be finished")
-async def test_lost_replies_are_finished(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_expired_replies_are_finished(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = asyncio.Semaphore(0)
     lost = await make_app(source=Script("a", gate=gate), checkpoint_ms=60_000, lease_ms=180_000)
     other = await make_app(lease_ms=200, checkpoint_ms=20)

@@ -101,7 +101,9 @@ def test_list_appears_as_soon_as_the_server_can_be_reached(page: Page, make_site
     expect(page.locator("#conversations a")).to_have_text(["Hello"])
 
 
-def test_state_tells_offline_from_reconnecting_at_any_time(context: BrowserContext, make_site: MakeSite) -> None:
+def test_state_distinguishes_offline_from_reconnecting_at_any_time(
+    context: BrowserContext, make_site: MakeSite
+) -> None:
     site = make_site()
     page = open_page(context.new_page(), site.url)
     page.route("**/chat/stream/**", lambda route: route.fulfill(status=503))
@@ -207,7 +209,7 @@ def test_stream_that_died_without_closing_is_reopened(
 
 
 def test_silence_is_not_judged_by_the_clock_of_a_computer_that_slept(page: Page, make_site: MakeSite) -> None:
-    """Its timers run late, and the data that the server has sent meanwhile has not been read yet."""
+    """Its timers run late, and the data that arrived during the sleep has not been read yet."""
     site = make_site(words(1), keepalive_s=60.0)
     page.clock.install()
     streams = streams_of(page)

@@ -21,12 +21,7 @@ from tests.process.test_nginx import DEPLOYED, PLAIN, nginx
 from tests.processes import ROOT, Server
 from tests.proxy import CuttingProxy
 
-pytestmark = [
-    pytest.mark.gen_test(timeout=110),
-    # A foreign client that was disconnected may leave its socket to the garbage collector.
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = pytest.mark.gen_test(timeout=110)
 
 NODE = ROOT / "tests" / "node"
 TURNS = 2
@@ -81,7 +76,7 @@ async def run(*command: object) -> Any:
 
 
 async def watch(client: str, *urls: str) -> list[dict[str, Any]]:
-    """Watch conversations with a client until each has had its turns; return what each stream brought."""
+    """Watch conversations with a client until each has had its turns; return the events of each stream."""
     if client in NODE_CLIENTS:
         seen: list[dict[str, Any]] = await run("node", NODE / "watch.mjs", client, TURNS, *urls)
     else:
@@ -114,7 +109,7 @@ async def compare(app: App, conversation_id: str, seen: dict[str, Any]) -> str:
 
 
 class After(proxy.After):
-    """Cuts after a number of bytes, and remembers the last of them."""
+    """Aborts a connection after a number of bytes, and keeps the last of them."""
 
     tail = b""
 
@@ -125,7 +120,7 @@ class After(proxy.After):
 
 
 class Cuts:
-    """The cuts at one offset of each connection to an application."""
+    """The aborts at one offset of each connection to an application."""
 
     def __init__(self, offset: int) -> None:
         self.offset = offset
@@ -143,7 +138,7 @@ class Cuts:
 
 @asynccontextmanager
 async def cutting(app: App, cuts: Cuts, *, reset: bool) -> AsyncIterator[CuttingProxy]:
-    """Put a proxy before an application, which cuts each connection at an offset."""
+    """Put a proxy that aborts each connection at an offset before an application."""
     async with CuttingProxy() as proxy:
         await proxy.start(app.port)
         proxy.resets = reset
@@ -153,7 +148,7 @@ async def cutting(app: App, cuts: Cuts, *, reset: bool) -> AsyncIterator[Cutting
 
 @pytest.mark.parametrize("clients", FAMILIES)
 @pytest.mark.parametrize("reset", [False, True], ids=["FIN", "RST"])
-async def test_client_has_each_word_once_over_connections_that_are_cut(
+async def test_client_has_each_word_once_over_aborted_connections(
     make_app: MakeApp, clients: Sequence[str], reset: bool
 ) -> None:
     app = await make_app(simulated_token_delay_ms=2)
@@ -176,7 +171,7 @@ async def test_client_has_each_word_once_over_connections_that_are_cut(
 
 @pytest.mark.needs("chromium")
 @pytest.mark.parametrize("reset", [False, True], ids=["FIN", "RST"])
-async def test_chromium_has_each_word_once_over_connections_that_are_cut(make_app: MakeApp, reset: bool) -> None:
+async def test_chromium_has_each_word_once_over_aborted_connections(make_app: MakeApp, reset: bool) -> None:
     app = await make_app(simulated_token_delay_ms=2)
     conversation_id = new_id()
     async with async_playwright() as playwright, cutting(app, Cuts(3001), reset=reset) as proxy:
@@ -278,7 +273,7 @@ async def test_post_right_after_a_stream_has_ended_is_accepted(
 
 
 @pytest.mark.needs("curl", "node")
-async def test_clients_report_a_reply_that_was_cut_off_by_a_kill(make_server: Callable[..., Server]) -> None:
+async def test_clients_report_a_reply_that_was_truncated_by_a_kill(make_server: Callable[..., Server]) -> None:
     """Guards: a reply that ended with its server looked complete, since the body had neither a length nor chunks."""
     server = make_server(SIMULATED_TOKEN_DELAY_MS=50)
     await asyncio.to_thread(server.start)

@@ -108,7 +108,7 @@ async def test_server_that_does_not_start_shows_the_end_of_its_log(tmp_path: Pat
     mongod._release_folder()
 
 
-async def test_nobody_else_can_reach_it(tmp_path: Path) -> None:
+async def test_no_other_user_can_reach_it(tmp_path: Path) -> None:
     async with started(tmp_path) as (mongod, _):
         path = Path(mongod.host)
         assert path.is_socket() and stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -171,13 +171,13 @@ async def test_file_of_ours_that_is_something_else_is_named(tmp_path: Path, name
         (folder / name).unlink(missing_ok=True)
         (folder / name / "x").mkdir(parents=True)
     if name == "mongod.log":
-        # It is moved away, like any log of the run before; but not onto something that is not a file.
+        # A log of an earlier run is moved away, but never onto a path that is not a file.
         (folder / "mongod.log.1").write_text("")
     with pytest.raises(SetupError, match=rf"data cannot be used: .*{folder / name}.*: .*; repair or move that file"):
         await Mongod(folder).start()
 
 
-async def test_folder_that_cannot_be_locked_is_not_said_to_be_in_use(
+async def test_folder_that_cannot_be_locked_is_not_reported_as_in_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:

@@ -89,7 +89,7 @@ async def test_stream_through_nginx_is_as_quick_and_as_whole_as_directly(
         answer = await client.say("Hello", conversation_id)
         times = await arrivals
         assert times[1] - times[0] < 0.25
-        # The line is cut in the middle; the rest comes through the proxy from the position.
+        # Disconnect in the middle; the rest comes through the proxy from the position.
         proxied.close()
         direct.close()
         events = await client.events(conversation_id, f"{answer['replyId']}-3")

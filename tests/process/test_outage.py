@@ -1,4 +1,4 @@
-"""A MongoDB that is frozen, killed, or cut off in the middle of writes: a real one, at an address that stays."""
+"""A real MongoDB at a fixed address that is frozen, killed, or disconnected in the middle of writes."""
 
 import asyncio
 import signal
@@ -57,7 +57,7 @@ async def mends(mongod: MongoServer, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["frozen", "killed", "stopped"])
-async def test_new_turns_are_refused_in_time_and_running_ones_go_on(mongod: MongoServer, how: str) -> None:
+async def test_new_turns_are_refused_in_time_and_running_ones_continue(mongod: MongoServer, how: str) -> None:
     db = database(mongod)
     async with running(App(db, simulated_token_delay_ms=5, lease_ms=1000, checkpoint_ms=100)) as app:
         answer = await app.client.say("before")
@@ -78,7 +78,7 @@ async def test_new_turns_are_refused_in_time_and_running_ones_go_on(mongod: Mong
         assert (await app.client.http.get("/readyz")).status_code == 503
         writer = app.replies.writer(answer["replyId"])
         assert writer is not None
-        # All has been said, and waits to be stored: no `done` yet.
+        # The text is complete and waits to be stored: no `done` yet.
         await app.until(lambda: writer.stage is Stage.STORING)
         assert not watcher.done() and writer.live.reply is writer.reply
         await mends(mongod, how)
@@ -105,7 +105,7 @@ async def test_new_turns_are_refused_in_time_and_running_ones_go_on(mongod: Mong
     db.db.client.close()
 
 
-async def test_lines_to_the_database_cut_in_the_middle_of_writes_lose_and_double_nothing(mongod: MongoServer) -> None:
+async def test_disconnects_from_the_database_during_writes_lose_and_double_nothing(mongod: MongoServer) -> None:
     async with CuttingProxy() as proxy:
         port = await proxy.start(int(mongod.host.partition(":")[2]))
         db = database(mongod, f"mongodb://127.0.0.1:{port}/chaos?directConnection=true")

@@ -12,7 +12,7 @@ from tests.processes import Server
 
 pytestmark = pytest.mark.soak
 
-# However valid a request is: 404, its id is one of nobody's; 409, a reply runs, or there is nothing to retry; 422, its
+# However valid a request is: 404, its id does not exist; 409, a reply runs, or there is nothing to retry; 422, its
 # key was used before; 429 and 503, the limits of streams and of replies.
 CONFIG = """
 [checks.positive_data_acceptance]
@@ -21,7 +21,7 @@ expected-statuses = ["2xx", "404", "409", "422", "429", "503"]
 
 
 def test_fuzzer_finds_nothing(make_server: Callable[..., Server], tmp_path: Path) -> None:
-    # A stream that nobody posts to never ends; an age lets the fuzzer see its end.
+    # A stream without a post never ends; a maximum age lets the fuzzer see its end.
     limits = {"STREAM_MAX_AGE_S": 0.1, "MAX_INPUT_CHARS": 500, "DATABASE_TIMEOUT_S": 20}
     server = make_server(SIMULATED_TOKEN_DELAY_MS=0, **limits).start()
     (tmp_path / "schemathesis.toml").write_text(CONFIG)

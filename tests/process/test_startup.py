@@ -104,7 +104,7 @@ def test_killed_server_starts_again_and_finds_its_data(private: Callable[..., Se
     server.kill()
     server.start()
     until(lambda: _ended(pid))
-    # With a private database nobody else can be writing that reply: it is finished at once.
+    # With a private database no other server can be writing that reply: it is finished at once.
     stored = history(server, answer["conversationId"])
     messages = stored["messages"]
     assert stored["status"] == "idle" and messages[-1]["status"] == "interrupted" and messages[-1]["content"]
@@ -157,7 +157,7 @@ def test_script_runs_it(tmp_path: Path, make_server: Callable[..., Server]) -> N
     assert server.stop() == 0
 
 
-def test_logs_as_json_name_what_they_are_about_and_never_what_was_said(make_server: Callable[..., Server]) -> None:
+def test_logs_as_json_name_their_subject_and_never_the_text(make_server: Callable[..., Server]) -> None:
     server = make_server(LOG_FORMAT="json", LOG_LEVEL="debug", SIMULATED_TOKENS=50).start()
     answer = say(server, "a private matter")
     query = {"lastEventId": answer["lastEventId"], "until": "done"}
@@ -193,7 +193,7 @@ def test_second_signal_ends_it_at_once(make_server: Callable[..., Server]) -> No
     say(server)
     server.signal(signal.SIGTERM)
     until(lambda: "shutting down" in server.output)
-    # While it waits for its reply, nobody new gets in.
+    # While it waits for its reply, it accepts no new connection.
     until(lambda: not listens(server.port))
     began = time.monotonic()
     server.signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The indexes: built in the background on a real MongoDB, however long it takes; tried again when they fail."""
+"""The indexes: built in the background on a real MongoDB, without a time limit; a failed build is retried."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ FORMER = "createdAt_-1__id_-1"
 
 @contextmanager
 def failing(database: Database, name: str, mode: Any = "alwaysOn", **data: Any) -> Iterator[None]:
-    """Have MongoDB fail inside the block (its own fail points)."""
+    """Make MongoDB fail inside the block, by one of its fail points."""
     admin = database.db.client.admin
     admin.command("configureFailPoint", name, mode=mode, data=data)
     try:
@@ -31,7 +31,7 @@ def failing(database: Database, name: str, mode: Any = "alwaysOn", **data: Any) 
 
 
 def fill(database: Database) -> None:
-    """Store what an earlier version left: conversations, and its index for the list."""
+    """Store conversations and the list's index as an earlier version left them."""
     database.conversations.insert_many([{"messages": [], "createdAt": None} for _ in range(10)])
     database.conversations.create_index([("createdAt", -1), ("_id", -1)])
 
@@ -40,7 +40,7 @@ def built(database: Database) -> set[str]:
     return set(database.conversations.index_information())
 
 
-def test_server_serves_and_ends_while_an_index_is_built_for_longer_than_a_call_may_take(
+def test_server_serves_and_stops_while_an_index_build_exceeds_the_timeout_of_calls(
     faulty_database: Database, make_server: Callable[..., Server]
 ) -> None:
     fill(faulty_database)
@@ -67,7 +67,7 @@ def test_server_serves_and_ends_while_an_index_is_built_for_longer_than_a_call_m
 
 @pytest.mark.gen_test
 @pytest.mark.expects_log("the indexes could not be built \\(code 11601\\); next try in 0.01 s")
-async def test_build_that_fails_is_logged_and_tried_again(
+async def test_failed_build_is_logged_and_retried(
     faulty_database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(faulty_database)
@@ -82,7 +82,7 @@ async def test_build_that_fails_is_logged_and_tried_again(
 
 @pytest.mark.gen_test
 @pytest.mark.expects_log("the index reply._id_1 exists with other options; it is kept")
-async def test_index_that_another_application_made_is_left_as_it_is(database: Database) -> None:
+async def test_index_of_another_application_is_kept(database: Database) -> None:
     database.conversations.create_index("reply._id", name="reply._id_1")
     await indexes.build(database.uri, "unused")
     assert built(database) == BOTH
@@ -90,7 +90,7 @@ async def test_index_that_another_application_made_is_left_as_it_is(database: Da
 
 @pytest.mark.gen_test
 @pytest.mark.parametrize("after_ms", [0, 1, 3, 10])
-async def test_build_is_given_up_at_once(faulty_database: Database, after_ms: int) -> None:
+async def test_cancelled_build_returns_at_once(faulty_database: Database, after_ms: int) -> None:
     fill(faulty_database)
     with failing(faulty_database, "hangAfterStartingIndexBuild"):
         building = asyncio.create_task(indexes.build(faulty_database.uri, "unused"))
@@ -102,7 +102,7 @@ async def test_build_is_given_up_at_once(faulty_database: Database, after_ms: in
 
 @pytest.mark.gen_test
 @pytest.mark.expects_log("the database rejected a call \\(prepare\\): code 13 Unauthorized")
-async def test_database_that_refuses_us_is_an_error_of_the_start(locked: str) -> None:
+async def test_missing_permission_is_a_setup_error(locked: str) -> None:
     store = Store(connect(locked, 4.0), locked, timeout_s=4.0, lease_ms=1000, history=1)
     try:
         with pytest.raises(

@@ -1,7 +1,7 @@
 """Positions and resume, for whatever hypothesis comes up with: every client ends with exactly the stored text.
 
-Two servers of this process share one real database. Their replies say what the machine feeds them; their clients have
-connections that take a few bytes at a time, stall, and are cut in the middle of a frame.
+Two servers of this process share one real database. The machine feeds the text of their replies; their clients have
+connections that take a few bytes at a time, stall, and abort in the middle of a frame.
 """
 
 import asyncio
@@ -134,7 +134,7 @@ class Client:
         self.events.clear()
 
     def lose_line(self) -> None:
-        """Forget the connection and what came of an event that is not complete; keep the position."""
+        """Forget the connection and an incomplete event; keep the position."""
         self.line, self.rest, self.decoder = None, b"", EventDecoder(self.position)
 
     def begin_with(self, history: dict[str, str], ended: dict[str, str], position: str) -> None:
@@ -144,7 +144,7 @@ class Client:
 
 
 class Line(asyncio.Transport):
-    """A connection to a client: what the server wrote, what the network carries, and how much it carries at once."""
+    """A connection to a client: the server's bytes, those in transit, and the network's capacity."""
 
     def __init__(self, connection: Connection, window: int) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class Line(asyncio.Transport):
         del self._unsent[:room]
 
     def read(self, client: Client) -> bool:
-        """Have the client take all that there is; return whether the line is still up."""
+        """Have the client take all available bytes; return whether it is still connected."""
         while self._network:
             client.take(bytes(self._network))
             self._network.clear()
@@ -195,7 +195,7 @@ class Line(asyncio.Transport):
         return not self._closed
 
     def cut(self, client: Client, share: float) -> None:
-        """Cut the line: only a share (0 to 1) of what the network carries arrives."""
+        """Abort the connection: only a share (0 to 1) of the bytes in transit arrives."""
         client.take(bytes(self._network[: int(share * len(self._network))]))
         self.connection.connection_lost(None)
 
@@ -299,7 +299,7 @@ PATIENCE_S = 4.0
 class Conversation(RuleBasedStateMachine):
     """One conversation on two servers: turns, checkpoints, crashes, restarts, take-overs; clients that come and go.
 
-    `record` is what the database must hold: of each message its id, role, content and status.
+    `record` is the expected content of the database: each message's id, role, content and status.
     """
 
     world: World
@@ -315,9 +315,9 @@ class Conversation(RuleBasedStateMachine):
         self.shortened = False
 
     def run(self, work: Coroutine[Any, Any, None], meanwhile: tuple[int, int] | None = None) -> None:
-        """Do something, and let all that it sets off come to rest.
+        """Run a coroutine, and wait until all its consequences have settled.
 
-        :param meanwhile: a client without a line, and the server that it comes to at the same moment
+        :param meanwhile: a disconnected client, and the server that it connects to at the same time
         """
 
         async def resume() -> None:
@@ -373,7 +373,7 @@ class Conversation(RuleBasedStateMachine):
         ]
 
     def look(self, *allowed: tuple[str, str]) -> None:
-        """Compare the record; if the reply has ended, it is as one of `allowed` (status, content) says."""
+        """Compare the record; if the reply has ended, it matches one of `allowed` (status, content)."""
         stored = self.stored()
         turn = self.turn
         if turn is not None and stored and stored[-1][0] == turn.reply_id:
@@ -474,7 +474,7 @@ class Conversation(RuleBasedStateMachine):
         self.look()
 
     async def take_checkpoint(self, server: Server) -> None:
-        """Have a checkpoint taken; it ends what the server still writes although another one has ended it."""
+        """Take a checkpoint; it ends the server's reply if another server has already ended it."""
         await server.checkpoint()
         ours = self.turn is not None and self.turn.server is server and self.stored() == self.record
         while server.replies.running > ours:
@@ -561,7 +561,7 @@ class Conversation(RuleBasedStateMachine):
     @precondition(lambda self: self.clients)
     @rule(which=CLIENTS, share=st.floats(0, 1), number=SERVERS | st.none(), window=WINDOWS)
     def cut(self, which: int, share: float, number: int | None, window: int) -> None:
-        """Cut a client's line, if it has one; let it resume, if it is to."""
+        """Disconnect a client, if it is connected; let it resume, if requested."""
         client = self.clients[which % len(self.clients)]
         if client.line is not None:
             client.line.cut(client, share)
@@ -623,7 +623,7 @@ class Conversation(RuleBasedStateMachine):
                     assert status == "superseded" or told.ended[message_id] == end_of(status, None)
 
     async def leave(self) -> None:
-        """Go; conversations that nobody watches are forgotten."""
+        """Disconnect every client; conversations without subscribers are dropped."""
         for client in self.clients:
             if client.line is not None:
                 client.line.cut(client, 0.0)

@@ -1,4 +1,4 @@
-"""What a model provider's errors mean: in the words of the servers that people use."""
+"""The meaning of a model provider's errors, in the wording of common servers."""
 
 import re
 from typing import Any

@@ -192,7 +192,7 @@ def test_many_that_fall_due_at_once_are_woken_in_parts() -> None:
     assert max(in_a_turn) == 200, "the others wait for the next turn of the loop"
 
 
-def test_what_falls_due_in_a_stall_is_said_right_after_it() -> None:
+def test_tokens_due_in_a_stall_are_sent_right_after_it() -> None:
     async def run(stall_s: float) -> list[float]:
         times = []
         async for _ in simulated(30, 30).reply(prompt("hello")):

@@ -19,7 +19,7 @@ ID = "0123456789abcdef01234567"
         (f"{ID}-done", Position(ID, None)),
     ],
 )
-def test_position_and_its_text_are_each_other(text: str, position: Position) -> None:
+def test_position_round_trips_through_its_text(text: str, position: Position) -> None:
     assert positions.parse_position(text) == position
     assert str(position) == text
 

@@ -1,4 +1,4 @@
-"""What the OpenAI source sends."""
+"""The requests of the OpenAI source."""
 
 import asyncio
 

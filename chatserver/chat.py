@@ -3,9 +3,9 @@
 from contextlib import suppress
 
 from chatserver import positions, store
-from chatserver.errors import Draining, KeyReused, NoSuchConversation
+from chatserver.errors import Draining, IdTaken, KeyReused, NoSuchConversation
 from chatserver.hub import Hub
-from chatserver.records import Turn
+from chatserver.records import Key, Turn
 from chatserver.replies import NewTurn, Replies, Retry
 from chatserver.store import Store
 
@@ -27,57 +27,55 @@ class Chat:
             raise Draining
         await self._store.ping()
 
-    async def say(self, conversation_id: str | None, text: str, key: str | None = None) -> Turn:
+    async def say(self, owner: str | None, conversation_id: str | None, text: str, key: str | None = None) -> Turn:
         """Store a user's message and start the reply; return the turn, or the first one with the same idempotency key.
 
         :param conversation_id: None for a new conversation; an unknown one is created
         :raises ReplyInProgress, ConversationFull, UnsupportedConversation, KeyReused, Draining, TooManyReplies: and
             nothing is stored
+        :raises NotFound: if the id is taken by a conversation of another owner
         :raises DatabaseUnavailable: and the message may be stored nevertheless; a repetition with the key is safe
         """
         is_new = conversation_id is None and key is None
         if key is not None:
-            conversation_id = conversation_id or store.id_for_key(key)
-        turn = Turn(conversation_id or store.new_id(), store.new_id(), store.new_id())
+            conversation_id = conversation_id or store.id_for_key(owner, key)
         while True:
-            if (
-                key is not None
-                and (first := await self._store.find_by_key(turn.conversation_id, key, text)) is not None
-            ):
+            turn = Turn(Key(owner, conversation_id or store.new_id()), store.new_id(), store.new_id())
+            if key is not None and (first := await self._store.find_by_key(turn.conversation, key, text)) is not None:
                 return first
-            with suppress(KeyReused):
+            # After `KeyReused`, another attempt with this key was stored since the search: find it, or start again if
+            # its conversation has been deleted. After `IdTaken`, choose another id.
+            with suppress(KeyReused, IdTaken):
                 return await self._replies.start_turn(NewTurn(turn, text, key, is_new))
-            # Another attempt with this key was stored since the search: find it, or start again if its conversation
-            # has been deleted.
 
-    async def retry(self, conversation_id: str) -> Turn:
+    async def retry(self, conversation: Key) -> Turn:
         """Start a new reply in place of a stopped, failed or interrupted last one; return the turn.
 
         :raises NotFound, NothingToRetry: and nothing is stored
         :raises ReplyInProgress, ConversationFull, UnsupportedConversation, Draining, TooManyReplies: as `say`
         :raises DatabaseUnavailable: and the new reply may run nevertheless
         """
-        return await self._replies.start_turn(Retry(conversation_id, store.new_id()))
+        return await self._replies.start_turn(Retry(conversation, store.new_id()))
 
-    async def stop(self, conversation_id: str) -> str | None:
+    async def stop(self, conversation: Key) -> str | None:
         """Stop the running reply, keeping its text; return its id, or None if no reply runs or it is ending by itself.
 
         :raises NotFound: if the conversation does not exist
         """
-        with self._hub.hold(conversation_id) as live:
+        with self._hub.hold(conversation) as live:
             return await self._replies.stop(live)
 
-    async def delete(self, conversation_id: str) -> None:
+    async def delete(self, conversation: Key) -> None:
         """Delete a conversation and its running reply; its streams end with `reset`.
 
         :raises NotFound: if the conversation does not exist
         """
-        with self._hub.hold(conversation_id) as live:
+        with self._hub.hold(conversation) as live:
             reply = live.reply
-            found = await self._store.delete(conversation_id)
+            found = await self._store.delete(conversation)
             # Reset it also if it was not found: an attempt that got no answer may have deleted it. But not if another
             # reply has started under this id since, nor for subscribers that wait for its first message.
-            if live.reply in (None, reply) and live.position != positions.start(conversation_id):
+            if live.reply in (None, reply) and live.position != positions.start(conversation.id):
                 live.reset()
             if reply is not None:
                 self._replies.abandon(reply.message_id)

@@ -2,6 +2,7 @@
 
 Exception
 ├── SetupError                 for the operator: printed at start-up, exit code 1
+├── IdTaken                    internal: the fresh id of a new conversation exists already
 ├── SourceError                a source of replies failed; stored with the reply and streamed as `error`
 └── ChatError                  an answer to the client: problem+json (RFC 9457), rendered in handlers/problems.py
     ├── InvalidRequest         400 invalid_request
@@ -42,6 +43,10 @@ class FieldError(TypedDict):
 
 class SetupError(Exception):
     """The server cannot be started as configured; the message names the remedy."""
+
+
+class IdTaken(Exception):
+    """A conversation with this fresh id exists already, possibly another owner's: choose another id."""
 
 
 class ReplyCode(StrEnum):

@@ -11,7 +11,7 @@ from chatserver.errors import DatabaseUnavailable, NoSuchConversation, NotFound
 from chatserver.hub import Hub, LiveConversation, Subscriber
 from chatserver.metrics import Metrics
 from chatserver.positions import Position
-from chatserver.records import PAGE_SIZE, Before, Message, Newest, Place, Record, Span, Summary
+from chatserver.records import PAGE_SIZE, Before, Key, Message, Newest, Place, Record, Span, Summary
 from chatserver.replies import Alignment
 from chatserver.settings import Settings
 from chatserver.store import Store
@@ -73,13 +73,13 @@ class Reading:
         self._keepalive_s = settings.keepalive_s
         self._resets = metrics.counter("chatserver_resets_total", "Streams whose position was unknown.")
 
-    async def history(self, conversation_id: str, limit: int | None = None, before: str | None = None) -> History:
+    async def history(self, conversation: Key, limit: int | None = None, before: str | None = None) -> History:
         """Return a conversation with all its messages, or the newest `limit` of them.
 
         :param before: the id of a message: only the messages before it
         :raises NotFound: if the conversation does not exist, or does not contain the message `before`
         """
-        with self._hub.hold(conversation_id) as live:
+        with self._hub.hold(conversation) as live:
             span: Span = Newest(limit) if before is None else Before(before, limit)
             record = await self._alignment.read(live, span)
             # No await from here on: the stored messages and the running reply's text must be consistent. Stored
@@ -99,13 +99,13 @@ class Reading:
                 updated_at=record.updated_at,
                 streaming=reply is not None,
                 has_more=record.older > 0,
-                parts=self._parts(conversation_id, record, running),
+                parts=self._parts(conversation, record, running),
             )
 
-    async def _parts(self, conversation_id: str, record: Record, running: Message | None) -> AsyncIterator[Part]:
+    async def _parts(self, conversation: Key, record: Record, running: Message | None) -> AsyncIterator[Part]:
         """Yield the messages of a record, all later messages, and the running reply."""
         created_at, continues = record.created_at, False
-        position = positions.start(conversation_id)
+        position = positions.start(conversation.id)
         while True:
             rest = record.following
             breaks_off = rest is not None and rest.chars > 0
@@ -116,7 +116,7 @@ class Reading:
             if rest is None:
                 break
             continues = breaks_off
-            found = await self._store.read(conversation_id, rest)
+            found = await self._store.read(conversation, rest)
             if found is None or found.created_at != created_at or not found.messages:
                 raise NoSuchConversation
             record = found
@@ -127,21 +127,21 @@ class Reading:
                 part = replace(running, content=running.content[begin:end])
                 yield Part([part], Position(running.id, end), continues=begin > 0, breaks_off=end < chars)
 
-    async def summaries(self, limit: int, after: Place | None = None) -> Sequence[Summary]:
-        """Return up to `limit` conversations that follow a place in the list (None: from its start)."""
-        return await self._store.summaries(limit, after)
+    async def summaries(self, owner: str | None, limit: int, after: Place | None = None) -> Sequence[Summary]:
+        """Return up to `limit` conversations of an owner that follow a place in the list (None: from its start)."""
+        return await self._store.summaries(owner, limit, after)
 
-    async def subscribe(self, conversation_id: str, position: Position | None, subscriber: Subscriber) -> None:
+    async def subscribe(self, conversation: Key, position: Position | None, subscriber: Subscriber) -> None:
         """Replay everything after a position to a subscriber, then keep it subscribed.
 
         :param position: None for the start of the running reply, or the conversation's end if no reply runs. An unknown
             position is answered by `reset`
         """
-        with self._hub.hold(conversation_id) as live:
+        with self._hub.hold(conversation) as live:
             record = None
             # A conversation without a running reply here may have continued on another server.
             if not _is_live(live, position) or (live.reply is None and not self._sole_server):
-                span = None if position is None else span_after(position, conversation_id)
+                span = None if position is None else span_after(position, conversation.id)
                 try:
                     record = await self._alignment.read(live, span, divided="replies")
                     self._alignment.align(live, record)
@@ -151,7 +151,7 @@ class Reading:
             if subscriber.closed:
                 return
             # No await from here on: the replay ends exactly at the cursor, so that no text is lost or repeated.
-            at = position or _default_position(live) or positions.start(conversation_id)
+            at = position or _default_position(live) or positions.start(conversation.id)
             page = Page([], at)
             if not live.covers(at):
                 found = page_after(at, record, subscriber.format, until_done=subscriber.until_done) if record else None
@@ -159,7 +159,7 @@ class Reading:
                     self.refuse(subscriber)
                     return
                 page = found
-            then = partial(self._replay_next, conversation_id, page.position, subscriber) if page.more else None
+            then = partial(self._replay_next, conversation, page.position, subscriber) if page.more else None
             self._hub.replay(subscriber, subscriber.format.opening(at, self._keepalive_s), page.frames, then)
             if page.ends:
                 subscriber.end()
@@ -171,13 +171,13 @@ class Reading:
         self._resets.inc()
         self._hub.reset(subscriber)
 
-    def _replay_next(self, conversation_id: str, position: Position, subscriber: Subscriber) -> None:
+    def _replay_next(self, conversation: Key, position: Position, subscriber: Subscriber) -> None:
         """Replay the next page to a subscriber that has received the previous one."""
-        self._tasks.spawn(self._continue(conversation_id, position, subscriber))
+        self._tasks.spawn(self._continue(conversation, position, subscriber))
 
-    async def _continue(self, conversation_id: str, position: Position, subscriber: Subscriber) -> None:
+    async def _continue(self, conversation: Key, position: Position, subscriber: Subscriber) -> None:
         try:
-            await self.subscribe(conversation_id, position, subscriber)
+            await self.subscribe(conversation, position, subscriber)
         except DatabaseUnavailable:
             subscriber.disconnect()
         except Exception:

@@ -23,6 +23,16 @@ INTERRUPTED = ReplyError(
 )
 
 
+class Key(NamedTuple):
+    """Names a conversation: its owner, and its id. Under the same id, each owner has a conversation of his own.
+
+    :ivar owner: None for the conversations of a server without users
+    """
+
+    owner: str | None
+    id: str
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """A stored message, or a running reply."""
@@ -109,9 +119,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The ids of a turn, all 24 hex digits."""
+    """The names of a turn's parts; the ids are 24 hex digits."""
 
-    conversation_id: str
+    conversation: Key
     message_id: str
     reply_id: str
 

@@ -31,6 +31,7 @@ from chatserver.handlers.access import client_address, cors_headers, host_is_all
 from chatserver.handlers.body import RequestBody
 from chatserver.handlers.problems import ProblemHandler
 from chatserver.reading import Reading
+from chatserver.records import Key
 from chatserver.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class BaseHandler(ProblemHandler):
         self.reading = reading
         self.config = settings
         self.log_fields = {}
+        self.owner: str | None = None
         self._body = RequestBody(self.request.headers, settings.max_body_bytes)
         given = self.request.headers.get("X-Request-Id", "")
         self.request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(16)
@@ -134,15 +136,15 @@ class BaseHandler(ProblemHandler):
         schemas.validate(schema, values)
         return values
 
-    def conversation_id(self, text: str) -> str:
-        """Return an id from the path in lower case, and add it to the access log.
+    def key(self, text: str) -> Key:
+        """Return the caller's conversation with an id from the path, and add the id to the access log.
 
         :raises InvalidId: if it is not 24 hex digits
         """
         if _ID.match(text) is None:
             raise InvalidId
         self.log_fields["conversation"] = text.lower()
-        return self.log_fields["conversation"]
+        return Key(self.owner, text.lower())
 
     def idempotency_key(self) -> str | None:
         """Return the Idempotency-Key header, if there is one.

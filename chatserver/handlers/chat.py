@@ -49,7 +49,7 @@ class ConversationsHandler(BaseHandler):
         """Send a message: 202 as soon as it is durably stored."""
         body = self.json_body("say")
         known = body.get("conversationId")
-        turn = await self.chat.say(known.lower() if known else None, body["input"], self.idempotency_key())
+        turn = await self.chat.say(self.owner, known.lower() if known else None, body["input"], self.idempotency_key())
         _accept(self, turn)
 
     @raises(InvalidRequest, DatabaseUnavailable)
@@ -58,7 +58,7 @@ class ConversationsHandler(BaseHandler):
         query = self.query("list")
         limit = query.get("limit", 20)
         after = _parse_cursor(query["cursor"]) if "cursor" in query else None
-        found = await self.reading.summaries(limit + 1, after)
+        found = await self.reading.summaries(self.owner, limit + 1, after)
         page: dict[str, Any] = {"conversations": [_summary(each) for each in found[:limit]]}
         if len(found) > limit:
             page["nextCursor"] = _cursor(found[limit - 1].place)
@@ -73,18 +73,18 @@ class ConversationHandler(BaseHandler):
     @raises(InvalidRequest, InvalidId, NotFound, DatabaseUnavailable)
     async def get(self, conversation_id: str) -> None:
         """Return the history, including a running reply."""
-        conversation_id = self.conversation_id(conversation_id)
+        conversation = self.key(conversation_id)
         query = self.query("history")
         before = query.get("before")
-        history = await self.reading.history(conversation_id, query.get("limit"), before.lower() if before else None)
-        await self.send_chunks(_history(conversation_id, history, paged=bool(query)))
+        history = await self.reading.history(conversation, query.get("limit"), before.lower() if before else None)
+        await self.send_chunks(_history(conversation.id, history, paged=bool(query)))
 
     head = get
 
     @raises(InvalidRequest, InvalidId, NotFound, DatabaseUnavailable)
     async def delete(self, conversation_id: str) -> None:
         """Delete the conversation."""
-        await self.chat.delete(self.conversation_id(conversation_id))
+        await self.chat.delete(self.key(conversation_id))
         self.set_status(204)
         self.finish()
 
@@ -95,9 +95,9 @@ class StopHandler(BaseHandler):
     @raises(InvalidId, *BODY_ERRORS, NotFound, DatabaseUnavailable)
     async def post(self, conversation_id: str) -> None:
         """Stop the running reply."""
-        conversation_id = self.conversation_id(conversation_id)
+        conversation = self.key(conversation_id)
         self.json_body("empty")
-        reply_id = await self.chat.stop(conversation_id)
+        reply_id = await self.chat.stop(conversation)
         self.send_json({"status": "stopping", "messageId": reply_id} if reply_id else {"status": "idle"}, 202)
 
 
@@ -107,15 +107,15 @@ class RetryHandler(BaseHandler):
     @raises(InvalidId, *BODY_ERRORS, *_TURN_ERRORS, NotFound, NothingToRetry)
     async def post(self, conversation_id: str) -> None:
         """Answer the last user message again."""
-        conversation_id = self.conversation_id(conversation_id)
+        conversation = self.key(conversation_id)
         self.json_body("empty")
-        _accept(self, await self.chat.retry(conversation_id))
+        _accept(self, await self.chat.retry(conversation))
 
 
 def _accept(handler: BaseHandler, turn: Turn) -> None:
-    handler.log_fields |= {"conversation": turn.conversation_id, "reply": turn.reply_id}
+    handler.log_fields |= {"conversation": turn.conversation.id, "reply": turn.reply_id}
     value = {
-        "conversationId": turn.conversation_id,
+        "conversationId": turn.conversation.id,
         "status": "streaming",
         "messageId": turn.message_id,
         "replyId": turn.reply_id,

@@ -63,7 +63,7 @@ class StreamHandler(BaseHandler):
 
         :raises ChatError: if it is refused
         """
-        conversation_id = self.conversation_id(conversation_id)
+        conversation = self.key(conversation_id)
         query = self.query("stream")
         last_event_id = self.request.headers.get("Last-Event-ID") or query.get("lastEventId") or None
         position = positions.parse_position(last_event_id) if last_event_id else None
@@ -71,7 +71,7 @@ class StreamHandler(BaseHandler):
         options = self.request.headers.get("Connection", "").lower().split(",")
         reusable = chunked and "close" not in (each.strip() for each in options)
         connection = self.streams.open(
-            conversation_id,
+            conversation,
             self.address,
             self._head(chunked=chunked, reusable=reusable),
             stream_format=sse,
@@ -84,7 +84,7 @@ class StreamHandler(BaseHandler):
             if last_event_id and position is None:
                 self.reading.refuse(connection)
             else:
-                await self.reading.subscribe(conversation_id, position, connection)
+                await self.reading.subscribe(conversation, position, connection)
             await connection.attach(self.detach())
         except BaseException:
             connection.release()

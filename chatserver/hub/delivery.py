@@ -12,6 +12,7 @@ from tornado.locks import Condition
 from chatserver import tasks
 from chatserver.hub.live import Counts, LiveConversation, Subscriber
 from chatserver.metrics import Metrics
+from chatserver.records import Key
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class Hub:
 
     def __init__(self, metrics: Metrics) -> None:
         self.counts = counts = Counts()
-        self._conversations: dict[str, LiveConversation] = {}
+        self._conversations: dict[Key, LiveConversation] = {}
         self._dirty: deque[LiveConversation] = deque()
         """The conversations with something to deliver, in order: a busy one waits for its turn behind all others."""
         self._wake = Condition()
@@ -38,16 +39,16 @@ class Hub:
         """All live conversations."""
         return list(self._conversations.values())
 
-    def get(self, conversation_id: str) -> LiveConversation | None:
+    def get(self, key: Key) -> LiveConversation | None:
         """Return a live conversation, or None."""
-        return self._conversations.get(conversation_id)
+        return self._conversations.get(key)
 
     @contextmanager
-    def hold(self, conversation_id: str) -> Iterator[LiveConversation]:
+    def hold(self, key: Key) -> Iterator[LiveConversation]:
         """Yield the live conversation, created if necessary; it is not released inside the block."""
-        live = self._conversations.get(conversation_id)
+        live = self._conversations.get(key)
         if live is None:
-            live = self._conversations[conversation_id] = LiveConversation(conversation_id, self.counts, self._schedule)
+            live = self._conversations[key] = LiveConversation(key, self.counts, self._schedule)
         live.holders += 1
         try:
             yield live
@@ -57,8 +58,8 @@ class Hub:
 
     def release(self, live: LiveConversation) -> None:
         """Remove a conversation from memory if it is unused."""
-        if live.is_unused and self._conversations.get(live.conversation_id) is live:
-            del self._conversations[live.conversation_id]
+        if live.is_unused and self._conversations.get(live.key) is live:
+            del self._conversations[live.key]
 
     def unsubscribe(self, subscriber: Subscriber) -> None:
         """Remove a subscriber from its conversation, if it has one."""
@@ -101,7 +102,7 @@ class Hub:
             try:
                 live.deliver()
             except Exception:
-                logger.exception("a delivery failed", extra={"conversation": live.conversation_id})
+                logger.exception("a delivery failed", extra={"conversation": live.key.id})
                 live.abort()
         if self._dirty:
             await asyncio.sleep(0)

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from chatserver.hub.log import LiveReply, Log
 from chatserver.positions import Position
-from chatserver.records import Message
+from chatserver.records import Key, Message
 from chatserver.wire import Format, sse
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,8 @@ def for_each(subscribers: Iterable[S], act: Callable[[S], None]) -> None:
         try:
             act(subscriber)
         except Exception:
-            conversation_id = subscriber.live.conversation_id if subscriber.live else None
-            logger.exception(_FAILED, extra={"conversation": conversation_id})
+            conversation = subscriber.live.key.id if subscriber.live else None
+            logger.exception(_FAILED, extra={"conversation": conversation})
             _abort(subscriber)
 
 
@@ -103,16 +103,16 @@ class LiveConversation:
         "_counts",
         "_log",
         "_schedule",
-        "conversation_id",
         "holders",
         "is_dirty",
+        "key",
         "reply",
         "subscribers",
         "version",
     )
 
-    def __init__(self, conversation_id: str, counts: Counts, on_dirty: Callable[["LiveConversation"], None]) -> None:
-        self.conversation_id = conversation_id
+    def __init__(self, key: Key, counts: Counts, on_dirty: Callable[["LiveConversation"], None]) -> None:
+        self.key = key
         self.subscribers: set[Subscriber] = set()
         self.reply: LiveReply | None = None
         self.version = 0
@@ -310,7 +310,7 @@ class LiveConversation:
                     subscriber.cursor = piece.end
                     subscriber.write(piece.chunk if subscriber.chunked else piece.data)
             except Exception:
-                logger.exception(_FAILED, extra={"conversation": self.conversation_id})
+                logger.exception(_FAILED, extra={"conversation": self.key.id})
                 _abort(subscriber)
 
     def _admit_ahead(self) -> None:

@@ -48,20 +48,20 @@ class Alignment:
         while True:
             version = live.version
             if span is None:
-                record = await self._store.peek(live.conversation_id)
+                record = await self._store.peek(live.key)
             else:
-                record = await self._store.read(live.conversation_id, span, divided=divided)
+                record = await self._store.read(live.key, span, divided=divided)
             reply = record.reply if record else None
             if reply is not None and (settled := self._own.unsettled(reply.id)) is not None:
                 # Our own start: stored, but not yet published, or about to be settled.
                 await settled.wait()
             elif reply is not None and reply.expired and reply.id not in self._own.writers and reply != tried:
-                await self._leases.finish_from_checkpoint(live.conversation_id, reply, endings.INTERRUPTED)
+                await self._leases.finish_from_checkpoint(live.key, reply, endings.INTERRUPTED)
                 tried = reply
             elif live.version == version:
                 if record is None and live.reply is None:
                     # Deleted, possibly by another server: its subscribers are disconnected, and get a `reset` later.
-                    live.adopt(positions.start(live.conversation_id))
+                    live.adopt(positions.start(live.key.id))
                 return record
 
     def align(self, live: LiveConversation, record: Record | None) -> None:
@@ -69,7 +69,7 @@ class Alignment:
 
         :param record: as `read` returned it, without an `await` since
         """
-        end = positions.after(record.last_id if record else None, live.conversation_id)
+        end = positions.after(record.last_id if record else None, live.key.id)
         stored = record.reply if record else None
         if stored is None:
             if live.reply is None:
@@ -83,7 +83,7 @@ class Alignment:
     async def realign(self, live: LiveConversation) -> None:
         """Read and align a conversation whose reply another server has ended: the next one may have started there."""
         if not live.is_unused:
-            with suppress(DatabaseUnavailable), self._hub.hold(live.conversation_id) as live:
+            with suppress(DatabaseUnavailable), self._hub.hold(live.key) as live:
                 self.align(live, await self.read(live))
 
     def follow(self, live: LiveConversation, reply: LiveReply) -> None:

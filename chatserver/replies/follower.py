@@ -45,12 +45,12 @@ class Follower:
         """Publish the next checkpoint, or the end; return whether nothing remains to be followed."""
         live, reply = self._live, self._reply
         await asyncio.sleep(self._interval_s)
-        record = await self._store.read(live.conversation_id, After(reply.message_id, 0), divided="none")
+        record = await self._store.read(live.key, After(reply.message_id, 0), divided="none")
         stored = record.reply if record else None
         if stored is not None and stored.id != reply.message_id:
             stored = None
         if stored is not None and stored.expired:
-            await self._leases.finish_from_checkpoint(live.conversation_id, stored, endings.INTERRUPTED)
+            await self._leases.finish_from_checkpoint(live.key, stored, endings.INTERRUPTED)
             return False
         if live.reply is not reply:
             return True

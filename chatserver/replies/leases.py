@@ -9,7 +9,7 @@ import asyncio
 import logging
 
 from chatserver.errors import DatabaseUnavailable
-from chatserver.records import Message, StoredReply
+from chatserver.records import Key, Message, StoredReply
 from chatserver.replies import endings
 from chatserver.replies.endings import Ending
 from chatserver.replies.own import OwnReplies
@@ -43,17 +43,17 @@ class Leases:
             await asyncio.sleep(self._checkpoint_s / batches)
             # By hash, not by slice: a reply that starts between two batches may still get its first checkpoint.
             replies = {
-                reply_id: (writer.live.conversation_id, writer.reply.content)
+                reply_id: (writer.live.key, writer.reply.content)
                 for reply_id, writer in self._own.writers.items()
                 if hash(reply_id) % batches == batch
             }
             if replies:
                 await self._save(replies)
 
-    async def _save(self, replies: dict[str, tuple[str, str]]) -> None:
+    async def _save(self, replies: dict[str, tuple[Key, str]]) -> None:
         """Checkpoint some replies. A reply that repeatedly fails is ended, and does not affect the others.
 
-        :param replies: reply id -> conversation id, content
+        :param replies: reply id -> conversation, content
         """
         try:
             ended = await self._store.checkpoint(replies)
@@ -83,24 +83,24 @@ class Leases:
 
         :param sole_server: whether no other server can be running, so that every lease counts as expired
         """
-        for conversation_id, reply in await self._store.find_expired(self._own.ids, sole_server=sole_server):
+        for conversation, reply in await self._store.find_expired(self._own.ids, sole_server=sole_server):
             try:
-                await self.finish_from_checkpoint(conversation_id, reply, endings.INTERRUPTED)
+                await self.finish_from_checkpoint(conversation, reply, endings.INTERRUPTED)
             except DatabaseUnavailable:
                 raise
             except Exception:
                 # A reply that cannot be finished must not block the others, nor prevent the server from starting.
-                extra = {"conversation": conversation_id, "reply": reply.id}
+                extra = {"conversation": conversation.id, "reply": reply.id}
                 logger.exception("an expired reply could not be finished", extra=extra)
 
-    async def finish_from_checkpoint(self, conversation_id: str, reply: StoredReply, ending: Ending) -> bool:
+    async def finish_from_checkpoint(self, conversation: Key, reply: StoredReply, ending: Ending) -> bool:
         """Store the end of another server's reply with its checkpointed text, unless its lease was renewed.
 
         :param reply: as read; its `renewed_at` is compared
         :return: whether this call stored it
         """
         message = Message(reply.id, "assistant", reply.content, reply.created_at, *ending)
-        if await self._store.finish(conversation_id, message, if_renewed_at=reply.renewed_at) is not message:
+        if await self._store.finish(conversation, message, if_renewed_at=reply.renewed_at) is not message:
             return False
-        logger.info("reply stored as %s", ending.status, extra={"conversation": conversation_id, "reply": reply.id})
+        logger.info("reply stored as %s", ending.status, extra={"conversation": conversation.id, "reply": reply.id})
         return True

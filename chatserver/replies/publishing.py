@@ -7,7 +7,7 @@ from chatserver.records import Message, StartedTurn
 
 def publish_start(live: LiveConversation, started: StartedTurn) -> LiveReply:
     """Publish the user's message of a turn, if it is new, and open the reply; return the reply."""
-    previous = positions.after(started.previous_id, live.conversation_id)
+    previous = positions.after(started.previous_id, live.key.id)
     live.open_turn(previous, started.new_message, started.turn.reply_id, started.created_at)
     assert live.reply is not None
     return live.reply

@@ -115,7 +115,7 @@ class Replies:
         """
         if self.is_draining:
             raise Draining
-        with self._hub.hold(turn.conversation_id) as live, ExitStack() as starting:
+        with self._hub.hold(turn.conversation) as live, ExitStack() as starting:
             if len(self._own) >= self._settings.max_replies:
                 raise ReplyInProgress if live.reply is not None else TooManyReplies
             starting.enter_context(self._own.start(turn.reply_id))
@@ -146,7 +146,7 @@ class Replies:
                 return None
             # Another server writes it, and finds it ended at its next checkpoint. If it was checkpointed after the
             # read, read again.
-            if await self._leases.finish_from_checkpoint(live.conversation_id, record.reply, endings.STOPPED):
+            if await self._leases.finish_from_checkpoint(live.key, record.reply, endings.STOPPED):
                 return record.reply.id
 
     def abandon(self, reply_id: str) -> None:
@@ -165,7 +165,7 @@ class Replies:
         with starting:
             started = await self._starter.settle(turn)
             if started is not None:
-                with self._hub.hold(turn.conversation_id) as live:
+                with self._hub.hold(turn.conversation) as live:
                     self._write(live, started)
 
     def _write(self, live: LiveConversation, started: StartedTurn) -> None:

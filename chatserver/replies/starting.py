@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from chatserver import tasks
 from chatserver.errors import DatabaseUnavailable, ReplyInProgress
 from chatserver.hub import LiveConversation
-from chatserver.records import StartedTurn, Turn
+from chatserver.records import Key, StartedTurn, Turn
 from chatserver.replies.alignment import Alignment
 from chatserver.store import Store
 
@@ -28,8 +28,8 @@ class NewTurn:
     is_new: bool
 
     @property
-    def conversation_id(self) -> str:
-        return self.turn.conversation_id
+    def conversation(self) -> Key:
+        return self.turn.conversation
 
     @property
     def reply_id(self) -> str:
@@ -40,7 +40,7 @@ class NewTurn:
 class Retry:
     """A turn that replaces the last reply, which was stopped, failed or interrupted, by a new one."""
 
-    conversation_id: str
+    conversation: Key
     reply_id: str
 
 
@@ -68,7 +68,7 @@ class Starter:
 
     async def _write(self, turn: NewTurn | Retry) -> StartedTurn:
         if isinstance(turn, Retry):
-            return await self._store.start_retry(turn.conversation_id, turn.reply_id)
+            return await self._store.start_retry(turn.conversation, turn.reply_id)
         return await self._store.start_turn(turn.turn, turn.text, turn.key, new=turn.is_new)
 
     async def settle(self, turn: NewTurn | Retry) -> StartedTurn | None:
@@ -88,6 +88,6 @@ class _Search:
     async def look(self) -> bool:
         """Look once; return whether the search is over."""
         await asyncio.sleep(_PAUSE_S)
-        self.found = await self._store.find_started(self._turn.conversation_id, self._turn.reply_id)
+        self.found = await self._store.find_started(self._turn.conversation, self._turn.reply_id)
         self._looks += 1
         return self.found is not None or self._looks == _LOOKS

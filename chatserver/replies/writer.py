@@ -91,7 +91,7 @@ class Writer:
         self.stage = Stage.NEW
         self.failed_checkpoints = 0
         """The number of its checkpoints that failed unexpectedly."""
-        self.log_fields = {"conversation": started.turn.conversation_id, "reply": started.turn.reply_id}
+        self.log_fields = {"conversation": started.turn.conversation.id, "reply": started.turn.reply_id}
         self._started = started
         self._source = source
         self._store = store
@@ -193,7 +193,7 @@ class Writer:
         failures = 0
         while True:
             try:
-                return await self._store.finish(self.live.conversation_id, message)
+                return await self._store.finish(self.live.key, message)
             except DatabaseUnavailable:
                 pass
             except Exception as error:

@@ -1,7 +1,6 @@
 """The collection `conversations`, and the conditions that select documents of it.
 
-Every command takes a `Condition`, and only the functions here make one. A rule that must hold for every command, such
-as the conversation's owner, belongs into them.
+Every command takes a `Condition`, and only the functions here make one: here a conversation's owner is required.
 """
 
 import logging
@@ -15,6 +14,7 @@ from pymongo import ReturnDocument, UpdateOne
 from pymongo.errors import BulkWriteError
 
 from chatserver.errors import DatabaseUnavailable
+from chatserver.records import Key
 from chatserver.store.connection import DEFAULT_DATABASE
 from chatserver.store.documents import Document
 from chatserver.store.guard import BUSY
@@ -22,24 +22,35 @@ from chatserver.store.guard import BUSY
 logger = logging.getLogger(__name__)
 
 Condition = NewType("Condition", Document)
-"""Selects documents of the collection; made by `one`, `several` and `every` alone."""
+"""Selects documents of the collection; made by `one`, `several`, `owned` and `every` alone."""
 
 
-def one(conversation_id: str, also: Document | None = None) -> Condition:
+def one(conversation: Key, also: Document | None = None) -> Condition:
     """Return the condition for one conversation.
 
     :param also: further conditions
     """
-    return Condition({"_id": ObjectId(conversation_id), **(also or {})})
+    return Condition({**(also or {}), "_id": ObjectId(conversation.id), "owner": _owner(conversation.owner)})
 
 
-def several(conversation_ids: Iterable[str]) -> Condition:
-    """Return the condition for some conversations."""
-    return Condition({"_id": {"$in": [ObjectId(each) for each in conversation_ids]}})
+def several(conversations: Iterable[Key]) -> Condition:
+    """Return a condition that selects some conversations, and others' conversations with the same ids.
+
+    The caller must compare the `documents.key` of each document that it finds.
+    """
+    return Condition({"_id": {"$in": [ObjectId(each.id) for each in conversations]}})
+
+
+def owned(owner: str | None, also: Document) -> Condition:
+    """Return the condition for all conversations of one owner that the API can name; see `every`.
+
+    :param also: further conditions, without `$expr`
+    """
+    return Condition({**every(also), "owner": _owner(owner)})
 
 
 def every(also: Document, *expressions: Document) -> Condition:
-    """Return the condition for all conversations that the API can name; others have no ObjectId as `_id`.
+    """Return the condition for all owners' conversations that the API can name; others have no ObjectId as `_id`.
 
     The type is an expression, so that MongoDB does not choose the index on `_id` for it.
 
@@ -47,6 +58,11 @@ def every(also: Document, *expressions: Document) -> Condition:
     :param expressions: aggregation expressions that must be true
     """
     return Condition({**also, "$expr": {"$and": [{"$eq": [{"$type": "$_id"}, "objectId"]}, *expressions]}})
+
+
+def _owner(owner: str | None) -> object:
+    # Not None, which would be stored when a conversation is created.
+    return {"$exists": False} if owner is None else owner
 
 
 class Conversations:

@@ -6,6 +6,7 @@ from typing import Any
 from pymongo.errors import ConfigurationError, OperationFailure
 
 from chatserver.errors import DatabaseRefused, SetupError
+from chatserver.records import Key
 from chatserver.store import expressions, indexes
 from chatserver.store.collection import Conversations, one
 from chatserver.store.connection import DEFAULT_DATABASE
@@ -53,7 +54,7 @@ class Database:
         """
         try:
             async with self.guard.call("prepare"):
-                await self.conversations.update_one(one(new_id()), {"$unset": {"reply": ""}})
+                await self.conversations.update_one(one(Key(None, new_id())), {"$unset": {"reply": ""}})
         except ConfigurationError as error:
             raise SetupError(f"MONGODB_URI cannot be resolved: {error}") from None
         except DatabaseRefused as error:

@@ -9,6 +9,8 @@ Other applications may write the same collection. Reading never fails, even if a
 """
 
 import hashlib
+import json
+import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, get_args
@@ -16,7 +18,7 @@ from typing import Any, get_args
 from bson import ObjectId, json_util
 from bson.datetime_ms import DatetimeMS
 
-from chatserver.records import Message, Place, Record, ReplyError, Status, StoredReply, Summary
+from chatserver.records import Key, Message, Place, Record, ReplyError, Status, StoredReply, Summary
 
 Document = Mapping[str, Any]
 
@@ -31,16 +33,17 @@ _STORED_STATUSES = frozenset(get_args(Status)) - {"streaming"}
 
 
 def new_id() -> str:
-    """Return a fresh id, 24 hex digits."""
-    return str(ObjectId())
+    """Return a fresh id, 24 hex digits. It is random, so that nobody can predict the id of another's conversation."""
+    return secrets.token_hex(12)
 
 
-def id_for_key(key: str) -> str:
+def id_for_key(owner: str | None, key: str) -> str:
     """Return the id of the conversation that a post with an idempotency key, but without a conversation, creates.
 
-    The id depends on the key alone, so that two attempts meet at one document, by the index on `_id`.
+    The id depends on the owner and the key alone, so that two attempts meet at one document, by the index on `_id`.
     """
-    return hashlib.sha256(b"chatserver conversation\0" + key.encode()).hexdigest()[:24]
+    name = key if owner is None else json.dumps([owner, key])
+    return hashlib.sha256(f"chatserver conversation\0{name}".encode()).hexdigest()[:24]
 
 
 def now() -> datetime:
@@ -72,6 +75,14 @@ def time_of(*candidates: object) -> datetime:
         if isinstance(each, ObjectId) and _EARLIEST_ID <= each.generation_time <= datetime.now(UTC):
             return each.generation_time
     return _UNKNOWN
+
+
+def key(document: Document) -> Key | None:
+    """Return a conversation's key; None if another application stored an owner that is not text."""
+    if "owner" not in document:
+        return Key(None, str(document["_id"]))
+    owner = document["owner"]
+    return Key(owner, str(document["_id"])) if type(owner) is str else None
 
 
 # -- records -----------------------------------------------------------------------------------------------------------

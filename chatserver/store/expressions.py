@@ -29,8 +29,8 @@ IS_SUPPORTED: Document = {
 """Whether a turn can be appended: a prompt can contain text only."""
 USER_TURNS: Document = {"$size": {"$filter": {"input": MESSAGES, "cond": {"$eq": ["$$this.role", "user"]}}}}
 _LAST_ID: Document = {"$let": {"vars": {"last": {"$last": MESSAGES}}, "in": "$$last._id"}}
-OVERVIEW: Document = {"createdAt": 1, "updatedAt": 1, "reply": 1, "count": COUNT, "last": _LAST_ID}
-"""The fields that `documents.record` needs, except `messages` and `expired`."""
+OVERVIEW: Document = {"owner": 1, "createdAt": 1, "updatedAt": 1, "reply": 1, "count": COUNT, "last": _LAST_ID}
+"""The fields that `documents.record` and `documents.key` need, except `messages` and `expired`."""
 SUMMARY: Document = {
     "createdAt": 1,
     "updatedAt": 1,

@@ -7,7 +7,7 @@ from typing import Any
 from bson import ObjectId
 from pymongo.errors import OperationFailure
 
-from chatserver.records import Message, StoredReply
+from chatserver.records import Key, Message, StoredReply
 from chatserver.store import documents, indexes
 from chatserver.store.batcher import Batcher
 from chatserver.store.collection import Condition, every, one, several
@@ -25,28 +25,28 @@ class RunningReplies(Database):
     def _finishes(self) -> Batcher[tuple[Condition, Document], bool]:
         return Batcher(self._finish_all)
 
-    async def checkpoint(self, replies: Mapping[str, tuple[str, str]]) -> Collection[str]:
+    async def checkpoint(self, replies: Mapping[str, tuple[Key, str]]) -> Collection[str]:
         """Save the text of running replies and renew their leases, in one bulk write.
 
-        :param replies: reply id -> conversation id, content
+        :param replies: reply id -> conversation, content
         :return: the ids of the replies that no longer run: another server ended them, or they were deleted
         """
         changes: list[tuple[Condition, Document]] = [
             (
-                one(conversation_id, {"reply._id": ObjectId(reply_id)}),
+                one(conversation, {"reply._id": ObjectId(reply_id)}),
                 {"$set": {"reply.content": content}, "$currentDate": {"reply.renewedAt": True}},
             )
-            for reply_id, (conversation_id, content) in replies.items()
+            for reply_id, (conversation, content) in replies.items()
         ]
         async with self.guard.call("checkpoint"):
             if await self.conversations.update_all(changes) == len(changes):
                 return ()
-            condition = several(conversation_id for conversation_id, _ in replies.values())
+            condition = several(conversation for conversation, _ in replies.values())
             found = await self.conversations.find(condition, {"reply._id": 1}).to_list(None)
         running = (documents.reply(each, expired=False) for each in found)
         return set(replies) - {each.id for each in running if each is not None}
 
-    async def finish(self, conversation_id: str, message: Message, *, if_renewed_at: object = None) -> Message | None:
+    async def finish(self, conversation: Key, message: Message, *, if_renewed_at: object = None) -> Message | None:
         """Store a running reply as a message, and end it. Replies that end together share one bulk write.
 
         :param if_renewed_at: only if its lease was not renewed since
@@ -67,11 +67,11 @@ class RunningReplies(Database):
         if if_renewed_at is not None:
             running["reply.renewedAt"] = if_renewed_at
         change = {"$push": {"messages": stored}, "$unset": {"reply": ""}, "$max": {"updatedAt": documents.now()}}
-        if await self._finishes.submit((one(conversation_id, running), change)):
+        if await self._finishes.submit((one(conversation, running), change)):
             return message
         async with self.guard.call("finish"):
             document = await self.conversations.find_one(
-                one(conversation_id), {"messages": {"$elemMatch": {"_id": stored["_id"]}}, "reply._id": 1}
+                one(conversation), {"messages": {"$elemMatch": {"_id": stored["_id"]}}, "reply._id": 1}
             )
         if document and document.get("messages"):
             return documents.message(document["messages"][0], document, 0)
@@ -87,8 +87,8 @@ class RunningReplies(Database):
 
     async def find_expired(
         self, own: Collection[str], *, sole_server: bool = False
-    ) -> Sequence[tuple[str, StoredReply]]:
-        """Return conversation id and reply of up to 1,000 running replies whose lease has expired.
+    ) -> Sequence[tuple[Key, StoredReply]]:
+        """Return conversation and reply of up to 1,000 running replies whose lease has expired.
 
         :param own: ids of replies to leave out, those of this server
         :param sole_server: whether no other server can be running, so that every lease counts as expired
@@ -96,7 +96,7 @@ class RunningReplies(Database):
         running = {"reply._id": {"$type": "objectId", "$nin": [ObjectId(each) for each in own]}}
         condition = every(running) if sole_server else every(running, self._is_expired)
         async with self.guard.call("find_lost"):
-            cursor = self.conversations.find(condition, {"reply": 1}).hint(indexes.RUNNING_REPLIES)
+            cursor = self.conversations.find(condition, {"owner": 1, "reply": 1}).hint(indexes.RUNNING_REPLIES)
             try:
                 found = await cursor.to_list(1000)
             except OperationFailure as error:
@@ -105,5 +105,5 @@ class RunningReplies(Database):
                 # A scan of all conversations would exceed the call's time limit. Until the index is built, an expired
                 # reply is ended by the next read of its conversation.
                 return ()
-        replies = ((str(each["_id"]), documents.reply(each, expired=True)) for each in found)
-        return [(conversation_id, reply) for conversation_id, reply in replies if reply is not None]
+        replies = ((documents.key(each), documents.reply(each, expired=True)) for each in found)
+        return [(key, reply) for key, reply in replies if key is not None and reply is not None]

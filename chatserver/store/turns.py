@@ -9,13 +9,14 @@ from pymongo.errors import AutoReconnect, DuplicateKeyError, OperationFailure, S
 
 from chatserver.errors import (
     ConversationFull,
+    IdTaken,
     KeyReused,
     NoSuchConversation,
     NothingToRetry,
     ReplyInProgress,
     UnsupportedConversation,
 )
-from chatserver.records import Message, StartedTurn, Turn
+from chatserver.records import Key, Message, StartedTurn, Turn
 from chatserver.store import documents, expressions
 from chatserver.store.collection import one
 from chatserver.store.database import Database
@@ -39,6 +40,8 @@ class Turns(Database):
 
         :param new: whether the conversation's id is fresh, so that the conversation need not be searched for
         :raises ReplyInProgress, ConversationFull: and nothing is stored
+        :raises NoSuchConversation: if the id is taken by a conversation of another owner
+        :raises IdTaken: if `new` is set, and the id is taken
         :raises KeyReused: if a message with this key exists already; see `find_by_key`
         :raises UnsupportedConversation: if another application stored values that a turn cannot follow
         :raises OutcomeUnknown: if the database stopped answering in the middle; see `find_started`
@@ -57,14 +60,15 @@ class Turns(Database):
         needed = len(content.encode()) + _MARGIN + REPLY_ROOM
         async with self.guard.call("begin", write=True):
             for _ in range(3):
-                if not new and (started := await self._insert_turn(turn.conversation_id, absent, update, needed)):
+                if not new and (started := await self._insert_turn(turn.conversation, absent, update, needed)):
                     return started
                 try:
-                    unknown = one(turn.conversation_id, {"messages": {"$exists": False}, **_NO_REPLY})
+                    unknown = one(turn.conversation, {"messages": {"$exists": False}, **_NO_REPLY})
                     await self.conversations.update_one(unknown, update, upsert=True)
                 except DuplicateKeyError:
-                    new = False
-                    await self._reject(turn.conversation_id, key, needed)
+                    if new:
+                        raise IdTaken from None
+                    is_known = await self._reject(turn.conversation, key, needed)
                     continue
                 first = Message(turn.message_id, "user", content, time)
                 return StartedTurn(
@@ -76,9 +80,10 @@ class Turns(Database):
                     created_at=time,
                     reply_room=DOCUMENT_BYTES - len(content.encode()) - 2 * _MARGIN,
                 )
-            raise ReplyInProgress
+            # The id of an unknown conversation is taken if the conversation is another owner's.
+            raise ReplyInProgress if is_known else NoSuchConversation
 
-    async def start_retry(self, conversation_id: str, reply_id: str) -> StartedTurn:
+    async def start_retry(self, conversation: Key, reply_id: str) -> StartedTurn:
         """Supersede a stopped, failed or interrupted reply at the conversation's end by a new one.
 
         :raises NoSuchConversation, NothingToRetry: and nothing is stored
@@ -87,7 +92,7 @@ class Turns(Database):
         needed = _MARGIN + REPLY_ROOM
         async with self.guard.call("begin", write=True):
             document = await self.conversations.find_one(
-                one(conversation_id),
+                one(conversation),
                 {
                     "reply._id": 1,
                     "count": expressions.COUNT,
@@ -113,19 +118,19 @@ class Turns(Database):
             update = _start_reply(reply_id, documents.now())
             update["$set"][f"{at}.status"] = "superseded"
             still_last = {"$eq": [expressions.COUNT, document["count"]]}
-            if started := await self._insert_turn(conversation_id, retryable, update, needed, still_last):
+            if started := await self._insert_turn(conversation, retryable, update, needed, still_last):
                 return started
-            await self._reject(conversation_id, None, needed)
+            await self._reject(conversation, None, needed)
             raise ReplyInProgress
 
-    async def find_started(self, conversation_id: str, reply_id: str) -> StartedTurn | None:
+    async def find_started(self, conversation: Key, reply_id: str) -> StartedTurn | None:
         """Return a turn whose start had an unknown outcome, if it was stored and its reply still runs."""
         async with self.guard.call("find_begun"):
-            running = one(conversation_id, {"reply._id": ObjectId(reply_id)})
+            running = one(conversation, {"reply._id": ObjectId(reply_id)})
             document = await self.conversations.find_one(running, self._turn_projection)
-        return _started_turn(document) if document else None
+        return _started_turn(conversation, document) if document else None
 
-    async def find_by_key(self, conversation_id: str, key: str, content: str) -> Turn | None:
+    async def find_by_key(self, conversation: Key, key: str, content: str) -> Turn | None:
         """Return the turn that was started with an idempotency key, or None.
 
         :raises KeyReused: if it was started with another content
@@ -134,7 +139,7 @@ class Turns(Database):
         at = {"$indexOfArray": [keys, expressions.literal(key)]}
         async with self.guard.call("find_keyed"):
             document = await self.conversations.find_one(
-                one(conversation_id, {"messages.key": key}),
+                one(conversation, {"messages.key": key}),
                 {"at": at, "messages": expressions.messages_from(at, count=2), "reply._id": 1},
             )
         if document is None:
@@ -145,26 +150,26 @@ class Turns(Database):
         reply = replies[0] if replies else documents.reply(document, expired=False)
         if question.content != content or reply is None:
             raise KeyReused
-        return Turn(conversation_id, question.id, reply.id)
+        return Turn(conversation, question.id, reply.id)
 
     async def _insert_turn(
-        self, conversation_id: str, also: Document, update: Document, needed: int, *also_true: Document
+        self, conversation: Key, also: Document, update: Document, needed: int, *also_true: Document
     ) -> StartedTurn | None:
         """Update a conversation if it has room for `needed` bytes and meets the other conditions, else return None."""
         fits = {"$lte": [{"$bsonSize": "$$ROOT"}, DOCUMENT_BYTES - needed]}
-        condition = one(conversation_id, {**also, "$expr": {"$and": [fits, expressions.IS_SUPPORTED, *also_true]}})
+        condition = one(conversation, {**also, "$expr": {"$and": [fits, expressions.IS_SUPPORTED, *also_true]}})
         document = await self.conversations.find_changed(condition, update, self._turn_projection)
         if document is not None and "last" not in document:
             # The driver repeated the write after a disconnect, and MongoDB answered with the image of the first one,
             # to which it does not apply the projection.
             try:
-                document = await self.conversations.find_one(one(conversation_id), self._turn_projection)
+                document = await self.conversations.find_one(one(conversation), self._turn_projection)
             except (ServerSelectionTimeoutError, OperationFailure) as error:
                 raise AutoReconnect("after the turn was stored") from error
-        return _started_turn(document) if document else None
+        return _started_turn(conversation, document) if document else None
 
-    async def _reject(self, conversation_id: str, key: str | None, needed: int) -> None:
-        """Raise why a turn could not start; return if the reason no longer holds."""
+    async def _reject(self, conversation: Key, key: str | None, needed: int) -> bool:
+        """Raise why a turn could not start; if the reason no longer holds, return whether the conversation exists."""
         projection: dict[str, Any] = {
             "reply._id": 1,
             "size": {"$bsonSize": "$$ROOT"},
@@ -174,38 +179,39 @@ class Turns(Database):
         if key is not None:
             keys = {"$map": {"input": expressions.MESSAGES, "in": "$$this.key"}}
             projection["keyed"] = {"$in": [expressions.literal(key), keys]}
-        document = await self.conversations.find_one(one(conversation_id), projection)
+        document = await self.conversations.find_one(one(conversation), projection)
         if document is None:
-            return
+            return False
         if document.get("keyed"):
             raise KeyReused
         if "reply" in document:
             raise ReplyInProgress if documents.reply(document, expired=False) else UnsupportedConversation
         if document["is_null"]:
             # MongoDB cannot push to null.
-            is_null = one(conversation_id, {"$expr": {"$eq": [{"$type": "$messages"}, "null"]}})
+            is_null = one(conversation, {"$expr": {"$eq": [{"$type": "$messages"}, "null"]}})
             await self.conversations.update_one(is_null, {"$set": {"messages": []}})
         elif not document["supported"]:
             raise UnsupportedConversation
         elif document["size"] > DOCUMENT_BYTES - needed:
             raise ConversationFull
+        return True
 
 
-def _started_turn(document: Document) -> StartedTurn:
-    conversation, count = document["_id"], document["count"]
+def _started_turn(conversation: Key, document: Document) -> StartedTurn:
+    conversation_id, count = document["_id"], document["count"]
     messages = [documents.message(each, document, 0) for each in document["prompt"]["messages"]]
     if (index := document["prompt"]["question_index"]) is not None:
-        messages[-1] = replace(messages[-1], id=documents.message_id(conversation, index, None))
+        messages[-1] = replace(messages[-1], id=documents.message_id(conversation_id, index, None))
     question, reply = messages[-1], documents.reply(document, expired=False)
     assert reply is not None
     last = [
-        documents.message_id(conversation, index, each)
+        documents.message_id(conversation_id, index, each)
         for index, each in enumerate(document["last"], count - len(document["last"]))
     ]
     is_new = last[-1] == question.id
     before = last[:-1] if is_new else last
     return StartedTurn(
-        turn=Turn(str(conversation), question.id, reply.id),
+        turn=Turn(conversation, question.id, reply.id),
         new_message=question if is_new else None,
         messages=messages,
         number=document["turns"],

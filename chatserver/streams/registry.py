@@ -6,16 +6,20 @@ import random
 import socket
 from collections import Counter
 from collections.abc import Callable
+from typing import TypeVar
 
 from chatserver import tasks
 from chatserver.errors import Draining, TooManyStreams
 from chatserver.hub import for_each
 from chatserver.metrics import Metrics
+from chatserver.records import Key
 from chatserver.settings import Settings
 from chatserver.streams.connection import TICK_S, Connection
 from chatserver.wire import Format
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _CLOSE_TIMEOUT_S = 2.0
 """Seconds that the streams have for their last bytes when the process ends."""
@@ -31,9 +35,9 @@ class Streams:
     def __init__(self, settings: Settings, metrics: Metrics, *, on_close: Callable[[Connection], None]) -> None:
         self._settings = settings
         self._on_close = on_close
-        self._open: dict[Connection, tuple[str, str]] = {}
+        self._open: dict[Connection, tuple[Key, str]] = {}
         """The conversation and the client's address of each."""
-        self._conversations: Counter[str] = Counter()
+        self._conversations: Counter[Key] = Counter()
         self._addresses: Counter[str] = Counter()
         self._closing = False
         self._reuse: Callable[[socket.socket], None] | None = None
@@ -57,7 +61,7 @@ class Streams:
 
     def open(
         self,
-        conversation_id: str,
+        conversation: Key,
         address: str,
         head: bytes,
         *,
@@ -82,7 +86,7 @@ class Streams:
         limits = self._settings
         if len(self._open) >= limits.max_streams:
             raise TooManyStreams("The server has reached its limit of open streams. Try again later.")
-        if self._conversations[conversation_id] >= limits.max_streams_per_conversation:
+        if self._conversations[conversation] >= limits.max_streams_per_conversation:
             raise TooManyStreams("This conversation has reached its limit of open streams. Close one.")
         if 0 < limits.max_streams_per_address <= self._addresses[address]:
             raise TooManyStreams("Your address has reached its limit of open streams. Close one.")
@@ -97,17 +101,15 @@ class Streams:
         if limits.stream_max_age_s:
             age = limits.stream_max_age_s * random.uniform(0.5, 1.5)
             connection.expires_at = asyncio.get_running_loop().time() + age
-        self._open[connection] = (conversation_id, address)
-        self._conversations[conversation_id] += 1
+        self._open[connection] = (conversation, address)
+        self._conversations[conversation] += 1
         self._addresses[address] += 1
         return connection
 
     def _closed(self, connection: Connection) -> None:
-        conversation_id, address = self._open.pop(connection)
-        for counter, name in ((self._conversations, conversation_id), (self._addresses, address)):
-            counter[name] -= 1
-            if not counter[name]:
-                del counter[name]
+        conversation, address = self._open.pop(connection)
+        _discount(self._conversations, conversation)
+        _discount(self._addresses, address)
         self._on_close(connection)
 
     async def run(self) -> None:
@@ -125,8 +127,8 @@ class Streams:
         def tick(connection: Connection) -> None:
             if connection.tick(now, self._settings.keepalive_s, self._settings.slow_client_timeout_s):
                 self._slow_clients.inc()
-                conversation_id, _ = self._open[connection]
-                logger.info("slow client disconnected", extra={"conversation": conversation_id})
+                conversation, _ = self._open[connection]
+                logger.info("slow client disconnected", extra={"conversation": conversation.id})
 
         for_each(self.connections, tick)
 
@@ -141,6 +143,12 @@ class Streams:
         except TimeoutError:
             for connection in self.connections:
                 connection.abort()
+
+
+def _discount(counter: Counter[T], name: T) -> None:
+    counter[name] -= 1
+    if not counter[name]:
+        del counter[name]
 
 
 def _finish_if_caught_up(connection: Connection) -> None:

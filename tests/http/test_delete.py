@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from chatserver.errors import DatabaseUnavailable
+from chatserver.records import Key
 from tests.apps import App, MakeApp
 from tests.clients import RawStream, new_id
 from tests.http.turns import document, event_names, gated, release, said
@@ -40,9 +41,9 @@ async def test_delete_spares_a_conversation_that_restarts_concurrently(
     await said(app, conversation_id, 1)
     delete = app.store.delete
 
-    async def then_another_post(conversation_id: str) -> bool:
-        found = await delete(conversation_id)
-        new.append(await app.client.say("new", conversation_id))
+    async def then_another_post(conversation: Key) -> bool:
+        found = await delete(conversation)
+        new.append(await app.client.say("new", conversation.id))
         return found
 
     new: list[dict[str, str]] = []
@@ -65,10 +66,10 @@ async def test_delete_that_meets_the_natural_end_resets_its_streams(
     await app.until(lambda: app.subscribers == 1)
     delete = app.store.delete
 
-    async def late(conversation_id: str) -> bool:
+    async def late(conversation: Key) -> bool:
         release(source)
         await app.until(lambda: not app.replies.running)
-        return await delete(conversation_id)
+        return await delete(conversation)
 
     monkeypatch.setattr(app.store, "delete", late)
     assert (await app.client.http.delete(f"/chat/{answer['conversationId']}")).status_code == 204
@@ -86,8 +87,8 @@ async def test_repeated_delete_after_a_lost_answer_resets_the_streams(
     await app.until(lambda: app.subscribers == 1)
     delete = app.store.delete
 
-    async def silent(conversation_id: str) -> bool:
-        await delete(conversation_id)
+    async def silent(conversation: Key) -> bool:
+        await delete(conversation)
         raise DatabaseUnavailable
 
     monkeypatch.setattr(app.store, "delete", silent)

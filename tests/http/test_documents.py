@@ -12,6 +12,7 @@ from bson import Binary, Code, Decimal128, Int64, MaxKey, MinKey, ObjectId, Rege
 from bson.datetime_ms import DatetimeMS
 from bson.raw_bson import RawBSONDocument
 
+from chatserver.records import Key
 from tests.apps import App, MakeApp, Script
 from tests.clients import Transcript
 from tests.processes import ROOT
@@ -334,7 +335,7 @@ async def test_fields_of_unexpected_types_break_no_conversation(app: App) -> Non
         app.database.conversations.insert_many(documents)
         assert {str(each) for each in ids} <= set(await listed(app))
         names = [str(each) for each in ids] + [good["conversationId"]]
-        records = await asyncio.gather(*(app.store.peek(each) for each in names))
+        records = await asyncio.gather(*(app.store.peek(Key(None, each)) for each in names))
         assert all(record is not None for record in records)
         for document in documents:
             name = str(document["_id"])

@@ -13,6 +13,7 @@ from chatserver.app import make_app as make_routes
 from chatserver.errors import HostNotAllowed
 from chatserver.handlers.base import BaseHandler
 from chatserver.handlers.body import DISCARDED_BYTES
+from chatserver.records import Key
 from chatserver.wire import sse
 from tests.apps import App, MakeApp, Script
 from tests.clients import RawStream
@@ -476,7 +477,7 @@ async def test_stream_ends_at_its_age_and_is_resumed(make_app: MakeApp) -> None:
 
 async def test_streams_that_open_together_do_not_end_together(make_app: MakeApp) -> None:
     app = await make_app(stream_max_age_s=1000)
-    connections = [app.streams.open(ID, "address", b"", stream_format=sse, chunked=True) for _ in range(30)]
+    connections = [app.streams.open(Key(None, ID), "address", b"", stream_format=sse, chunked=True) for _ in range(30)]
     now = asyncio.get_running_loop().time()
     ages = [each.expires_at - now for each in connections if each.expires_at is not None]
     for each in connections:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from bson import ObjectId
 
-from chatserver.records import INTERRUPTED, Message
+from chatserver.records import INTERRUPTED, Key, Message
 from chatserver.replies.leases import Leases
 from tests.apps import App, Database, MakeApp
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
@@ -119,7 +119,7 @@ async def test_paused_server_notices_that_its_reply_was_finished_elsewhere(make_
     message = Message(reply.id, "assistant", "one ", reply.created_at, "interrupted", INTERRUPTED)
     release(source)
     await said(paused, conversation_id, 8)
-    assert await paused.store.finish(conversation_id, message) == message
+    assert await paused.store.finish(Key(None, conversation_id), message) == message
     events = await watcher
     assert text_of(events) == "one two " and events[-1].data["code"] == "interrupted"
     await paused.until_idle()

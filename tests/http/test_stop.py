@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from chatserver.records import Key
 from tests.apps import MakeApp, Script
 from tests.clients import text_of
 from tests.http.turns import document, gated, said
@@ -124,7 +125,7 @@ async def test_concurrent_stops_get_the_same_answer(make_app: MakeApp, monkeypat
     monkeypatch.setattr(app.store, "finish", finish_when_all_are_here)
     path = f"/chat/{answer['conversationId']}/stop"
     stops = [asyncio.create_task(app.client.http.post(path)) for _ in range(5)]
-    live = app.hub.get(answer["conversationId"])
+    live = app.hub.get(Key(None, answer["conversationId"]))
     assert live is not None
     await app.until(lambda: live.holders == 5)
     all_here.set()

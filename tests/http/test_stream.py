@@ -11,6 +11,7 @@ import httpx_sse
 import pytest
 
 from chatserver.errors import SourceError
+from chatserver.records import Key
 from chatserver.sources import Prompt
 from chatserver.streams import Connection
 from chatserver.wire import sse
@@ -555,7 +556,7 @@ async def test_others_advance_while_two_hundred_replies_stream_without_delay(
 ) -> None:
     app = await make_app(source=Endless(), database_timeout_s=30.0, checkpoint_ms=250)
     answers = await asyncio.gather(*(app.client.say(f"n {n}") for n in range(200)))
-    lives = [live for answer in answers if (live := app.hub.get(answer["conversationId"])) and live.reply]
+    lives = [live for answer in answers if (live := app.hub.get(Key(None, answer["conversationId"]))) and live.reply]
     assert len(lives) == 200
     for _ in range(3):
         before = [live.reply.chars for live in lives if live.reply]

@@ -102,7 +102,7 @@ async def test_streams_are_looked_after(make_app: MakeApp, monkeypatch: pytest.M
 
     def failing(connection: Connection, *arguments: Any) -> bool:
         assert connection.live is not None
-        ticked.append(connection.live.conversation_id)
+        ticked.append(connection.live.key.id)
         if ticked[-1] == bad:
             raise LookupError("nobody foresaw this")
         return tick(connection, *arguments)
@@ -149,7 +149,7 @@ async def test_conversation_that_fails_does_not_stop_the_delivery_of_others(
     app = await make_app()
     bad, good = new_id(), new_id()
     deliver = LiveConversation.deliver
-    broken = Broken(deliver, lambda live: live.conversation_id == bad)
+    broken = Broken(deliver, lambda live: live.key.id == bad)
     monkeypatch.setattr(LiveConversation, "deliver", lambda live: broken(live))
     # The delivery loop itself fails, too.
     monkeypatch.setattr(delivery, "monotonic", Broken(time.monotonic))
@@ -157,7 +157,7 @@ async def test_conversation_that_fails_does_not_stop_the_delivery_of_others(
     await app.client.say("hi", bad)
     _, events = await app.client.turn("hi", good)
     assert events[-1].name == "done"
-    await app.until(lambda: all(each.conversation_id != bad or not each.subscribers for each in app.hub.conversations))
+    await app.until(lambda: all(each.key.id != bad or not each.subscribers for each in app.hub.conversations))
     stream.close()
 
 
@@ -206,7 +206,7 @@ async def test_expired_replies_are_finished(make_app: MakeApp, monkeypatch: pyte
     other = await make_app(lease_ms=200, checkpoint_ms=20)
     bad, *others = [new_id() for _ in range(3)]
     monkeypatch.setattr(other.store, "find_expired", Broken(other.store.find_expired))
-    finish = Broken(other.store.finish, lambda conversation_id, _: conversation_id == bad)
+    finish = Broken(other.store.finish, lambda conversation, _: conversation.id == bad)
     monkeypatch.setattr(other.store, "finish", finish)
     # Posted only now: the other server must not expire a reply before its store is broken.
     for conversation_id in (bad, *others):

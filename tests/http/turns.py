@@ -6,6 +6,7 @@ from typing import Any
 
 from bson import ObjectId
 
+from chatserver.records import Key
 from tests.apps import App, Script
 
 AGES_AGO = {"$set": {"reply.renewedAt": datetime(2020, 1, 1, tzinfo=UTC)}}
@@ -32,7 +33,7 @@ async def said(app: App, conversation_id: str, chars: int) -> None:
     """Wait until a reply has at least `chars` characters."""
 
     def reached() -> bool:
-        live = app.hub.get(conversation_id)
+        live = app.hub.get(Key(None, conversation_id))
         return live is not None and live.reply is not None and live.reply.chars >= chars
 
     await app.until(reached)

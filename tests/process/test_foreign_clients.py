@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from playwright.async_api import async_playwright
 
+from chatserver.records import Key
 from tests import proxy
 from tests.apps import App, MakeApp
 from tests.browser import FLAGS, chromium
@@ -89,10 +90,10 @@ async def watch(client: str, *urls: str) -> list[dict[str, Any]]:
 
 async def converse(app: App, conversation_id: str) -> None:
     """Once the conversation's stream is open, have two turns in it."""
-    await app.until(lambda: (live := app.hub.get(conversation_id)) is not None and live.subscribers, 30)
+    await app.until(lambda: (live := app.hub.get(Key(None, conversation_id))) is not None and live.subscribers, 30)
     for _ in range(TURNS):
         await app.client.say(INPUT, conversation_id)
-        await app.until(lambda: (live := app.hub.get(conversation_id)) is None or live.reply is None, 60)
+        await app.until(lambda: (live := app.hub.get(Key(None, conversation_id))) is None or live.reply is None, 60)
 
 
 async def compare(app: App, conversation_id: str, seen: dict[str, Any]) -> str:

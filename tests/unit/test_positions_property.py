@@ -27,7 +27,7 @@ from chatserver import positions
 from chatserver.errors import DatabaseUnavailable, SourceError
 from chatserver.hub import Counts, LiveConversation, LiveReply, Log
 from chatserver.positions import Position
-from chatserver.records import Message
+from chatserver.records import Key, Message
 from chatserver.server import Server as WholeServer
 from chatserver.settings import Settings
 from chatserver.sources import Prompt
@@ -89,7 +89,7 @@ def test_what_follows_any_position_of_a_reply_is_the_rest_of_it(pieces: list[str
 
 def test_reply_that_is_replaced_before_its_first_word_leaves_nothing_in_the_log() -> None:
     """Its entry stayed, and the second turn after it could not begin."""
-    live, time = LiveConversation("c" * 24, Counts(), lambda _live: None), datetime.now(UTC)
+    live, time = LiveConversation(Key(None, "c" * 24), Counts(), lambda _live: None), datetime.now(UTC)
     live.open_turn(positions.start("c" * 24), None, "1" * 24, time)
     for turn in range(2, 5):
         live.open_turn(Position(f"{turn - 1}" * 24, None), None, f"{turn}" * 24, time)
@@ -307,6 +307,7 @@ class Conversation(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.id = new_id()
+        self.key = Key(None, self.id)
         self.servers: list[Server] = []
         self.clients: list[Client] = []
         self.record: list[tuple[str, str, str, str]] = []
@@ -352,7 +353,7 @@ class Conversation(RuleBasedStateMachine):
         await self.begin_with_history(client, self.servers[0])
 
     async def begin_with_history(self, client: Client, server: Server) -> None:
-        history = await server.reading.history(self.id)
+        history = await server.reading.history(self.key)
         parts = [part async for part in history.parts]
         messages = [message for part in parts for message in part.messages]
         said = {message.id: message.content for message in messages}
@@ -410,9 +411,9 @@ class Conversation(RuleBasedStateMachine):
             food = server.source.food
             if again and self.record and self.record[-1][3] in ("stopped", "failed", "interrupted"):
                 self.record[-1] = (*self.record[-1][:3], "superseded")
-                turn = await server.chat.retry(self.id)
+                turn = await server.chat.retry(self.key)
             else:
-                turn = await server.chat.say(self.id, text)
+                turn = await server.chat.say(None, self.id, text)
                 self.record.append((turn.message_id, "user", text, "complete"))
             self.turn = Turn(turn.reply_id, server)
             while server.source.food is food:
@@ -453,9 +454,9 @@ class Conversation(RuleBasedStateMachine):
         async def end() -> None:
             if how == "stopped elsewhere":
                 await self.take_checkpoint(other)
-                await other.chat.stop(self.id)
+                await other.chat.stop(self.key)
             elif how == "stopped":
-                await server.chat.stop(self.id)
+                await server.chat.stop(self.key)
             else:
                 server.source.food.put_nowait(SourceError("source_failed", "No more.") if how == "failed" else None)
             if how != "stopped elsewhere":
@@ -493,8 +494,8 @@ class Conversation(RuleBasedStateMachine):
         self.world.conversations.update_one({"_id": ObjectId(self.id)}, long_ago)
 
         async def look() -> None:
-            await self.servers[number].reading.history(self.id)
-            await self.servers[1 - number].reading.history(self.id)
+            await self.servers[number].reading.history(self.key)
+            await self.servers[1 - number].reading.history(self.key)
 
         self.run(look())
         self.look(("interrupted", turn.saved))
@@ -545,7 +546,7 @@ class Conversation(RuleBasedStateMachine):
 
     async def connect(self, client: Client, server: Server, window: int) -> None:
         connection = Connection(b"", server.hub.unsubscribe, stream_format=sse, chunked=False)
-        await server.reading.subscribe(self.id, positions.parse_position(client.position), connection)
+        await server.reading.subscribe(self.key, positions.parse_position(client.position), connection)
         client.line, client.server = Line(connection, window), server
         connection.connection_made(client.line)
 

@@ -17,7 +17,7 @@ from pymongo.monitoring import CommandListener
 
 from chatserver import store as store_package
 from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
-from chatserver.records import INTERRUPTED, After, Before, Between, Message, Newest, ReplyError, Span, Turn
+from chatserver.records import INTERRUPTED, After, Before, Between, Key, Message, Newest, ReplyError, Span, Turn
 from chatserver.store import Store, client_options, collection, connect, documents, new_id, redact_uri
 from chatserver.store.turns import DOCUMENT_BYTES, REPLY_ROOM
 from tests.apps import Database
@@ -60,8 +60,8 @@ def stores(request: pytest.FixtureRequest, client: str) -> Stores:
     return Stores(request.getfixturevalue(request.param), client)
 
 
-def turn(conversation_id: str | None = None) -> Turn:
-    return Turn(conversation_id or new_id(), new_id(), new_id())
+def turn(conversation: Key | None = None) -> Turn:
+    return Turn(conversation or Key(None, new_id()), new_id(), new_id())
 
 
 def reply_of(turn: Turn, content: str, **options: Any) -> Message:
@@ -79,12 +79,12 @@ async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
         assert set(document) == {"_id", "createdAt", "updatedAt", "messages", "reply"}
         assert set(document["reply"]) == {"_id", "createdAt", "content", "renewedAt"}
         assert isinstance(document["reply"]["renewedAt"], datetime)
-        await store.checkpoint({first.reply_id: (first.conversation_id, "He")})
+        await store.checkpoint({first.reply_id: (first.conversation, "He")})
         assert stores.database.conversations.find_one()["reply"]["content"] == "He"
         message = reply_of(first, "Hey")
         earlier = datetime(2020, 1, 1, tzinfo=UTC)
         stores.database.conversations.update_one({}, {"$set": {"updatedAt": earlier}})
-        assert await store.finish(first.conversation_id, message) == message
+        assert await store.finish(first.conversation, message) == message
         document = stores.database.conversations.find_one()
         assert document["updatedAt"] > earlier
         assert set(document) == {"_id", "createdAt", "updatedAt", "messages"}
@@ -93,7 +93,7 @@ async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
         for each in (document, user, reply):
             assert isinstance(each["_id"], ObjectId) and isinstance(each["createdAt"], datetime)
         assert (user["role"], reply["role"], reply["content"]) == ("user", "assistant", "Hey")
-        second = turn(first.conversation_id)
+        second = turn(first.conversation)
         started = await store.start_turn(second, "More", None)
         assert (started.number, started.previous_id) == (2, first.reply_id)
         assert [each.content for each in started.messages] == ["Hello", "Hey", "More"]
@@ -104,25 +104,25 @@ async def test_finish_can_be_repeated_and_stores_one_message(stores: Stores) -> 
         first = turn()
         await store.start_turn(first, "Hello", None)
         message = reply_of(first, "Hey")
-        await store.finish(first.conversation_id, message)
+        await store.finish(first.conversation, message)
         other = reply_of(first, "Other", status="interrupted", error=INTERRUPTED)
-        assert (await store.finish(first.conversation_id, other)).content == "Hey"  # type: ignore[union-attr]
+        assert (await store.finish(first.conversation, other)).content == "Hey"  # type: ignore[union-attr]
         assert len(stores.database.conversations.find_one()["messages"]) == 2
-        await store.delete(first.conversation_id)
-        assert await store.finish(first.conversation_id, message) is None
+        await store.delete(first.conversation)
+        assert await store.finish(first.conversation, message) is None
         assert stores.database.conversations.count_documents({}) == 0
 
 
 @pytest.mark.parametrize("known", [True, False])
 async def test_one_of_concurrent_posts_starts_a_turn(stores: Stores, known: bool) -> None:
     async with stores.open() as store:
-        conversation_id = new_id()
+        conversation = Key(None, new_id())
         if known:
-            first = turn(conversation_id)
+            first = turn(conversation)
             await store.start_turn(first, "Hello", None)
-            await store.finish(conversation_id, reply_of(first, "Hey"))
+            await store.finish(conversation, reply_of(first, "Hey"))
         results = await asyncio.gather(
-            *(store.start_turn(turn(conversation_id), f"{n}", None) for n in range(10)), return_exceptions=True
+            *(store.start_turn(turn(conversation), f"{n}", None) for n in range(10)), return_exceptions=True
         )
         assert sum(isinstance(each, ReplyInProgress) for each in results) == 9
         messages = stores.database.conversations.find_one()["messages"]
@@ -133,20 +133,20 @@ async def test_key_names_its_first_turn_and_is_never_used_twice(stores: Stores) 
     async with stores.open() as store:
         first = turn()
         await store.start_turn(first, "Hello", "k")
-        assert await store.find_by_key(first.conversation_id, "k", "Hello") == first
+        assert await store.find_by_key(first.conversation, "k", "Hello") == first
         with pytest.raises(KeyReused):
-            await store.find_by_key(first.conversation_id, "k", "Other")
-        await store.finish(first.conversation_id, reply_of(first, "Hey", status="failed"))
-        retried = await store.start_retry(first.conversation_id, new_id())
-        assert await store.find_by_key(first.conversation_id, "k", "Hello") == first
-        await store.finish(first.conversation_id, reply_of(retried.turn, "Hey again"))
+            await store.find_by_key(first.conversation, "k", "Other")
+        await store.finish(first.conversation, reply_of(first, "Hey", status="failed"))
+        retried = await store.start_retry(first.conversation, new_id())
+        assert await store.find_by_key(first.conversation, "k", "Hello") == first
+        await store.finish(first.conversation, reply_of(retried.turn, "Hey again"))
         with pytest.raises(KeyReused):
-            await store.start_turn(turn(first.conversation_id), "Hello", "k")
-        assert await store.find_by_key(first.conversation_id, "other", "Hello") is None
-        assert await store.find_by_key(new_id(), "k", "Hello") is None
+            await store.start_turn(turn(first.conversation), "Hello", "k")
+        assert await store.find_by_key(first.conversation, "other", "Hello") is None
+        assert await store.find_by_key(Key(None, new_id()), "k", "Hello") is None
         elsewhere = turn()
         await store.start_turn(elsewhere, "Hello", "k")
-        assert await store.find_by_key(elsewhere.conversation_id, "k", "Hello") == elsewhere
+        assert await store.find_by_key(elsewhere.conversation, "k", "Hello") == elsewhere
 
 
 class Commands(CommandListener):
@@ -196,25 +196,25 @@ async def commands_of_all_operations(database: Database, text: str) -> list[Any]
     first = turn()
     await store.prepare()
     await store.start_turn(first, text, text)
-    await store.checkpoint({first.reply_id: (first.conversation_id, text)})
-    await store.finish(first.conversation_id, reply_of(first, text, status="failed", error=ReplyError(text, text)))
-    retried = await store.start_retry(first.conversation_id, new_id())
-    await store.finish(first.conversation_id, reply_of(retried.turn, text))
-    await store.finish(first.conversation_id, reply_of(retried.turn, text))
-    assert await store.checkpoint({retried.turn.reply_id: (first.conversation_id, text)}) == {retried.turn.reply_id}
-    assert await store.find_by_key(first.conversation_id, text, text) == first
+    await store.checkpoint({first.reply_id: (first.conversation, text)})
+    await store.finish(first.conversation, reply_of(first, text, status="failed", error=ReplyError(text, text)))
+    retried = await store.start_retry(first.conversation, new_id())
+    await store.finish(first.conversation, reply_of(retried.turn, text))
+    await store.finish(first.conversation, reply_of(retried.turn, text))
+    assert await store.checkpoint({retried.turn.reply_id: (first.conversation, text)}) == {retried.turn.reply_id}
+    assert await store.find_by_key(first.conversation, text, text) == first
     with pytest.raises(KeyReused):
-        await store.start_turn(turn(first.conversation_id), text, text)
-    more = await store.start_turn(turn(first.conversation_id), text, f"{text} 2")
-    assert await store.find_started(first.conversation_id, more.turn.reply_id) is not None
+        await store.start_turn(turn(first.conversation), text, text)
+    more = await store.start_turn(turn(first.conversation), text, f"{text} 2")
+    assert await store.find_started(first.conversation, more.turn.reply_id) is not None
     await store.find_expired([more.turn.reply_id])
     for span in (Newest(), Newest(1), After(first.message_id, 0), Before(first.message_id), Between(0, 1)):
-        await store.read(first.conversation_id, span)
-    await store.peek(first.conversation_id)
-    (summary,) = await store.summaries(1, None)
-    await store.summaries(1, summary.place)
+        await store.read(first.conversation, span)
+    await store.peek(first.conversation)
+    (summary,) = await store.summaries(None, 1, None)
+    await store.summaries(None, 1, summary.place)
     await store.ping()
-    await store.delete(first.conversation_id)
+    await store.delete(first.conversation)
     await store.close()
     named = re.findall(r'\.call\("(\w+)"', "".join(path.read_text() for path in STORE.glob("*.py")))
     assert calls == set(named)  # none was left out
@@ -262,16 +262,16 @@ async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: St
         for status in ("failed", "stopped", "interrupted"):
             current = stores.database.conversations.find_one()["reply"]["_id"]
             last = Message(str(current), "assistant", "x", datetime.now(UTC), status)
-            await store.finish(first.conversation_id, last)
-            started = await store.start_retry(first.conversation_id, new_id())
+            await store.finish(first.conversation, last)
+            started = await store.start_retry(first.conversation, new_id())
             assert started.new_message is None and started.number == 1 and started.previous_id == str(current)
             assert [(each.role, each.content) for each in started.messages] == [("user", "Hello")]
             assert started.turn.message_id == first.message_id
         with pytest.raises(ReplyInProgress):
-            await store.start_retry(first.conversation_id, new_id())
-        await store.finish(first.conversation_id, reply_of(started.turn, "done"))
+            await store.start_retry(first.conversation, new_id())
+        await store.finish(first.conversation, reply_of(started.turn, "done"))
         with pytest.raises(NothingToRetry):
-            await store.start_retry(first.conversation_id, new_id())
+            await store.start_retry(first.conversation, new_id())
         statuses = [each.get("status") for each in stores.database.conversations.find_one()["messages"]]
         assert statuses == [None, "superseded", "superseded", "superseded", None]
 
@@ -285,13 +285,13 @@ async def test_expired_replies_are_found_except_our_own(stores: Stores) -> None:
         assert len(await store.find_expired([], sole_server=True)) == 3
         async with asyncio.timeout(5):
             while not (expired := await store.find_expired([ours.reply_id])):
-                await store.checkpoint({alive.reply_id: (alive.conversation_id, "alive")})
+                await store.checkpoint({alive.reply_id: (alive.conversation, "alive")})
                 await asyncio.sleep(0.02)
-        assert [conversation_id for conversation_id, _ in expired] == [theirs.conversation_id]
+        assert [conversation for conversation, _ in expired] == [theirs.conversation]
         message = reply_of(theirs, expired[0][1].content, status="interrupted", error=INTERRUPTED)
-        await store.checkpoint({theirs.reply_id: (theirs.conversation_id, "renewed")})
-        assert await store.finish(theirs.conversation_id, message, if_renewed_at=expired[0][1].renewed_at) is None
-        assert "reply" in stores.database.conversations.find_one({"_id": ObjectId(theirs.conversation_id)})
+        await store.checkpoint({theirs.reply_id: (theirs.conversation, "renewed")})
+        assert await store.finish(theirs.conversation, message, if_renewed_at=expired[0][1].renewed_at) is None
+        assert "reply" in stores.database.conversations.find_one({"_id": ObjectId(theirs.conversation.id)})
 
 
 async def test_checkpoint_returns_the_replies_that_no_longer_run(stores: Stores) -> None:
@@ -299,8 +299,8 @@ async def test_checkpoint_returns_the_replies_that_no_longer_run(stores: Stores)
         kept, ended = turn(), turn()
         for each in (kept, ended):
             await store.start_turn(each, "Hello", None)
-        await store.finish(ended.conversation_id, reply_of(ended, "taken over"))
-        replies = {each.reply_id: (each.conversation_id, "text") for each in (kept, ended)}
+        await store.finish(ended.conversation, reply_of(ended, "taken over"))
+        replies = {each.reply_id: (each.conversation, "text") for each in (kept, ended)}
         assert set(await store.checkpoint(replies)) == {ended.reply_id}
 
 
@@ -308,33 +308,33 @@ async def test_turn_is_refused_in_a_full_conversation(stores: Stores) -> None:
     async with stores.open() as store:
         first = turn()
         await store.start_turn(first, "Hello", None)
-        await store.finish(first.conversation_id, reply_of(first, "x" * (DOCUMENT_BYTES - REPLY_ROOM - 20_000)))
-        second = turn(first.conversation_id)
+        await store.finish(first.conversation, reply_of(first, "x" * (DOCUMENT_BYTES - REPLY_ROOM - 20_000)))
+        second = turn(first.conversation)
         started = await store.start_turn(second, "fits", None)
         assert REPLY_ROOM <= started.reply_room < REPLY_ROOM + 20_000
         # A reply of exactly that size can be checkpointed and stored.
-        await store.checkpoint({second.reply_id: (second.conversation_id, "y" * started.reply_room)})
+        await store.checkpoint({second.reply_id: (second.conversation, "y" * started.reply_room)})
         failed = reply_of(second, "y" * started.reply_room, status="failed", error=INTERRUPTED)
-        assert await store.finish(second.conversation_id, failed) == failed
+        assert await store.finish(second.conversation, failed) == failed
         with pytest.raises(ConversationFull):
-            await store.start_turn(turn(first.conversation_id), "no more", None)
+            await store.start_turn(turn(first.conversation), "no more", None)
         with pytest.raises(ConversationFull):
-            await store.start_retry(first.conversation_id, new_id())
+            await store.start_retry(first.conversation, new_id())
         assert len(stores.database.conversations.find_one()["messages"]) == 4
 
 
 async def test_only_the_requested_messages_are_read(stores: Stores) -> None:
     async with stores.open() as store:
-        conversation_id = new_id()
+        conversation = Key(None, new_id())
         ids = []
         for number in range(3):
-            each = turn(conversation_id)
+            each = turn(conversation)
             await store.start_turn(each, f"u{number}", None)
-            await store.finish(conversation_id, reply_of(each, f"a{number}"))
+            await store.finish(conversation, reply_of(each, f"a{number}"))
             ids += [each.message_id, each.reply_id]
 
         async def read(span: Span) -> tuple[list[str], int, bool]:
-            record = await store.read(conversation_id, span)
+            record = await store.read(conversation, span)
             assert record is not None and record.following is None and record.length is None
             assert record.last_id == ids[-1]
             return [message.content for message in record.messages], record.older, record.found
@@ -353,7 +353,7 @@ async def test_only_the_requested_messages_are_read(stores: Stores) -> None:
         assert await read(Before(ids[3])) == (["u0", "a0", "u1"], 0, True)
         assert (await read(Before(new_id(), 5)))[2] is False
         assert await read(Between(1, 3)) == (["a0", "u1"], 1, True)
-        assert await store.read(new_id(), Newest()) is None
+        assert await store.read(Key(None, new_id()), Newest()) is None
 
 
 async def test_concurrent_peeks_share_one_query(stores: Stores) -> None:
@@ -361,10 +361,10 @@ async def test_concurrent_peeks_share_one_query(stores: Stores) -> None:
         turns = [turn() for _ in range(150)]
         for each in turns[:120]:
             await store.start_turn(each, "hello", None, new=True)
-        await store.finish(turns[0].conversation_id, reply_of(turns[0], "hi"))
+        await store.finish(turns[0].conversation, reply_of(turns[0], "hi"))
         queries: list[str] = []
         store.guard.observe = lambda operation, _seconds, _ok: queries.append(operation)
-        records = await asyncio.gather(*(store.peek(each.conversation_id) for each in [*turns, *turns]))
+        records = await asyncio.gather(*(store.peek(each.conversation) for each in [*turns, *turns]))
         assert queries == ["peek"] and records[:150] == records[150:]
         assert [record is None for record in records[:150]] == [False] * 120 + [True] * 30
         first, second = records[:2]
@@ -372,11 +372,11 @@ async def test_concurrent_peeks_share_one_query(stores: Stores) -> None:
         assert not first.messages and first.older == 2
         assert second is not None and second.reply is not None and second.reply.id == turns[1].reply_id
         # A call during a query is answered by the next query.
-        early = asyncio.create_task(store.peek(turns[1].conversation_id))
+        early = asyncio.create_task(store.peek(turns[1].conversation))
         while store.peeks.waiting or not store.peeks.is_calling:
             await asyncio.sleep(0)
-        await store.finish(turns[1].conversation_id, reply_of(turns[1], "hi"))
-        late = await store.peek(turns[1].conversation_id)
+        await store.finish(turns[1].conversation, reply_of(turns[1], "hi"))
+        late = await store.peek(turns[1].conversation)
         assert await early is not None and late is not None and late.reply is None
         assert queries == ["peek", "peek", "finish", "peek"] or queries == ["peek", "finish", "peek", "peek"]
 
@@ -392,15 +392,15 @@ async def test_replies_that_end_together_share_one_bulk_write(stores: Stores) ->
         whole, ended, full = turns[:30], turns[30:60], turns[60:]
 
         async def finish(turns: list[Turn]) -> list[Any]:
-            messages = [(each.conversation_id, reply_of(each, "hi" * 500)) for each in turns]
+            messages = [(each.conversation, reply_of(each, "hi" * 500)) for each in turns]
             stored = await asyncio.gather(*(store.finish(*each) for each in messages), return_exceptions=True)
             return [each.content if isinstance(each, Message) else each for each in stored]
 
         assert await finish(whole) == 30 * ["hi" * 500]
         assert writes == ["finish"]
         # A reply ended by another server and a deleted one get their own results, and the others are stored.
-        await store.finish(ended[0].conversation_id, reply_of(ended[0], "mine", status="interrupted"))
-        await store.delete(ended[1].conversation_id)
+        await store.finish(ended[0].conversation, reply_of(ended[0], "mine", status="interrupted"))
+        await store.delete(ended[1].conversation)
         assert await finish(ended) == ["mine", None, *28 * ["hi" * 500]]
         # A reply without room does not prevent the others.
         filler = {
@@ -409,7 +409,7 @@ async def test_replies_that_end_together_share_one_bulk_write(stores: Stores) ->
             "content": "x" * (DOCUMENT_BYTES - 900),
             "createdAt": datetime.now(UTC),
         }
-        of_the_first = {"_id": ObjectId(full[0].conversation_id)}
+        of_the_first = {"_id": ObjectId(full[0].conversation.id)}
         stores.database.conversations.update_one(of_the_first, {"$push": {"messages": filler}})
         refused, *others = await finish(full)
         assert isinstance(refused, RuntimeError) and others == 29 * ["hi" * 500]
@@ -421,7 +421,7 @@ async def test_reply_that_cannot_be_encoded_fails_alone(stores: Stores) -> None:
         for each in turns:
             await store.start_turn(each, "hello", None, new=True)
         texts = ["one", "half \ud83d", "three"]
-        messages = [(each.conversation_id, reply_of(each, text)) for each, text in zip(turns, texts, strict=True)]
+        messages = [(each.conversation, reply_of(each, text)) for each, text in zip(turns, texts, strict=True)]
         first, bad, third = await asyncio.gather(*(store.finish(*each) for each in messages), return_exceptions=True)
         assert isinstance(bad, UnicodeEncodeError)
         assert (first, third) == (messages[0][1], messages[2][1])
@@ -439,9 +439,9 @@ async def test_lease_is_set_and_checked_by_the_database_clock(
             await store.start_turn(mine, "hello", None, new=new)
             assert abs(stores.database.conversations.find_one({})["updatedAt"] - datetime.now(UTC)).seconds > 3600
             assert await store.find_expired([]) == []
-            await store.checkpoint({mine.reply_id: (mine.conversation_id, "hel")})
+            await store.checkpoint({mine.reply_id: (mine.conversation, "hel")})
             assert await store.find_expired([]) == []
-            record = await store.peek(mine.conversation_id)
+            record = await store.peek(mine.conversation)
             assert record is not None and record.reply is not None and not record.reply.expired
 
 
@@ -452,10 +452,10 @@ async def test_lease_in_the_future_has_expired(stores: Stores) -> None:
         await store.start_turn(mine, "hello", None, new=True)
         assert await store.find_expired([]) == []
         ahead = {"$set": {"reply.renewedAt": datetime.now(UTC) + timedelta(hours=1)}}
-        stores.database.conversations.update_one({"_id": ObjectId(mine.conversation_id)}, ahead)
+        stores.database.conversations.update_one({"_id": ObjectId(mine.conversation.id)}, ahead)
         ((found, _),) = await store.find_expired([])
-        record = await store.peek(mine.conversation_id)
-        assert found == mine.conversation_id and record is not None and record.reply is not None
+        record = await store.peek(mine.conversation)
+        assert found == mine.conversation and record is not None and record.reply is not None
         assert record.reply.expired
 
 
@@ -488,9 +488,9 @@ async def test_write_that_mongodb_rejects_for_now_can_be_repeated(
 
         monkeypatch.setattr(type(store.conversations.collection), "bulk_write", refuse)
         with pytest.raises(DatabaseUnavailable):
-            await store.finish(mine.conversation_id, reply)
+            await store.finish(mine.conversation, reply)
         monkeypatch.undo()
-        assert await store.finish(mine.conversation_id, reply) == reply
+        assert await store.finish(mine.conversation, reply) == reply
 
 
 async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:
@@ -498,11 +498,12 @@ async def test_document_of_a_mongoose_model_is_read(stores: Stores) -> None:
     time = datetime(2025, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
     message = {"_id": ObjectId(), "role": "user", "content": "from Node", "createdAt": time}
     conversation = {"_id": ObjectId(), "createdAt": time, "updatedAt": time, "messages": [message], "__v": 0}
+    key = Key(None, str(conversation["_id"]))
     stores.database.conversations.insert_one(conversation)
     async with stores.open() as store:
-        record = await store.read(str(conversation["_id"]), Newest())
+        record = await store.read(key, Newest())
         assert record is not None and record.messages[0].content == "from Node" and record.created_at == time
-        started = await store.start_turn(turn(str(conversation["_id"])), "from Python", None)
+        started = await store.start_turn(turn(key), "from Python", None)
         assert started.number == 2
 
 
@@ -512,14 +513,14 @@ async def test_every_query_uses_an_index(database: Database) -> None:
         turns = [turn() for _ in range(30)]
         for each in turns:
             await store.start_turn(each, "Hello", "k")
-        *_, middle = await store.summaries(15, None)
+        *_, middle = await store.summaries(None, 15, None)
         database.db.command("profile", 2)
-        await store.summaries(2, None)
-        await store.summaries(2, middle.place)
+        await store.summaries(None, 2, None)
+        await store.summaries(None, 2, middle.place)
         await store.find_expired([each.reply_id for each in turns])
-        await store.find_by_key(turns[0].conversation_id, "k", "Hello")
-        await store.peek(turns[0].conversation_id)
-        await store.read(turns[0].conversation_id, Newest())
+        await store.find_by_key(turns[0].conversation, "k", "Hello")
+        await store.peek(turns[0].conversation)
+        await store.read(turns[0].conversation, Newest())
         database.db.command("profile", 0)
     profile = list(database.db["system.profile"].find({"op": "query"}))
     assert len(profile) == 6

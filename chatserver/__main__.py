@@ -92,19 +92,22 @@ async def _serve_on(
         await server.start(sockets)
     except DatabaseUnavailable:
         raise SetupError(f"No MongoDB answers at {address} (MONGODB_URI)") from None
-    host, port = sockets[0].getsockname()[:2]
-    print(f"chatserver listens on http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
-    print(f"conversations are in {address}", flush=True)
-    if reload:
-        autoreload.start()
-    # Objects made at start-up live as long as the process, and streams and turns leave no cycles behind. Collecting
-    # less often halves the cost of a connect.
-    gc.freeze()
-    gc.set_threshold(_GC_THRESHOLD)
-    sys.setswitchinterval(_SWITCH_S)
-    await stopping.wait()
-    logger.info("shutting down: waiting up to %g s for %d running replies", settings.drain_s, server.replies.running)
-    await server.stop()
+    try:
+        host, port = sockets[0].getsockname()[:2]
+        print(f"chatserver listens on http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
+        print(f"conversations are in {address}", flush=True)
+        if reload:
+            autoreload.start()
+        # Objects made at start-up live as long as the process, and streams and turns leave no cycles behind. Collecting
+        # less often halves the cost of a connect.
+        gc.freeze()
+        gc.set_threshold(_GC_THRESHOLD)
+        sys.setswitchinterval(_SWITCH_S)
+        await stopping.wait()
+        running = server.replies.running
+        logger.info("shutting down: waiting up to %g s for %d running replies", settings.drain_s, running)
+    finally:
+        await server.stop()
 
 
 def _allow_connections(settings: Settings) -> int:

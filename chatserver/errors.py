@@ -8,6 +8,10 @@ Exception
     ├── InvalidRequest         400 invalid_request
     │   ├── InvalidJson        400 invalid_json
     │   └── InvalidId          400 invalid_id
+    ├── Unauthenticated        401 unauthenticated         (WWW-Authenticate)
+    │   ├── NoForwardedUser    the same to programs; the proxy named no user
+    │   ├── InvalidToken       401 invalid_token           (WWW-Authenticate)
+    │   └── TokenExpired       401 token_expired           (WWW-Authenticate)
     ├── CrossSite              403 cross_site
     ├── NotFound               404 not_found
     │   └── NoSuchConversation the same to programs
@@ -24,6 +28,7 @@ Exception
     ├── HeadersTooLarge        431 headers_too_large
     ├── TooManyConnections     503 too_many_connections    (Retry-After); rendered in listener.py
     ├── TooManyReplies         503 too_many_replies        (Retry-After)
+    ├── KeysUnavailable        503 keys_unavailable        (Retry-After)
     ├── DatabaseUnavailable    503 database_unavailable    (Retry-After)
     │   ├── OutcomeUnknown     the same to the client; the write may have reached the database
     │   └── DatabaseRefused    500 internal; the database answered with an error
@@ -153,6 +158,53 @@ class InvalidId(InvalidRequest):
     when = "an id in the path is not 24 hex digits"
 
 
+class Unauthenticated(ChatError):
+    """The request does not show who sends it.
+
+    :param reason: what is wrong, for the log; the client is not informed. It holds nothing of the credential
+    :cvar challenge: the value of the answer's WWW-Authenticate header
+    """
+
+    status = 401
+    title = "Unauthenticated"
+    default_detail = "This request needs a credential: sign in, or send a bearer token."
+    challenge: ClassVar[str] = "Bearer"
+    code = "unauthenticated"
+    when = "the request has no credential"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+
+class NoForwardedUser(Unauthenticated):
+    """With AUTH=proxy: the request did not come from a trusted proxy, or the proxy named no valid user.
+
+    A 401 must have a challenge (RFC 9110, 15.5.2), but no registered scheme fits: the client authenticates to the
+    proxy. The scheme is named after the mechanism EXTERNAL of SASL (RFC 4422). Browsers ignore schemes that they do not
+    know, while `Basic` would open a dialog.
+    """
+
+    default_detail = "The proxy in front of this server did not name the user. Sign in there."
+    challenge = "External"
+
+
+class InvalidToken(Unauthenticated):
+    title = "Invalid token"
+    default_detail = "The token is not valid for this server."
+    challenge = 'Bearer error="invalid_token"'
+    code = "invalid_token"
+    when = "the token is not valid for this server"
+
+
+class TokenExpired(Unauthenticated):
+    title = "Token expired"
+    default_detail = "The token has expired. Send a new one."
+    challenge = 'Bearer error="invalid_token"'
+    code = "token_expired"
+    when = "the token has expired; a new one is needed"
+
+
 class CrossSite(ChatError):
     status = 403
     title = "Cross-site request"
@@ -278,6 +330,15 @@ class TooManyReplies(ChatError):
     retry_after_s = 2
     code = "too_many_replies"
     when = "the limit of running replies is reached"
+
+
+class KeysUnavailable(ChatError):
+    status = 503
+    title = "Keys unavailable"
+    default_detail = "The keys that verify tokens have not been received yet. Try again in a moment."
+    retry_after_s = 10
+    code = "keys_unavailable"
+    when = "the issuer of the tokens has not sent its keys yet"
 
 
 class DatabaseUnavailable(ChatError):

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from chatserver.settings import Settings
 
-CONTEXT = ("status", "ms", "code", "conversation", "reply", "address", "request")
+CONTEXT = ("status", "ms", "code", "reason", "conversation", "reply", "address", "request")
 """The fields that a record may have in addition to its message, passed as `extra`."""
 
 

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from tornado.web import HTTPError, RequestHandler
 
-from chatserver.errors import ChatError, InvalidRequest, MethodNotAllowed, NotFound
+from chatserver.errors import ChatError, InvalidRequest, MethodNotAllowed, NotFound, Unauthenticated
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,9 @@ class ProblemHandler(RequestHandler):
         self.set_header("Cache-Control", "no-store")
         if problem.retry_after_s is not None:
             self.set_header("Retry-After", str(problem.retry_after_s))
+        if isinstance(problem, Unauthenticated):
+            self.set_header("WWW-Authenticate", problem.challenge)
+            self.log_fields["reason"] = problem.reason
         if problem.status == 405:
             self.set_header("Allow", ", ".join(self.allowed_methods()))
         self.finish(json.dumps(problem.document(self.request_id)) + "\n")

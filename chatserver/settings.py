@@ -23,6 +23,7 @@ PLACEHOLDER_KEY = "your_api_key_here"
 _NAME = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"  # as in the Host and Origin headers: other alphabets as xn--...
 _HOST = rf"\*|{_NAME}|\[?[0-9a-f]*:[0-9a-f]*:[0-9a-f:.]*\]?"
 _DEFAULT_PORT = "http:.*:80$|https:.*:443$"  # browsers omit it
+_COOKIE_NAME = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110, 5.6.2
 _ORIGIN = rf"\*|(?!{_DEFAULT_PORT})[a-z][a-z0-9+.-]*://(?:{_NAME}|\[[0-9a-f:.]+\])(?::[0-9]+)?"
 
 
@@ -88,6 +89,61 @@ def _web_address(text: str) -> str:
     raise ValueError("not an address that begins with http:// or https://")
 
 
+def is_secure_address(text: str) -> bool:
+    """Return whether nobody on the network can read or change what an address answers: https, or http to loopback.
+
+    An address with a user name, a password, a query or a fragment is not accepted.
+    """
+    try:
+        url = urlsplit(text)
+        valid = bool(url.hostname) and url.port != 0 and not re.search(r"[?#@\s]", text)
+    except ValueError:
+        return False
+    return valid and (url.scheme == "https" or (url.scheme == "http" and _is_loopback(url.hostname or "")))
+
+
+def _secure_address(text: str) -> str:
+    if not is_secure_address(text):
+        raise ValueError("not an https:// address without query (http:// is allowed to loopback addresses only)")
+    return text
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _link(text: str) -> str:
+    return text if re.fullmatch("/(?!/)[!-~]*", text) else _web_address(text)
+
+
+def _like(pattern: str, what: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"not {what}")
+        return text
+
+    return parse
+
+
+def _secrets(text: str) -> tuple[str, ...]:
+    secrets = _names(text)
+    if not all(re.fullmatch("[!-~]{32,}", secret) for secret in secrets):
+        raise ValueError(
+            "not made of secrets of 32 or more visible ASCII characters, separated by commas; "
+            "`openssl rand -base64 48` prints one"
+        )
+    return secrets
+
+
+def _claims(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = [(name.strip(), value.strip()) for name, _, value in (each.partition("=") for each in _names(text))]
+    if not all(name and value for name, value in pairs):
+        raise ValueError("not a list like azp=web,token_use=access")
+    return tuple(pairs)
+
+
 def _key(text: str) -> str:
     if not re.fullmatch("[!-~]+", text):
         raise ValueError("not made of visible ASCII characters only")
@@ -111,6 +167,8 @@ def _setting(default: Any, parse: Callable[[str], Any] = str, *, secret: bool = 
     return field(default=default, repr=not secret, metadata={"parse": parse})
 
 
+_PROXY_STREAM_MAX_AGE_S = 900.0
+"""The default of `STREAM_MAX_AGE_S` with AUTH=proxy: a proxy checks a stream only when it opens."""
 _SECONDS = _decimal(0.05, 86_400)
 _COUNT = _whole(1, 10_000_000)
 
@@ -129,6 +187,20 @@ class Settings:
     cors_credentials: bool = _setting(False, _flag)
     log_format: str = _setting("human", _choice("human", "json"))
     log_level: str = _setting("info", _choice("debug", "info", "warning", "error"))
+
+    auth: str = _setting("none", _choice("none", "jwt", "proxy"))
+    auth_secret: tuple[str, ...] = _setting((), _secrets, secret=True)
+    auth_issuer: str | None = _setting(None, _secure_address)
+    auth_jwks_url: str | None = _setting(None, _secure_address)
+    auth_audience: str | None = _setting(None)
+    auth_required_claims: tuple[tuple[str, str], ...] = _setting((), _claims)
+    auth_owner_claim: str = _setting("sub")
+    auth_cookie: str | None = _setting(None, _like(_COOKIE_NAME, "a name of a cookie"))
+    auth_leeway_s: float = _setting(30.0, _decimal(0, 600))
+    auth_proxy_header: str = _setting("X-Forwarded-User", _like("[A-Za-z0-9-]+", "letters, digits and hyphens only"))
+    auth_login_url: str | None = _setting(None, _link)
+    auth_logout_url: str | None = _setting(None, _link)
+    metrics_token: str | None = _setting(None, _key, secret=True)
 
     mongodb_uri: str | None = _setting(None, secret=True)
     chat_data_dir: Path = _setting(Path(".data"), _path)
@@ -158,7 +230,10 @@ class Settings:
     max_streams: int = _setting(10_000, _COUNT)
     max_streams_per_conversation: int = _setting(2_000, _COUNT)
     max_streams_per_address: int = _setting(0, _whole(0, 10_000_000))
+    max_streams_per_owner: int = _setting(50, _COUNT)
     max_replies: int = _setting(1_000, _COUNT)
+    max_replies_per_owner: int = _setting(5, _COUNT)
+    max_turns_per_minute: int = _setting(30, _whole(0, 10_000_000))
     keepalive_s: float = _setting(15.0, _decimal(1, 86_400))
     slow_client_timeout_s: float = _setting(30.0, _SECONDS)
     stream_max_age_s: float = _setting(0.0, _decimal(0, 604_800))
@@ -173,7 +248,8 @@ class Settings:
 def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Path(".env")) -> Settings:
     """Return the settings: the environment first, then the `.env` file, then the defaults.
 
-    :raises SetupError: naming each wrong variable with its value (secrets are hidden), or the line of the file
+    :raises SetupError: naming each wrong variable with its value (secrets are hidden), the line of the file, or the
+        variables that conflict
     """
     file = _read_file(dotenv)
     values: dict[str, Any] = {}
@@ -190,18 +266,66 @@ def read_settings(environment: Mapping[str, str] = os.environ, dotenv: Path = Pa
             wrong.append(f"{name} is {shown}: {error}")
     if wrong:
         raise SetupError("\n".join(wrong))
+    if values.get("auth") == "proxy":
+        values.setdefault("stream_max_age_s", _PROXY_STREAM_MAX_AGE_S)
     settings = Settings(**values)
-    if settings.reply_source == "openai" and settings.openai_api_key in (None, PLACEHOLDER_KEY):
-        raise SetupError("REPLY_SOURCE is 'openai', but OPENAI_API_KEY is not set to a real key (see .env.example)")
-    if settings.cors_credentials and "*" in settings.cors_origins:
+    if "auth" not in values and (reason := _why_auth_must_be_set(settings)) is not None:
         raise SetupError(
-            "CORS_CREDENTIALS is 'true', but CORS_ORIGINS is '*': name the origins that may use credentials"
+            f"AUTH is not set, but {reason}. Set AUTH to jwt (tokens of your identity provider or backend), "
+            "proxy (a header of a proxy in TRUSTED_PROXIES) or none (every caller reads and writes every conversation)"
         )
-    if settings.lease_ms < 3 * settings.checkpoint_ms:
-        raise SetupError(
-            f"LEASE_MS is '{settings.lease_ms}': less than three times CHECKPOINT_MS ({settings.checkpoint_ms})"
-        )
+    for is_wrong, message in _CONFLICTS:
+        if is_wrong(settings):
+            raise SetupError(message.format(settings))
     return settings
+
+
+def _why_auth_must_be_set(settings: Settings) -> str | None:
+    """Return what suggests that others than this machine's user reach the server, or that users are wanted."""
+    if not _is_loopback(settings.host):
+        return f"HOST is {settings.host!r}, not a loopback address"
+    for name in ("allowed_hosts", "trusted_proxies", "auth_secret", "auth_issuer", "auth_jwks_url"):
+        if getattr(settings, name):
+            return f"{name.upper()} is"
+    return None
+
+
+_CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
+    (
+        lambda s: s.reply_source == "openai" and s.openai_api_key in (None, PLACEHOLDER_KEY),
+        "REPLY_SOURCE is 'openai', but OPENAI_API_KEY is not set to a real key (see .env.example)",
+    ),
+    (
+        lambda s: s.cors_credentials and "*" in s.cors_origins,
+        "CORS_CREDENTIALS is 'true', but CORS_ORIGINS is '*': name the origins that may use credentials",
+    ),
+    (
+        lambda s: s.lease_ms < 3 * s.checkpoint_ms,
+        "LEASE_MS is '{0.lease_ms}': less than three times CHECKPOINT_MS ({0.checkpoint_ms})",
+    ),
+    (
+        lambda s: s.auth == "jwt" and not (s.auth_secret or s.auth_issuer or s.auth_jwks_url),
+        "AUTH is 'jwt', but nothing verifies tokens: set AUTH_SECRET, AUTH_ISSUER or AUTH_JWKS_URL",
+    ),
+    (
+        lambda s: s.auth == "jwt" and bool(s.auth_secret and (s.auth_issuer or s.auth_jwks_url)),
+        "AUTH_SECRET is set together with AUTH_ISSUER or AUTH_JWKS_URL: remove one, since only one can verify tokens",
+    ),
+    (
+        lambda s: s.auth == "jwt" and not (s.auth_secret or s.auth_audience or s.auth_required_claims),
+        "AUTH is 'jwt', but neither AUTH_AUDIENCE nor AUTH_REQUIRED_CLAIMS is set: the issuer's tokens for any other "
+        "application would be accepted",
+    ),
+    (
+        lambda s: s.auth == "jwt" and s.auth_cookie is not None and "*" in s.cors_origins,
+        "AUTH_COOKIE is set, but CORS_ORIGINS is '*': name the origins that may use the cookie",
+    ),
+    (
+        lambda s: s.auth == "proxy" and not s.trusted_proxies,
+        "AUTH is 'proxy', but TRUSTED_PROXIES is not set: name the addresses of the proxies that may name the user",
+    ),
+]
+"""Combinations of settings that cannot work, and what the operator is told; `{0}` stands for the settings."""
 
 
 def _read_file(dotenv: Path) -> dict[str, str | None]:

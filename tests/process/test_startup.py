@@ -359,7 +359,7 @@ def test_setting_that_could_never_work_is_refused(name: str, values: list[str]) 
 )
 def test_setting_that_works_is_taken(name: str, values: list[str]) -> None:
     for value in values:
-        assert getattr(read_settings({name: value}, Path("none")), name.lower()) is not None
+        assert getattr(read_settings({name: value, "AUTH": "none"}, Path("none")), name.lower()) is not None
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,17 @@ def client_address(peer: str, request: Mapping[str, str], proxies: Sequence[str]
     address = peer
     forwarded = request.get("X-Forwarded-For", "")
     for hop in reversed([each.strip() for each in forwarded.split(",") if each.strip()]):
-        if not _is_one_of(address, proxies) or not _is_address(hop):
+        if not is_one_of(address, proxies) or not _is_address(hop):
             break
         address = hop
     return address
+
+
+def is_one_of(address: str, networks: Sequence[str]) -> bool:
+    """Return whether an address is one of the addresses, or in one of the networks; False if it is none at all."""
+    return _is_address(address) and any(
+        ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in networks
+    )
 
 
 def _is_address(text: str) -> bool:
@@ -99,9 +106,3 @@ def _is_address(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_one_of(address: str, networks: Sequence[str]) -> bool:
-    return _is_address(address) and any(
-        ipaddress.ip_address(address) in ipaddress.ip_network(network) for network in networks
-    )

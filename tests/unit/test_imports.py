@@ -43,6 +43,9 @@ ALLOWED: dict[str, list[str]] = {
     "chatserver.records": ["chatserver.errors"],
     "chatserver.settings": ["chatserver.errors"],
     "chatserver.tasks": [],
+    "chatserver.auth": ["chatserver.errors", "chatserver.settings"],
+    "chatserver.keys": ["chatserver.errors", "chatserver.settings", "chatserver.tasks"],
+    "chatserver.token": ["chatserver.auth", "chatserver.errors", "chatserver.settings"],
     "chatserver.listener": ["chatserver.errors", "chatserver.metrics"],
     "chatserver.logs": ["chatserver.settings"],
     "chatserver.mongod": ["chatserver.errors", "chatserver.tasks"],
@@ -71,9 +74,11 @@ ALLOWED: dict[str, list[str]] = {
     "chatserver.handlers": [
         *BOTTOM,
         "chatserver.__version__",
+        "chatserver.auth",
         "chatserver.chat",
         "chatserver.handlers",
         "chatserver.hub",
+        "chatserver.keys",
         "chatserver.reading",
         "chatserver.schemas",
         "chatserver.streams",
@@ -84,6 +89,7 @@ ALLOWED: dict[str, list[str]] = {
         *BOTTOM,
         "chatserver.app",
         "chatserver.chat",
+        "chatserver.handlers",
         "chatserver.hub",
         "chatserver.listener",
         "chatserver.mongod",
@@ -103,6 +109,7 @@ ONLY = {
     "httpx2": {"chatserver.sources.openai"},
     "dotenv": {"chatserver.settings"},
     "prometheus_client": {"chatserver.metrics"},
+    "jwt": {"chatserver.auth", "chatserver.keys"},
     "jsonschema": {"chatserver.schemas.__init__"},
 }
 

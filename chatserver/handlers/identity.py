@@ -1,0 +1,114 @@
+"""Who sends a request, for each value of AUTH."""
+
+import logging
+import time
+from typing import Protocol
+
+from tornado.httputil import HTTPHeaders
+
+from chatserver.auth import Caller, find_credential, forwarded_owner, key_id, verify
+from chatserver.errors import NoForwardedUser
+from chatserver.handlers.access import is_one_of
+from chatserver.keys import IssuerKeys, Keys, Secrets
+from chatserver.settings import Settings
+from chatserver.tasks import Tasks
+
+logger = logging.getLogger(__name__)
+
+
+class Identity(Protocol):
+    """Finds out who sends a request."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `identify` can accept requests."""
+
+    def start(self, background: Tasks) -> None:
+        """Start what `identify` needs, as tasks of `background`."""
+
+    async def close(self) -> None:
+        """Release what `start` has opened. The tasks must have ended."""
+
+    async def identify(self, headers: HTTPHeaders, peer: str) -> Caller:
+        """Return who sends a request.
+
+        :param peer: the address of the socket's other end, whatever the headers say
+        :raises Unauthenticated: if the request does not show it
+        :raises KeysUnavailable: if the keys are not known yet
+        """
+
+
+def make_identity(settings: Settings) -> Identity:
+    """Return what AUTH configures."""
+    if settings.auth == "jwt":
+        return TokenIdentity(settings)
+    if settings.auth == "proxy":
+        return ProxyIdentity(settings)
+    return NoIdentity()
+
+
+class NoIdentity:
+    """AUTH=none: all callers are the same."""
+
+    is_ready = True
+
+    def start(self, background: Tasks) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    async def identify(self, headers: HTTPHeaders, peer: str) -> Caller:
+        return Caller(owner=None, expires_at=None, ambient=True)
+
+
+class TokenIdentity:
+    """AUTH=jwt: a signed token names the owner."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._keys: Keys = (
+            Secrets(settings.auth_secret)
+            if settings.auth_secret
+            else IssuerKeys(issuer=settings.auth_issuer, url=settings.auth_jwks_url)
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        return self._keys.is_ready
+
+    def start(self, background: Tasks) -> None:
+        self._keys.start(background)
+
+    async def close(self) -> None:
+        await self._keys.close()
+
+    async def identify(self, headers: HTTPHeaders, peer: str) -> Caller:
+        credential = find_credential(headers, self._settings.auth_cookie)
+        keys = await self._keys.find(key_id(credential.token))
+        return verify(credential, keys, self._settings, time.time())
+
+
+class ProxyIdentity:
+    """AUTH=proxy: a header of a trusted proxy names the owner."""
+
+    is_ready = True
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def start(self, background: Tasks) -> None:
+        logger.info(
+            "the header %s names the user, if it comes from %s",
+            self._settings.auth_proxy_header,
+            ", ".join(self._settings.trusted_proxies),
+        )
+
+    async def close(self) -> None:
+        pass
+
+    async def identify(self, headers: HTTPHeaders, peer: str) -> Caller:
+        if not is_one_of(peer, self._settings.trusted_proxies):
+            raise NoForwardedUser("not from TRUSTED_PROXIES")
+        owner = forwarded_owner(headers, self._settings.auth_proxy_header)
+        return Caller(owner, expires_at=None, ambient=True)

@@ -72,7 +72,7 @@ def find_credential(headers: HTTPHeaders, cookie: str | None) -> Credential:
             raise InvalidToken("more than one cookie of that name")
         token = tokens[0] if tokens else ""
         ambient = True
-    token = token.strip(" ")
+    token = token.lstrip(" ")
     if not token:
         raise Unauthenticated("no token")
     return Credential(token, ambient)

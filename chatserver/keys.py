@@ -183,7 +183,7 @@ class IssuerKeys:
         """
         url = self._url or await self._discover(self._issuer or "")
         jwks = (await self._get(url)).get("keys")
-        keys = [key for jwk in jwks if (key := _usable_key(jwk)) is not None] if isinstance(jwks, list) else []
+        keys = [key for jwk in jwks if (key := usable_key(jwk)) is not None] if isinstance(jwks, list) else []
         if not keys:
             raise _FetchError("the issuer has no key of a kind that is supported")
         return keys
@@ -203,9 +203,12 @@ class IssuerKeys:
         :raises _FetchError: if there is none
         """
         assert self._http is not None
+        request = self._http.fetch(url)
+        # If this task is cancelled, the request continues, since Tornado logs an error if a cancelled one fails. Then
+        # nothing else retrieves its exception.
+        request.add_done_callback(lambda done: done.exception())
         try:
-            # Shielded: Tornado logs an error if a request fails after it was cancelled.
-            answer = await asyncio.shield(self._http.fetch(url))
+            answer = await asyncio.shield(request)
         except (HTTPClientError, OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
             raise _FetchError(f"{url}: {error}") from None
         try:
@@ -225,12 +228,14 @@ class _WrongIssuer(_FetchError):
     """The issuer at the configured address is another one, so that no later fetch will succeed."""
 
 
-def _usable_key(jwk: object) -> jwt.PyJWK | None:
+def usable_key(jwk: object) -> jwt.PyJWK | None:
     """Return a key that verifies signatures by one of `ALGORITHMS`; None if a member of a JWK set is none.
 
     Symmetric keys and private keys are not usable: whoever read them can sign.
     """
     if not isinstance(jwk, dict) or jwk.get("use", "sig") != "sig" or jwk.get("kty") == "oct" or "d" in jwk:
+        return None
+    if jwk.get("alg") not in (None, *ALGORITHMS):
         return None
     try:
         key = jwt.PyJWK(jwk)

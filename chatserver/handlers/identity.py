@@ -41,10 +41,16 @@ class Identity(Protocol):
 def make_identity(settings: Settings) -> Identity:
     """Return what AUTH configures."""
     if settings.auth == "jwt":
-        return TokenIdentity(settings)
+        return TokenIdentity(settings, _make_keys(settings))
     if settings.auth == "proxy":
         return ProxyIdentity(settings)
     return NoIdentity()
+
+
+def _make_keys(settings: Settings) -> Keys:
+    if settings.auth_secret:
+        return Secrets(settings.auth_secret)
+    return IssuerKeys(issuer=settings.auth_issuer, url=settings.auth_jwks_url)
 
 
 class NoIdentity:
@@ -65,13 +71,9 @@ class NoIdentity:
 class TokenIdentity:
     """AUTH=jwt: a signed token names the owner."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, keys: Keys) -> None:
         self._settings = settings
-        self._keys: Keys = (
-            Secrets(settings.auth_secret)
-            if settings.auth_secret
-            else IssuerKeys(issuer=settings.auth_issuer, url=settings.auth_jwks_url)
-        )
+        self._keys = keys
 
     @property
     def is_ready(self) -> bool:

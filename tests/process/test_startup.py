@@ -286,6 +286,8 @@ def test_port_that_is_taken_is_an_error(private: Callable[..., Server], database
         ({"OPENAI_BASE_URL": "localhost:11434"}, "OPENAI_BASE_URL is 'localhost:11434'"),
         ({"OPENAI_API_KEY": "sk-1\u200b2"}, "OPENAI_API_KEY is [hidden]: not made of visible ASCII characters"),
         ({"CORS_CREDENTIALS": "true", "CORS_ORIGINS": "*"}, "CORS_CREDENTIALS"),
+        ({"HOST": "0.0.0.0"}, "AUTH is not set, but HOST is '0.0.0.0'"),
+        ({"AUTH": "jwt", "AUTH_SECRET": "short-secret"}, "AUTH_SECRET is [hidden]: not made of secrets of 32"),
         ({"CHAT_DATA_DIR": "/dev/null/x"}, "CHAT_DATA_DIR /dev/null/x"),
         ({"CHAT_DATA_DIR": "~/x", "HOME": "/dev/null"}, "CHAT_DATA_DIR /dev/null/x"),
         ({"CHAT_DATA_DIR": "~nobody-of-that-name/x"}, "CHAT_DATA_DIR is '~nobody-of-that-name/x'"),

@@ -6,6 +6,7 @@ from chatserver.chat import Chat
 from chatserver.handlers.base import NoSuchRoute
 from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, RetryHandler, StopHandler
 from chatserver.handlers.docs import DocsHandler, OpenAPIHandler
+from chatserver.handlers.identity import Identity
 from chatserver.handlers.ops import HealthHandler, MetricsHandler, ReadyHandler
 from chatserver.handlers.pages import PageHandler
 from chatserver.handlers.problems import log_request
@@ -16,9 +17,11 @@ from chatserver.settings import Settings
 from chatserver.streams import Streams
 
 
-def make_app(chat: Chat, reading: Reading, streams: Streams, metrics: Metrics, settings: Settings) -> Application:
+def make_app(
+    chat: Chat, reading: Reading, streams: Streams, metrics: Metrics, identity: Identity, settings: Settings
+) -> Application:
     """Return the application. Handlers receive their collaborators through `initialize`."""
-    common = {"chat": chat, "reading": reading, "settings": settings}
+    common = {"chat": chat, "reading": reading, "identity": identity, "settings": settings}
     return Application(
         [
             (r"/chat", ConversationsHandler, common),

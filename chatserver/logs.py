@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from chatserver.settings import Settings
 
-CONTEXT = ("status", "ms", "code", "reason", "conversation", "reply", "address", "request")
+CONTEXT = ("status", "ms", "code", "reason", "owner", "conversation", "reply", "address", "request")
 """The fields that a record may have in addition to its message, passed as `extra`."""
 
 
@@ -17,7 +17,7 @@ class HumanFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = f"{_clock(int(record.created))}.{int(record.msecs):03d}"
-        fields = "".join(f" {name}={value}" for name, value in _context(record).items())
+        fields = "".join(f" {name}={_shown(value)}" for name, value in _context(record).items())
         line = f"{time} {record.levelname:<7} {record.getMessage()}{fields}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
@@ -55,6 +55,12 @@ def set_up(settings: Settings) -> None:
 @lru_cache(maxsize=1)
 def _clock(second: int) -> str:
     return datetime.fromtimestamp(second).strftime("%H:%M:%S")
+
+
+def _shown(value: object) -> str:
+    """Return a field's value such that it cannot pass for another field, nor control the terminal."""
+    text = str(value)
+    return text if text.isprintable() and " " not in text else json.dumps(text)
 
 
 def _context(record: logging.LogRecord) -> dict[str, object]:

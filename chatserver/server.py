@@ -14,6 +14,7 @@ from tornado.httpserver import HTTPServer
 from chatserver import tasks
 from chatserver.app import make_app
 from chatserver.chat import Chat
+from chatserver.handlers.identity import make_identity
 from chatserver.hub import Hub
 from chatserver.listener import Listener
 from chatserver.metrics import Metrics
@@ -88,8 +89,9 @@ class Server:
             sole_server=sole_server,
         )
         self.streams = Streams(settings, self.metrics, on_close=self.hub.unsubscribe)
+        self.identity = make_identity(settings)
         self.http = HTTPServer(
-            make_app(self.chat, self.reading, self.streams, self.metrics, settings),
+            make_app(self.chat, self.reading, self.streams, self.metrics, self.identity, settings),
             max_header_size=_HEADER_FACTOR * settings.max_header_bytes,
             chunk_size=_CHUNK_BYTES,
             body_timeout=settings.request_timeout_s,
@@ -112,6 +114,7 @@ class Server:
         except BaseException:
             await self.store.close()
             raise
+        self.identity.start(self.background)
         self.listener.start(sockets)
         self.background.spawn(self.streams.run())
         self.background.spawn(tasks.repeat(self._measure_loop_lag))
@@ -142,6 +145,7 @@ class Server:
     async def stop_replies(self) -> None:
         """Cancel the background tasks; running replies remain in the database as checkpointed."""
         await self.background.close()
+        await self.identity.close()
         await self.source.close()
 
     async def _measure_loop_lag(self) -> None:

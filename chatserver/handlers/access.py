@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 from chatserver.settings import Settings
 
 _ANY_ADDRESS = ("", "0.0.0.0", "::")
+_EXPOSED_HEADERS = "RateLimit, RateLimit-Policy, Retry-After, WWW-Authenticate, X-Request-Id"
+"""The headers of answers that pages of other origins may read, beside those that they always may."""
 
 
 @lru_cache(maxsize=1000)
@@ -29,8 +31,11 @@ def host_is_allowed(name: str, allowed: tuple[str, ...], bound: str) -> bool:
     return name == bound.lower() or (bound in _ANY_ADDRESS and _is_address(name))
 
 
-def is_cross_site(request: Mapping[str, str], host: str, settings: Settings) -> bool:
-    """Return whether a web page of another site sent a request and its origin is not in `CORS_ORIGINS`.
+def is_cross_site(request: Mapping[str, str], host: str, settings: Settings, *, has_user: bool = False) -> bool:
+    """Return whether a web page of another site sent a request that it may not send.
+
+    Origins in `CORS_ORIGINS` may; in the name of a user that a cookie or a proxy identifies, only with
+    `CORS_CREDENTIALS`.
 
     Such a page cannot read the answer, but the request would take effect: the loopback address, or the user's session
     at a proxy, admits it. Browsers send `Sec-Fetch-Site` to https and loopback addresses only. Elsewhere `Origin` is
@@ -39,10 +44,10 @@ def is_cross_site(request: Mapping[str, str], host: str, settings: Settings) -> 
 
     :param request: its headers
     :param host: the name in its `Host` header, without the port
+    :param has_user: whether the browser identified a user by itself
     """
     origin = request.get("Origin")
-    # If the server ever authenticates by cookie, requests with the cookie will need CORS_CREDENTIALS as well.
-    if origin is not None and _is_allowed_origin(origin, settings):
+    if origin is not None and _is_allowed_origin(origin, settings) and (settings.cors_credentials or not has_user):
         return False
     if (site := request.get("Sec-Fetch-Site")) is not None:
         return site not in ("same-origin", "none")
@@ -70,7 +75,7 @@ def cors_headers(request: Mapping[str, str], settings: Settings) -> dict[str, st
     headers = {"Vary": "Origin"}
     if origin is not None and _is_allowed_origin(origin, settings):
         headers["Access-Control-Allow-Origin"] = origin
-        headers["Access-Control-Expose-Headers"] = "Retry-After, X-Request-Id"
+        headers["Access-Control-Expose-Headers"] = _EXPOSED_HEADERS
         if settings.cors_credentials:
             headers["Access-Control-Allow-Credentials"] = "true"
     return headers

@@ -15,6 +15,7 @@ from tornado.iostream import IOStream, StreamClosedError
 from tornado.web import stream_request_body
 
 from chatserver import schemas
+from chatserver.auth import Caller
 from chatserver.chat import Chat
 from chatserver.errors import (
     ChatError,
@@ -29,6 +30,7 @@ from chatserver.errors import (
 )
 from chatserver.handlers.access import client_address, cors_headers, host_is_allowed, is_cross_site
 from chatserver.handlers.body import RequestBody
+from chatserver.handlers.identity import Identity
 from chatserver.handlers.problems import ProblemHandler
 from chatserver.reading import Reading
 from chatserver.records import Key
@@ -51,13 +53,17 @@ class BaseHandler(ProblemHandler):
 
     cross_site_methods: ClassVar[Collection[str]] = ("GET", "HEAD", "OPTIONS")
     """The methods that pages of any site may use: without CORS they cannot read the answer, and nothing changes."""
+    is_public: ClassVar[bool] = False
+    """Whether the resource is the same for everybody, so that no credential is required."""
 
-    def initialize(self, chat: Chat, reading: Reading, settings: Settings) -> None:
+    def initialize(self, chat: Chat, reading: Reading, identity: Identity, settings: Settings) -> None:
         self.chat = chat
         self.reading = reading
+        self.identity = identity
         self.config = settings
         self.log_fields = {}
-        self.owner: str | None = None
+        self.is_refused = False
+        self.caller = Caller(None, None, ambient=True)
         self._body = RequestBody(self.request.headers, settings.max_body_bytes)
         given = self.request.headers.get("X-Request-Id", "")
         self.request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(16)
@@ -84,7 +90,8 @@ class BaseHandler(ProblemHandler):
         if "Access-Control-Allow-Origin" in self.common_headers():
             self.set_header("Access-Control-Allow-Methods", ", ".join(self.allowed_methods()))
             self.set_header(
-                "Access-Control-Allow-Headers", "Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id"
+                "Access-Control-Allow-Headers",
+                "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-Request-Id",
             )
             self.set_header("Access-Control-Max-Age", "600")
         self.set_status(204)
@@ -93,17 +100,46 @@ class BaseHandler(ProblemHandler):
     async def prepare(self) -> None:
         """Check the request before its body is read. A handler that overrides this must await it first.
 
-        :raises HeadersTooLarge, HostNotAllowed, CrossSite, PayloadTooLarge:
+        :raises HeadersTooLarge, PayloadTooLarge:
         """
         if _head_bytes(self.request) > self.config.max_header_bytes:
             raise HeadersTooLarge
+        self._body.check_length()
+        try:
+            await self._admit()
+        except ChatError as refusal:
+            self.refuse(refusal)
+
+    async def _admit(self) -> None:
+        """Find out who sends the request, and whether a page may send it.
+
+        :raises HostNotAllowed, CrossSite, KeysUnavailable:
+        :raises Unauthenticated: if there is no valid credential
+        """
         if not host_is_allowed(self.request.host_name, self.config.allowed_hosts, self.config.host):
             raise HostNotAllowed
-        if self.request.method not in self.cross_site_methods and is_cross_site(
-            self.request.headers, self.request.host_name, self.config
+        if not self.is_public and self.request.method != "OPTIONS":
+            self.caller = await self.identity.identify(self.request.headers, self.request.remote_ip or "")
+            if self.caller.owner is not None:
+                self.log_fields["owner"] = self.caller.owner
+        if (
+            self.caller.ambient
+            and self.request.method not in self.cross_site_methods
+            and is_cross_site(
+                self.request.headers, self.request.host_name, self.config, has_user=self.caller.owner is not None
+            )
         ):
             raise CrossSite
-        self._body.check_length()
+
+    def refuse(self, refusal: ChatError) -> None:
+        """Answer with an error once the body is read; an answer before that would close the connection."""
+
+        def answer(*_: str) -> None:
+            raise refusal
+
+        assert self.request.method is not None
+        setattr(self, self.request.method.lower(), answer)
+        self.is_refused = True
 
     def data_received(self, chunk: bytes) -> None:
         try:
@@ -144,7 +180,7 @@ class BaseHandler(ProblemHandler):
         if _ID.match(text) is None:
             raise InvalidId
         self.log_fields["conversation"] = text.lower()
-        return Key(self.owner, text.lower())
+        return Key(self.caller.owner, text.lower())
 
     def idempotency_key(self) -> str | None:
         """Return the Idempotency-Key header, if there is one.
@@ -231,6 +267,8 @@ class BaseHandler(ProblemHandler):
 
 class NoSuchRoute(BaseHandler):
     """Every path that is not in the routing table."""
+
+    is_public = True
 
     def get(self, *_: str) -> None:
         raise NotFound

@@ -49,7 +49,9 @@ class ConversationsHandler(BaseHandler):
         """Send a message: 202 as soon as it is durably stored."""
         body = self.json_body("say")
         known = body.get("conversationId")
-        turn = await self.chat.say(self.owner, known.lower() if known else None, body["input"], self.idempotency_key())
+        turn = await self.chat.say(
+            self.caller.owner, known.lower() if known else None, body["input"], self.idempotency_key()
+        )
         _accept(self, turn)
 
     @raises(InvalidRequest, DatabaseUnavailable)
@@ -58,7 +60,7 @@ class ConversationsHandler(BaseHandler):
         query = self.query("list")
         limit = query.get("limit", 20)
         after = _parse_cursor(query["cursor"]) if "cursor" in query else None
-        found = await self.reading.summaries(self.owner, limit + 1, after)
+        found = await self.reading.summaries(self.caller.owner, limit + 1, after)
         page: dict[str, Any] = {"conversations": [_summary(each) for each in found[:limit]]}
         if len(found) > limit:
             page["nextCursor"] = _cursor(found[limit - 1].place)

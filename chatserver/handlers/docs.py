@@ -12,9 +12,11 @@ from chatserver.handlers.pages import PAGE_HEADERS
 class OpenAPIHandler(BaseHandler):
     """`/openapi.json`"""
 
+    is_public = True
+
     def get(self) -> None:
         """Send the OpenAPI document."""
-        self.send_json(make_openapi(self.config.max_input_chars))
+        self.send_json(make_openapi(self.config))
 
     head = get
 
@@ -22,11 +24,13 @@ class OpenAPIHandler(BaseHandler):
 class DocsHandler(BaseHandler):
     """`/docs`"""
 
+    is_public = True
+
     def get(self) -> None:
         """Send the documentation as one page without scripts or external resources."""
         for name, value in PAGE_HEADERS.items():
             self.set_header(name, value)
-        self.finish(_page(make_openapi(self.config.max_input_chars)))
+        self.finish(_page(make_openapi(self.config)))
 
     head = get
 

@@ -8,13 +8,22 @@ from functools import cache
 from typing import Any
 
 from chatserver import __version__
-from chatserver.errors import ChatError, CrossSite, ReplyCode
+from chatserver.errors import (
+    ChatError,
+    CrossSite,
+    InvalidToken,
+    KeysUnavailable,
+    ReplyCode,
+    TokenExpired,
+    Unauthenticated,
+)
 from chatserver.handlers.base import COMMON_ERRORS, BaseHandler
 from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, RetryHandler, StopHandler
 from chatserver.handlers.ops import ReadyHandler
 from chatserver.handlers.problems import declared_errors
 from chatserver.handlers.stream import StreamHandler
 from chatserver.schemas import Schema, load
+from chatserver.settings import Settings
 
 _REQUESTS = ("say", "empty")
 _ANSWERS = ("accepted", "message", "conversation", "conversations", "stopped", "health", "problem", "events")
@@ -32,18 +41,27 @@ def _with_subclasses(kind: type[ChatError]) -> Iterable[type[ChatError]]:
 
 
 @cache
-def make_openapi(max_input_chars: int) -> dict[str, Any]:
-    """Return the document.
-
-    :param max_input_chars: the setting of that name, a limit in the document
-    """
+def make_openapi(settings: Settings) -> dict[str, Any]:
+    """Return the document of a server with these settings: they limit the input, and say how a user is identified."""
+    schemas = dict(_component(name, settings.max_input_chars) for name in (*_REQUESTS, *_ANSWERS))
+    schemes = _security_schemes(settings)
     return {
         "openapi": "3.1.0",
         "info": {"title": "chatserver", "version": __version__, "description": _description()},
         "servers": [{"url": "."}],
-        "paths": _paths(),
-        "components": {"schemas": dict(_component(name, max_input_chars) for name in (*_REQUESTS, *_ANSWERS))},
+        "paths": _paths([{name: []} for name in schemes]),
+        "components": {"schemas": schemas, **({"securitySchemes": schemes} if schemes else {})},
     }
+
+
+def _security_schemes(settings: Settings) -> dict[str, Any]:
+    """Return how a client can send its token. With AUTH=proxy, the client authenticates to the proxy."""
+    if settings.auth != "jwt":
+        return {}
+    schemes: dict[str, Any] = {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}}
+    if settings.auth_cookie is not None:
+        schemes["cookie"] = {"type": "apiKey", "in": "cookie", "name": settings.auth_cookie}
+    return schemes
 
 
 def _component(name: str, max_input_chars: int) -> tuple[str, Schema]:
@@ -66,7 +84,8 @@ def _description() -> str:
     )
 
 
-def _paths() -> dict[str, Any]:
+def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the paths. `security` are the alternatives for an operation that needs a user."""
     conversation = _path_parameter("conversationId")
     return {
         "/chat": {
@@ -77,6 +96,7 @@ def _paths() -> dict[str, Any]:
                 parameters=[_IDEMPOTENCY_KEY],
                 body="SayRequest",
                 errors=_errors(ConversationsHandler, "post"),
+                security=security,
             ),
             "get": _operation(
                 "listConversations",
@@ -84,6 +104,7 @@ def _paths() -> dict[str, Any]:
                 {"200": _json("Conversations", "A page.")},
                 parameters=_query("list"),
                 errors=_errors(ConversationsHandler, "get"),
+                security=security,
             ),
         },
         "/chat/{conversationId}": {
@@ -94,12 +115,14 @@ def _paths() -> dict[str, Any]:
                 {"200": _json("Conversation", "The whole conversation, or a page of it.")},
                 parameters=_query("history"),
                 errors=_errors(ConversationHandler, "get"),
+                security=security,
             ),
             "delete": _operation(
                 "deleteConversation",
                 "Delete a conversation. Its running reply is ended first, and its streams end with `reset`.",
                 {"204": {"description": "Deleted.", "headers": _HEADERS}},
                 errors=_errors(ConversationHandler, "delete"),
+                security=security,
             ),
         },
         "/chat/stream/{conversationId}": {
@@ -110,6 +133,7 @@ def _paths() -> dict[str, Any]:
                 {"200": _event_stream()},
                 parameters=[_LAST_EVENT_ID, *_query("stream")],
                 errors=_errors(StreamHandler, "get"),
+                security=security,
             ),
         },
         "/chat/{conversationId}/stop": {
@@ -121,6 +145,7 @@ def _paths() -> dict[str, Any]:
                 body="EmptyRequest",
                 body_required=False,
                 errors=_errors(StopHandler, "post"),
+                security=security,
             ),
         },
         "/chat/{conversationId}/retry": {
@@ -132,6 +157,7 @@ def _paths() -> dict[str, Any]:
                 body="EmptyRequest",
                 body_required=False,
                 errors=_errors(RetryHandler, "post"),
+                security=security,
             ),
         },
         "/healthz": {"get": _operation("health", "Liveness: the process is up.", {"200": _json("Health", "Up.")})},
@@ -154,6 +180,9 @@ def _paths() -> dict[str, Any]:
 
 _HEADERS = {"X-Request-Id": {"description": "The request's own, or a generated one.", "schema": {"type": "string"}}}
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}}
+_CHALLENGE = {"WWW-Authenticate": {"description": "How to identify the user (RFC 9110).", "schema": {"type": "string"}}}
+_PROBLEM_HEADERS = {401: _CHALLENGE, 429: _RETRY_AFTER, 503: _RETRY_AFTER}
+"""The headers of a problem beside the common ones, by status."""
 _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -201,11 +230,14 @@ def _operation(
     parameters: Iterable[dict[str, Any]] = (),
     body: str | None = None,
     body_required: bool = True,
+    security: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     operation: dict[str, Any] = {"operationId": name, "summary": summary, "parameters": [*parameters, _REQUEST_ID]}
     if body:
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body}"}}}
         operation["requestBody"] = {"required": body_required, "content": content}
+    if security:
+        operation["security"] = security
     operation["responses"] = {**answers, **_problems({*errors, *COMMON_ERRORS})}
     return operation
 
@@ -213,6 +245,8 @@ def _operation(
 def _errors(handler: type[BaseHandler], method: str) -> Iterable[type[ChatError]]:
     """Return the errors of one method, without the common ones."""
     yield from declared_errors(handler, method)
+    if not handler.is_public:
+        yield from (Unauthenticated, InvalidToken, TokenExpired, KeysUnavailable)
     if method.upper() not in handler.cross_site_methods:
         yield CrossSite
 
@@ -227,7 +261,7 @@ def _problems(errors: Iterable[type[ChatError]]) -> dict[str, Any]:
 
 def _problem(status: int, codes: list[str]) -> dict[str, Any]:
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    headers = {**_HEADERS, **_RETRY_AFTER} if status in (429, 503) else _HEADERS
+    headers = {**_HEADERS, **_PROBLEM_HEADERS.get(status, {})}
     return {"description": f"`{'`, `'.join(codes)}`", "headers": headers, "content": content}
 
 

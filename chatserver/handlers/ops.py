@@ -2,8 +2,9 @@
 
 from chatserver import metrics
 from chatserver.chat import Chat
-from chatserver.errors import DatabaseUnavailable, Draining
+from chatserver.errors import DatabaseUnavailable, Draining, KeysUnavailable
 from chatserver.handlers.base import BaseHandler
+from chatserver.handlers.identity import Identity
 from chatserver.handlers.problems import raises
 from chatserver.reading import Reading
 from chatserver.settings import Settings
@@ -11,6 +12,8 @@ from chatserver.settings import Settings
 
 class HealthHandler(BaseHandler):
     """`/healthz`"""
+
+    is_public = True
 
     def get(self) -> None:
         """The process is up."""
@@ -22,9 +25,13 @@ class HealthHandler(BaseHandler):
 class ReadyHandler(BaseHandler):
     """`/readyz`"""
 
-    @raises(DatabaseUnavailable, Draining)
+    is_public = True
+
+    @raises(DatabaseUnavailable, Draining, KeysUnavailable)
     async def get(self) -> None:
-        """The server accepts turns: MongoDB answers, and the server is not shutting down."""
+        """The server accepts turns: MongoDB answers, the users' keys are known, and the server is not shutting down."""
+        if not self.identity.is_ready:
+            raise KeysUnavailable
         await self.chat.ping()
         self.send_json({"status": "ready"})
 
@@ -34,10 +41,12 @@ class ReadyHandler(BaseHandler):
 class MetricsHandler(BaseHandler):
     """`/metrics`"""
 
+    is_public = True
+
     def initialize(  # type: ignore[override]
-        self, chat: Chat, reading: Reading, settings: Settings, metrics: metrics.Metrics
+        self, chat: Chat, reading: Reading, identity: Identity, settings: Settings, metrics: metrics.Metrics
     ) -> None:
-        super().initialize(chat, reading, settings)
+        super().initialize(chat, reading, identity, settings)
         self.metrics = metrics
 
     def get(self) -> None:

@@ -22,6 +22,8 @@ PAGE_HEADERS = {
 class PageHandler(BaseHandler, StaticFileHandler):
     """`/` and `/web/*`: the files in `chatserver/web/`."""
 
+    is_public = True
+
     def initialize(self, **kwargs: Any) -> None:  # type: ignore[override]
         BaseHandler.initialize(self, **kwargs)
         StaticFileHandler.initialize(self, str(WEB), default_filename="index.html")

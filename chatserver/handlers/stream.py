@@ -11,10 +11,13 @@ client would send its next post into a closed connection. Nor may the response a
 `fetch()` would treat a lost connection as the end of the body.
 """
 
+from math import inf
+
 from chatserver import positions
 from chatserver.chat import Chat
 from chatserver.errors import ChatError, DatabaseUnavailable, Draining, InvalidId, InvalidRequest, TooManyStreams
 from chatserver.handlers.base import BaseHandler
+from chatserver.handlers.identity import Identity
 from chatserver.handlers.problems import raises
 from chatserver.reading import Reading
 from chatserver.settings import Settings
@@ -37,26 +40,23 @@ class StreamHandler(BaseHandler):
     cross_site_methods = ("HEAD", "OPTIONS")
 
     def initialize(  # type: ignore[override]
-        self, chat: Chat, reading: Reading, settings: Settings, streams: Streams
+        self, chat: Chat, reading: Reading, identity: Identity, settings: Settings, streams: Streams
     ) -> None:
-        super().initialize(chat, reading, settings)
+        super().initialize(chat, reading, identity, settings)
         self.streams = streams
-        self._refusal: ChatError | None = None
 
     async def prepare(self) -> None:
         """Stream the conversation as soon as the headers are read: later, Tornado does not let go of the socket."""
         await super().prepare()
-        if self.request.method == "GET":
+        if self.request.method == "GET" and not self.is_refused:
             try:
                 await self._stream(*self.path_args)
             except ChatError as refusal:
-                self._refusal = refusal
+                self.refuse(refusal)
 
     @raises(InvalidRequest, InvalidId, TooManyStreams, DatabaseUnavailable, Draining)
     def get(self, _conversation_id: str) -> None:
-        """Answer with the error of `prepare`. Raised there, before the body is read, it would close the connection."""
-        assert self._refusal is not None
-        raise self._refusal
+        """Never called: `prepare` streams the conversation, or refuses the request."""
 
     async def _stream(self, conversation_id: str) -> None:
         """Open a stream that starts at the client's position.
@@ -78,6 +78,7 @@ class StreamHandler(BaseHandler):
             resumes=position is not None,
             chunked=chunked,
             until_done=query.get("until") == "done",
+            valid_until=inf if self.caller.expires_at is None else self.caller.expires_at,
             reusable=reusable,
         )
         try:

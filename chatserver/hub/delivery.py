@@ -5,12 +5,13 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from time import monotonic
+from math import inf
+from time import monotonic, time
 
 from tornado.locks import Condition
 
 from chatserver import tasks
-from chatserver.hub.live import Counts, LiveConversation, Subscriber
+from chatserver.hub.live import Counts, LiveConversation, Subscriber, for_each
 from chatserver.metrics import Metrics
 from chatserver.records import Key
 
@@ -29,6 +30,8 @@ class Hub:
         self._dirty: deque[LiveConversation] = deque()
         """The conversations with something to deliver, in order: a busy one waits for its turn behind all others."""
         self._wake = Condition()
+        self._next_expiry = inf
+        """The earliest `valid_until` of a subscriber; possibly of one that is gone."""
         metrics.watch("chatserver_live_conversations", "Conversations in memory.", lambda: len(self._conversations))
         metrics.watch("chatserver_tokens", "Chunks of text from the sources.", lambda: counts.tokens, counter=True)
         metrics.watch("chatserver_events_sent", "Events written to streams.", lambda: counts.events, counter=True)
@@ -78,6 +81,7 @@ class Hub:
 
         :param then: called once they are written, unless the connection is lost before
         """
+        self._next_expiry = min(self._next_expiry, subscriber.valid_until)
         self.counts.events += len(frames)
         subscriber.replay(opening + b"".join(frames), then)
 
@@ -96,6 +100,8 @@ class Hub:
         # No `await` between the check and the wait, or a wake-up would be lost.
         while not self._dirty:
             await self._wake.wait()
+        if time() >= self._next_expiry:
+            self._end_expired()
         pause_at = monotonic() + _SLICE_S
         while self._dirty and monotonic() < pause_at:
             live = self._dirty.popleft()
@@ -106,6 +112,13 @@ class Hub:
                 live.abort()
         if self._dirty:
             await asyncio.sleep(0)
+
+    def _end_expired(self) -> None:
+        """End the streams of expired credentials. Usually their timer has done it, unless the machine was suspended."""
+        now = time()
+        subscribers = [each for live in self.conversations for each in live.all_subscribers]
+        for_each((each for each in subscribers if now >= each.valid_until), lambda each: each.finish())
+        self._next_expiry = min((each.valid_until for each in subscribers if now < each.valid_until), default=inf)
 
     def _schedule(self, live: LiveConversation) -> None:
         if not self._dirty:  # otherwise delivery is awake already

@@ -40,6 +40,8 @@ class Subscriber(Protocol):
     """Whether the connection is lost."""
     chunked: bool
     """Whether the response's body is chunked (HTTP/1.1), so that each write must be a chunk."""
+    valid_until: float
+    """When its caller's credential expires, in seconds since 1970 by the wall clock: it is sent nothing after that."""
 
     def replay(self, data: bytes, then: Callable[[], None] | None = None) -> None:
         """Take the frames that come before the live ones; long ones are written in several parts.
@@ -52,6 +54,9 @@ class Subscriber(Protocol):
 
     def end(self, data: bytes = b"") -> None:
         """Write `data`, if any, then end the response in order: the client has received everything."""
+
+    def finish(self) -> None:
+        """End the response: in order if the client was sent everything and no reply runs, else it has to resume."""
 
     def abort(self) -> None:
         """Close the connection at once: the client has to resume."""
@@ -137,6 +142,11 @@ class LiveConversation:
         return len(self._log)
 
     @property
+    def all_subscribers(self) -> list[Subscriber]:
+        """The subscribers, including those whose position is ahead of the log."""
+        return [*self.subscribers, *self._ahead]
+
+    @property
     def is_unused(self) -> bool:
         """Whether it has no subscriber, no holder and no running reply."""
         return self.reply is None and not (self.holders or self.subscribers or self._ahead)
@@ -198,16 +208,16 @@ class LiveConversation:
     def reset(self) -> None:
         """Send every subscriber a `reset`, because its position is no longer known, and end its stream."""
         self.reply = None
-        for_each([*self.subscribers, *self._ahead], self._reset_one)
+        for_each(self.all_subscribers, self._reset_one)
         self._drop(None)
 
     def disconnect(self) -> None:
         """Disconnect every subscriber after the frames that it can still take: the clients resume."""
-        for_each([*self.subscribers, *self._ahead], self._disconnect_one)
+        for_each(self.all_subscribers, self._disconnect_one)
 
     def abort(self) -> None:
         """Abort every subscriber, after an unexpected failure: the clients resume, and the server continues."""
-        for subscriber in [*self.subscribers, *self._ahead]:
+        for subscriber in self.all_subscribers:
             _abort(subscriber)
 
     def _reset_one(self, subscriber: Subscriber) -> None:

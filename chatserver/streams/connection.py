@@ -8,6 +8,8 @@ import sys
 import termios
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
+from time import time
 from typing import cast
 
 from tornado.iostream import IOStream
@@ -31,6 +33,7 @@ class Connection(asyncio.Protocol):
     :param head: the response's status line and headers
     :param on_close: called once, when the stream is over
     :param chunked: whether the head announces a chunked body
+    :param valid_until: when the caller's credential expires, in seconds since 1970
     :param reuse: takes the socket after an orderly end, for the next request; None: the connection is closed
     """
 
@@ -42,6 +45,7 @@ class Connection(asyncio.Protocol):
         stream_format: Format,
         chunked: bool,
         until_done: bool = False,
+        valid_until: float = inf,
         reuse: Callable[[socket.socket], None] | None = None,
     ) -> None:
         self.cursor = 0
@@ -49,6 +53,7 @@ class Connection(asyncio.Protocol):
         self.format = stream_format
         self.chunked = chunked
         self.until_done = until_done
+        self.valid_until = valid_until
         self.live: LiveConversation | None = None
         self.expires_at: float | None = None
         """The event loop's time at which the stream ends, in seconds; None: never."""
@@ -102,7 +107,6 @@ class Connection(asyncio.Protocol):
             self._start_ending()
 
     def finish(self) -> None:
-        """End the stream: in order if the client was sent everything and no reply runs, else it has to resume."""
         if self.live is not None and self.live.is_complete_for(self):
             self.end()
         else:
@@ -176,7 +180,7 @@ class Connection(asyncio.Protocol):
             # Ready means that the last frame was written to its last byte: the keep-alive never lands inside it.
             self._progress_at = now
             self.write(self._wrap(self.format.ping(keepalive_s)))
-        if self.expires_at is not None and now >= self.expires_at:
+        if (self.expires_at is not None and now >= self.expires_at) or time() >= self.valid_until:
             self.finish()
         return False
 
@@ -238,6 +242,8 @@ class Connection(asyncio.Protocol):
         elif self._on_replayed is not None:
             on_replayed, self._on_replayed = self._on_replayed, None
             on_replayed()
+        elif time() >= self.valid_until:
+            self.finish()
         else:
             self.ready = True
             if self.live is not None:

@@ -6,6 +6,7 @@ import random
 import socket
 from collections import Counter
 from collections.abc import Callable
+from math import inf
 from typing import TypeVar
 
 from chatserver import tasks
@@ -69,6 +70,7 @@ class Streams:
         resumes: bool = False,
         chunked: bool = False,
         until_done: bool = False,
+        valid_until: float = inf,
         reusable: bool = False,
     ) -> Connection:
         """Return a connection that counts from now on and is yet to be attached to a socket; see `Connection`.
@@ -96,6 +98,7 @@ class Streams:
             stream_format=stream_format,
             chunked=chunked,
             until_done=until_done,
+            valid_until=valid_until,
             reuse=self._reuse if reusable else None,
         )
         if limits.stream_max_age_s:

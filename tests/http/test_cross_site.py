@@ -75,6 +75,15 @@ def test_every_origin_may_use_the_api_if_the_setting_says_so(origin: str) -> Non
     assert not is_cross_site(request, "chat.example", Settings(cors_origins=("*",)))
 
 
+def test_origin_may_act_for_a_user_that_the_browser_identifies_only_with_credentials() -> None:
+    friend = {"Sec-Fetch-Site": "cross-site", "Origin": "https://friend.example"}
+    for credentials, refused in ((False, True), (True, False)):
+        settings = Settings(cors_origins=("https://friend.example",), cors_credentials=credentials)
+        assert is_cross_site(friend, "chat.example", settings, has_user=True) is refused
+        own_page = {"Sec-Fetch-Site": "same-origin", "Origin": "https://friend.example"}
+        assert not is_cross_site(own_page, "friend.example", settings, has_user=True)
+
+
 @pytest.mark.gen_test
 async def test_no_route_does_anything_for_a_page_of_another_site(make_app: MakeApp) -> None:
     app = await make_app(cors_origins=("https://friend.example",))

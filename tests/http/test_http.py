@@ -268,7 +268,7 @@ async def test_no_route_or_method_bypasses_the_base_of_all_handlers(app: App, mo
         raise HostNotAllowed
 
     monkeypatch.setattr(BaseHandler, "prepare", refuse)
-    table: Any = make_routes(app.chat, app.reading, app.streams, app.metrics, app.settings)
+    table: Any = make_routes(app.chat, app.reading, app.streams, app.metrics, app.server.identity, app.settings)
     patterns = [rule.matcher.regex.pattern for rule in table.wildcard_router.rules]
     paths = {re.sub(r"\([^)]*\)", ID, pattern.removesuffix("$")).replace("\\", "") for pattern in patterns}
     assert {"/chat", f"/chat/stream/{ID}", "/metrics", f"/web/{ID}"} <= paths
@@ -386,12 +386,14 @@ async def test_origins_are_sent_only_if_they_are_allowed(make_app: MakeApp) -> N
     assert response.headers["Access-Control-Allow-Origin"] == "https://chat.example"
     assert response.headers["Access-Control-Allow-Credentials"] == "true"
     assert "POST" in response.headers["Access-Control-Allow-Methods"]
-    wanted = {"Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-Id"}
+    wanted = {"Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID", "X-Request-Id"}
     assert set(response.headers["Access-Control-Allow-Headers"].split(", ")) == wanted
     for path in ("/chat", "/nope", f"/chat/{ID}"):
         response = await http.get(path, headers=good)
         assert response.headers["Access-Control-Allow-Origin"] == "https://chat.example"
-        assert response.headers["Access-Control-Expose-Headers"] == "Retry-After, X-Request-Id"
+        assert response.headers["Access-Control-Expose-Headers"] == (
+            "RateLimit, RateLimit-Policy, Retry-After, WWW-Authenticate, X-Request-Id"
+        )
         assert response.headers["Vary"] == "Origin"
         assert "Access-Control-Allow-Origin" not in (await http.get(path, headers=bad)).headers
     raw = await RawStream(app.port, f"/chat/stream/{ID}", headers="Origin: https://chat.example\r\n").open()

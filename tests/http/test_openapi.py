@@ -16,6 +16,7 @@ from chatserver.app import make_app as routes
 from chatserver.errors import ChatError, ReplyCode
 from chatserver.handlers.openapi import make_openapi, problem_codes
 from chatserver.records import INTERRUPTED
+from chatserver.settings import Settings
 from tests.apps import App, MakeApp, Script
 from tests.clients import Event, RawStream, new_id
 
@@ -31,7 +32,7 @@ async def test_document_is_served_and_valid(app: App) -> None:
 
 
 async def test_every_route_and_method_is_in_it_and_nothing_else(app: App) -> None:
-    table = routes(app.chat, app.reading, app.streams, app.metrics, app.settings)
+    table = routes(app.chat, app.reading, app.streams, app.metrics, app.server.identity, app.settings)
     served = {}
     for rule in table.wildcard_router.rules:
         path = re.sub(r"\(\[\^/\]\*\)", "{conversationId}", _matcher(rule).regex.pattern.removesuffix("$"))
@@ -44,8 +45,32 @@ async def test_every_route_and_method_is_in_it_and_nothing_else(app: App) -> Non
         served[path.replace("\\.", ".")] = methods
     served["/"] = served.pop("/()")
     del served["/web/(.*)"]
-    document = make_openapi(100)
+    document = make_openapi(Settings())
     assert served == {path: set(item) - {"parameters"} for path, item in document["paths"].items()}
+
+
+def test_document_says_how_a_user_is_identified() -> None:
+    """Nothing of it without users, or if a proxy identifies them."""
+    secret = ("x" * 32,)
+    for settings, wanted in (
+        (Settings(auth="none"), []),
+        (Settings(auth="proxy", trusted_proxies=("10.0.0.1",)), []),
+        (Settings(auth="jwt", auth_secret=secret), ["bearer"]),
+        (Settings(auth="jwt", auth_secret=secret, auth_cookie="__Host-token"), ["bearer", "cookie"]),
+    ):
+        document = make_openapi(settings)
+        validate(document)
+        schemes = document["components"].get("securitySchemes", {})
+        assert list(schemes) == wanted
+        if "cookie" in schemes:
+            assert schemes["cookie"]["name"] == "__Host-token"
+        for path, item in document["paths"].items():
+            for method, operation in item.items():
+                if method == "parameters":
+                    continue
+                needs_user = path.startswith("/chat") or path == "/me"
+                assert operation.get("security", []) == ([{name: []} for name in wanted] if needs_user else []), path
+                assert ("401" in operation["responses"]) is needs_user, path
 
 
 def _matcher(rule: Any) -> Any:
@@ -57,7 +82,7 @@ async def test_every_problem_code_and_event_is_described() -> None:
     assert {kind.code for kind in kinds} == set(problem_codes())
     for kind in kinds:
         assert problem_codes()[kind.code] == (kind.status, kind.when)
-    document = make_openapi(100)
+    document = make_openapi(Settings())
     for code, (status, when) in problem_codes().items():
         assert f"`{code}` ({status}): {when}" in document["info"]["description"]
     stream = document["paths"]["/chat/stream/{conversationId}"]["get"]["responses"]["200"]["description"]
@@ -73,7 +98,7 @@ async def test_each_operation_documents_the_problem_codes_that_it_answers_with(a
             if status >= "400"
             for code in re.findall(r"`(\w+)`", answer["description"])
         }
-        for item in make_openapi(100)["paths"].values()
+        for item in make_openapi(Settings())["paths"].values()
         for method, operation in item.items()
         if method != "parameters"
     }
@@ -81,8 +106,9 @@ async def test_each_operation_documents_the_problem_codes_that_it_answers_with(a
     assert {"host_not_allowed", "internal"} <= every and "invalid_request" not in every
     for name in ("metrics", "openapi", "docs", "page"):
         assert told[name] == every
-    assert told["ready"] == every | {"database_unavailable", "draining"}
-    assert told["listConversations"] == every | {"invalid_request", "database_unavailable"}
+    assert told["ready"] == every | {"database_unavailable", "draining", "keys_unavailable"}
+    who = {"unauthenticated", "invalid_token", "token_expired", "keys_unavailable"}
+    assert told["listConversations"] == every | who | {"invalid_request", "database_unavailable"}
     assert told["say"].isdisjoint({"invalid_id", "not_found", "nothing_to_retry"})
     assert told["stop"].isdisjoint({"too_many_replies", "draining", "reply_in_progress"})
     # That one is the answer to methods that are not described.
@@ -173,7 +199,7 @@ def test_every_code_of_a_failed_reply_is_described() -> None:
     # These two are not codes of a source.
     assert named | written | {"interrupted", "conversation_full"} == {code.value for code in ReplyCode}
     assert INTERRUPTED.code == ReplyCode.INTERRUPTED
-    description = make_openapi(1)["info"]["description"]
+    description = make_openapi(Settings())["info"]["description"]
     for code in ReplyCode:
         assert f"`{code}`: {code.when}" in description
 

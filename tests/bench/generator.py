@@ -23,7 +23,7 @@ def _command(mode: str, server: Server, others: tuple[int, ...], options: dict[s
     for name, value in options.items():
         if value is True:
             command.append("--" + name.replace("_", "-"))
-        elif value is not False:
+        elif value is not False and value is not None:
             command += ["--" + name.replace("_", "-"), str(value)]
     return command
 
@@ -32,6 +32,7 @@ def load(mode: str, server: Server, *others: int, **options: object) -> Result:
     """Run the load generator in one of its modes (see `load.c`) against a server.
 
     :param others: ids of more processes whose CPU time to measure
+    :param options: its options; True is an option without a value, False and None omit one
     :raises LoadError: if it fails, or the server has died
     """
     done = subprocess.run(_command(mode, server, others, options), capture_output=True, text=True, timeout=300)

@@ -6,6 +6,8 @@
  *                 with a new conversation after each --rotate turns; --conversation: the first 20 digits of the ids
  *   load get      requests one path repeatedly
  *
+ * --header: a line, such as "Authorization: Bearer ...", that every request of every mode has.
+ *
  * Every token of every subscriber is checked: the position in its id is the one before it plus the code points of its
  * text, and at the end all subscribers of a conversation have the same number of characters, the same bytes of text
  * and a `done`. A result is one line of JSON on standard output, which includes the number of errors.
@@ -43,7 +45,7 @@
 #define IP_BIND_ADDRESS_NO_PORT 24
 #endif
 
-enum { MAX_PIDS = 4, POSTING = 8, OPENING = 64, ID = 48 };
+enum { MAX_PIDS = 4, POSTING = 8, OPENING = 64, ID = 48, HEADER = 4096 };
 static const int64_t MS = 1000000, SECOND = 1000000000;
 
 /* ---- options, times, failures ------------------------------------------------------------------------------------ */
@@ -53,6 +55,7 @@ static struct {
         turns;
     bool finish;
     const char *path, *conversation;
+    char header[HEADER]; /* empty, or a line with its end */
     int pids[MAX_PIDS], pid_count;
 } options = {.conversations = 1, .subscribers = 1, .interval_us = 20000, .settle_ms = 500, .window_ms = 1000,
              .patience_ms = 60000, .clients = 1, .rotate = 10};
@@ -321,14 +324,14 @@ static void name_conversations(int count) {
 }
 
 static void open_stream(struct stream *s, const char *conversation) {
-    char request[512], resume[96] = "";
+    char request[512 + HEADER], resume[96] = "";
     s->connection.kind = STREAM;
     s->awake = false;
     if (*s->last_id) snprintf(resume, sizeof resume, "Last-Event-ID: %s\r\n", s->last_id);
     open_connection(&s->connection);
     int length = snprintf(request, sizeof request,
-                          "GET /chat/stream/%s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAccept: text/event-stream\r\n%s\r\n",
-                          conversation, options.port, resume);
+                          "GET /chat/stream/%s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAccept: text/event-stream\r\n%s%s\r\n",
+                          conversation, options.port, options.header, resume);
     send_all(&s->connection, request, (size_t)length);
 }
 
@@ -475,10 +478,11 @@ struct request {
 static void (*on_answer)(struct request *, int64_t);
 
 static void send_request(struct request *r, const char *head, const char *body) {
-    char request[1024];
+    char request[1024 + HEADER];
     r->connection.kind = REQUEST;
     if (r->connection.fd < 0) open_connection(&r->connection);
-    int length = snprintf(request, sizeof request, "%s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n", head, options.port);
+    int length = snprintf(request, sizeof request, "%s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n%s", head, options.port,
+                          options.header);
     if (body)
         length += snprintf(request + length, sizeof request - (size_t)length,
                            "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s", strlen(body), body);
@@ -903,6 +907,10 @@ static void read_options(int argc, char **argv) {
             }
         if (!strcmp(argv[i], "--path")) options.path = argv[i + 1], known = true;
         if (!strcmp(argv[i], "--conversation")) options.conversation = argv[i + 1], known = true;
+        if (!strcmp(argv[i], "--header")) {
+            if (snprintf(options.header, HEADER, "%s\r\n", argv[i + 1]) >= HEADER) die("--header: too long");
+            known = true;
+        }
         if (!strcmp(argv[i], "--pid") && options.pid_count < MAX_PIDS)
             options.pids[options.pid_count++] = atoi(argv[i + 1]), known = true;
         if (!known) die("%s: unknown", argv[i]);

@@ -51,8 +51,11 @@ def chunked(blocks: list[bytes], size: int) -> list[bytes]:
 
 
 @asynccontextmanager
-async def scripted(parts: list[bytes], *, is_chunked: bool) -> AsyncIterator[int]:
-    """Serve streams of these parts of a body, with a write for each part, after the first post; yield the port."""
+async def scripted(parts: list[bytes], *, is_chunked: bool, heads: list[bytes] | None = None) -> AsyncIterator[int]:
+    """Serve streams of these parts of a body, with a write for each part, after the first post; yield the port.
+
+    :param heads: the heads of the requests are added to it
+    """
     posted = asyncio.Event()
     served: set[asyncio.Task[None]] = set()
 
@@ -62,6 +65,8 @@ async def scripted(parts: list[bytes], *, is_chunked: bool) -> AsyncIterator[int
         served.add(task)
         with suppress(OSError, asyncio.IncompleteReadError):
             head = await reader.readuntil(b"\r\n\r\n")
+            if heads is not None:
+                heads.append(head)
             if head.startswith(b"POST"):
                 posted.set()
                 writer.write(b"HTTP/1.1 202 Accepted\r\nContent-Length: 2\r\n\r\n{}")
@@ -86,10 +91,17 @@ async def scripted(parts: list[bytes], *, is_chunked: bool) -> AsyncIterator[int
         await asyncio.gather(*served, return_exceptions=True)
 
 
-async def load(parts: list[bytes], *, is_chunked: bool) -> dict[str, Any]:
-    """Return the load generator's result for a server that answers with these parts of a body."""
+async def load(
+    parts: list[bytes], *, is_chunked: bool, heads: list[bytes] | None = None, header: str | None = None
+) -> dict[str, Any]:
+    """Return the load generator's result for a server that answers with these parts of a body.
+
+    :param heads: the heads of its requests are added to it
+    """
     command: list[object] = [await asyncio.to_thread(tools.load_generator), "deliver", "--finish"]
-    async with scripted(parts, is_chunked=is_chunked) as port:
+    if header is not None:
+        command += ["--header", header]
+    async with scripted(parts, is_chunked=is_chunked, heads=heads) as port:
         options = {"port": port, "subscribers": SUBSCRIBERS, "tokens": len(TEXTS), "settle-ms": 1, "window-ms": 1}
         for name, value in {**options, "patience-ms": 3000}.items():
             command += [f"--{name}", value]
@@ -128,6 +140,25 @@ async def test_load_generator_reports_wrong_streams() -> None:
     for fault, blocks in wrong.items():
         assert fault in (await load(chunked(blocks, 64), is_chunked=True))["first_error"]
     assert "a stream has ended" in (await load([*chunked(right, 64), b"0\r\n\r\n"], is_chunked=True))["first_error"]
+
+
+@pytest.mark.needs("cc")
+@pytest.mark.gen_test
+async def test_load_generator_sends_a_header_with_each_request() -> None:
+    header = f"Authorization: Bearer {'x' * 2000}"
+    heads: list[bytes] = []
+    result = await load(chunked(stream(id_first=False, pings=True), 64), is_chunked=True, heads=heads, header=header)
+
+    assert result["errors"] == 0, result["first_error"]
+    assert sorted(head.partition(b" ")[0] for head in heads) == [b"GET"] * SUBSCRIBERS + [b"POST"]
+    assert all(head.count(f"\r\n{header}\r\n".encode()) == 1 for head in heads)
+
+
+@pytest.mark.needs("cc")
+def test_load_generator_refuses_a_header_that_is_too_long() -> None:
+    command = [str(tools.load_generator()), "get", "--header", f"Authorization: Bearer {'x' * 4096}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--header: too long" in done.stderr
 
 
 @pytest.mark.parametrize(

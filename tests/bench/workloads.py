@@ -208,7 +208,7 @@ def idle_streams(bench: Bench, side: str) -> Result:
         "connects_per_second": streams / opening["seconds"],
         "us_per_connect": 1e6 * opening["cpu"][0] / streams,
         "us_per_keepalive": 1e6 * holding["cpu"][0] / max(1, holding["keepalives"]),
-        **closing({**opening, **holding, "own_cpu": opening["own_cpu"], "seconds": opening["seconds"]}),
+        **closing({**holding, **opening}),
         "errors": holding["errors"] + missing,
         "first_error": holding["first_error"] or ("a stream had no keep-alive" if missing else ""),
     }

@@ -117,10 +117,10 @@ def main() -> int:
     print(table(results, lambda name: WORKLOADS[name].title))
     judged = verdicts(results)
     for name, runs in results.items():
-        if BEFORE in runs and "ours" in runs:
-            lines, verdict = paired.compare(name, runs["ours"], runs[BEFORE])
+        lines, compared = paired.compare(name, runs)
+        if lines:
             print("\n".join(["", *lines]))
-            judged += verdict
+        judged += compared
     print()
     for met, text in judged:
         print(f"{'pass' if met else 'FAIL'}  {text}")

@@ -1,7 +1,7 @@
-"""Compares two versions of a program in pairs, one pair per round. Pure."""
+"""Compares two sides of a workload in pairs, one pair per round. Pure."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -19,8 +19,11 @@ FIGURES = {
     "G": ("us_per_delivery", "caught_up_max_ms"),
 }
 """The compared figures, by workload."""
-LIMITS = {("A", "us_per_delivery"): 1.03}
-"""The largest permitted ratio of a figure to its value before."""
+LIMITS = {
+    ("ours", "before"): {("A", "us_per_delivery"): 1.02, ("C", "us_per_delivery"): 1.02},
+    ("users", "ours"): {("D", "us_per_connect"): 1.25, ("E", "us_per_turn"): 1.05},
+}
+"""The compared pairs of sides, and the largest permitted ratio of the first side's figure to the second side's."""
 
 
 class Interval(NamedTuple):
@@ -48,26 +51,40 @@ def interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interva
     return Interval(median(ordered), ordered[k - 1], ordered[-k]) if k else None
 
 
-def compare(workload: str, ours: Sequence[Result], before: Sequence[Result]) -> tuple[list[str], list[Verdict]]:
-    """Return lines about the paired ratios ours / before, and a verdict on each limit.
+def compare(workload: str, runs: Mapping[str, Sequence[Result]]) -> tuple[list[str], list[Verdict]]:
+    """Return lines about the paired ratios of each pair of sides that was measured, and a verdict on each limit.
 
     A limit is missed only if the whole interval lies above it: noise does not explain that.
 
-    :param ours: the results of the rounds
-    :param before: the results of the other checkout, in the same order
+    :param runs: the results of the workload's rounds in their order, by side
     """
     lines: list[str] = []
     verdicts: list[Verdict] = []
+    for pair in LIMITS:
+        if runs.keys() >= {*pair}:
+            more_lines, more_verdicts = _compare_pair(workload, pair, runs)
+            lines += more_lines
+            verdicts += more_verdicts
+    return lines, verdicts
+
+
+def _compare_pair(
+    workload: str, sides: tuple[str, str], runs: Mapping[str, Sequence[Result]]
+) -> tuple[list[str], list[Verdict]]:
+    side, base = sides
+    lines: list[str] = []
+    verdicts: list[Verdict] = []
     for figure in FIGURES.get(workload, ()):
-        pairs = [(one, other) for one, other in zip(ours, before, strict=True) if one.get(figure) and other.get(figure)]
+        rounds = zip(runs[side], runs[base], strict=True)
+        pairs = [(one, other) for one, other in rounds if one.get(figure) and other.get(figure)]
         ratios = [one[figure] / other[figure] for one, other in pairs]
-        lines.append(f"{workload} {figure}, ours / before: {_said(ratios)}")
-        limit = LIMITS.get((workload, figure))
+        lines.append(f"{workload} {figure}, {side} / {base}: {_said(ratios)}")
+        limit = LIMITS[sides].get((workload, figure))
         found = interval(ratios)
         if limit is not None:
             lines += [_round(number, figure, *pair) for number, pair in enumerate(pairs, 1)]
             if found is not None:
-                said = f"{workload} {figure}: {_said(ratios)} x before (at most {limit:g})"
+                said = f"{workload} {side} {figure}: {_said(ratios)} x {base} (at most {limit:g})"
                 verdicts.append((found.low <= limit, said))
     return lines, verdicts
 

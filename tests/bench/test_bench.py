@@ -178,25 +178,52 @@ def test_interval_of_a_median_needs_no_distribution(values: list[float], found: 
 
 
 @pytest.mark.parametrize(
-    ("ratios", "met"),
+    ("excesses", "met"),
     [
-        ([1.0] * 15, [True]),
-        ([1.1] * 15, [False]),
+        ([0.0] * 15, [True]),
+        ([0.01] * 15, [False]),
         # The median lies above the limit, but the fourth smallest ratio does not.
-        ([1.0] * 4 + [1.1] * 11, [True]),
-        ([1.0] * 3 + [1.1] * 12, [False]),
-        ([1.1] * 5, []),
+        ([0.0] * 4 + [0.01] * 11, [True]),
+        ([0.0] * 3 + [0.01] * 12, [False]),
+        ([0.01] * 5, []),
     ],
 )
-def test_limit_is_missed_only_if_the_whole_interval_lies_above_it(ratios: list[float], met: list[bool]) -> None:
-    busy = {"load": 1.0, "waiting": 0.01, "latency_p99_ms": 5.0}
-    before = [{"us_per_delivery": 10.0, **busy} for _ in ratios]
-    ours = [{"us_per_delivery": 10.0 * ratio, **busy} for ratio in ratios]
+@pytest.mark.parametrize(
+    ("workload", "figure", "side", "base", "limit"),
+    [
+        ("A", "us_per_delivery", "ours", "before", 1.02),
+        ("C", "us_per_delivery", "ours", "before", 1.02),
+        ("D", "us_per_connect", "users", "ours", 1.25),
+        ("E", "us_per_turn", "users", "ours", 1.05),
+    ],
+)
+def test_limit_is_missed_only_if_the_whole_interval_lies_above_it(
+    workload: str, figure: str, side: str, base: str, limit: float, excesses: list[float], met: list[bool]
+) -> None:
+    busy = {"load": 1.0, "waiting": 0.01}
+    runs = {
+        base: [{figure: 1.0, **busy} for _ in excesses],
+        side: [{figure: limit + excess, **busy} for excess in excesses],
+    }
 
-    lines, verdicts = compare("A", ours, before)
+    lines, verdicts = compare(workload, runs)
 
     assert [verdict for verdict, _ in verdicts] == met
-    assert len(lines) == 2 + len(ratios) and all("waiting 1.0%" in line for line in lines[1:-1])
+    assert all(text.startswith(f"{workload} {side} {figure}: ") and f" x {base} " in text for _, text in verdicts)
+    assert any(line.startswith(f"{workload} {figure}, {side} / {base}: ") for line in lines)
+    assert sum("waiting 1.0%" in line for line in lines) == len(excesses)
+
+
+def test_only_measured_pairs_of_sides_are_compared() -> None:
+    pairs: dict[tuple[str, ...], list[str]] = {
+        ("ours",): [],
+        ("before", "users"): [],
+        ("ours", "users", "express"): ["B rate, users / ours"],
+        ("ours", "before", "users"): ["B rate, ours / before", "B rate, users / ours"],
+    }
+    for sides, compared in pairs.items():
+        lines, _ = compare("B", {side: [{"rate": 1000.0}] * 6 for side in sides})
+        assert [line.partition(":")[0] for line in lines] == compared
 
 
 def bench(results: Path, *options: object) -> tuple[dict[str, Any], str]:

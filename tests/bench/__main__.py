@@ -1,11 +1,13 @@
 """Measure chatserver side by side with Express and FastAPI twins: `scripts/bench`.
 
-    scripts/bench                                    A to G three times, and H once: about 45 minutes
+    scripts/bench                                    A to G three times, and H once: about 50 minutes
     scripts/bench --workloads A,C --rounds 5         some of them
     scripts/bench --workloads A --sides ours         ours only, while working on it
     scripts/bench --json out.json                    also write the results of every run
     scripts/bench --before ../old --sides ours --workloads A --rounds 15
                                                      also the code of another checkout, as the side `before`
+    scripts/bench --sides ours,users --workloads D,E --rounds 15
+                                                     the cost of users: ours with AUTH=jwt against AUTH=none
 
 The bench compares the whole product, `python -m chatserver` with the simulated source and a private `mongod`, with two
 minimal servers: `express.js` (the same design in Node: a Map of Sets, `res.write` per client) and `fastapi_twin.py`
@@ -18,15 +20,19 @@ token of every subscriber; its head defines latency. CPU time is that of the ser
 time of `mongod` has its own row. The sides take turns, so that noise affects all of them. The output is a table of
 medians with minimum and maximum, then the targets. The exit code is 1 if a target is missed.
 
-With `--before`, the code of the other checkout runs with the same settings, in its own process and database. Rounds
-alternate the order of the sides, and the main figures are compared in pairs, round by round: the median of the ratios
-ours / before, with an interval that contains the true median with a probability of at least 95 % for any distribution
-of the noise (`paired.py`). The interval needs six rounds. Each ratio is printed with the load of the machine.
+With `--before`, the code of the other checkout runs with the same settings, in its own process and database. The side
+`users` of A, C, D and E is our code with AUTH=jwt: it fetches the key of an issuer that runs in the bench
+(`issuer.py`), and each request has a token of some 700 bytes, signed with RS256. The limits per owner are off there.
+
+Rounds alternate the order of the sides, and the main figures of ours and `before`, and of `users` and ours, are
+compared in pairs, round by round: the median of the ratios ours / before and users / ours, with an interval that
+contains the true median with a probability of at least 95 % for any distribution of the noise (`paired.py`). The
+interval needs six rounds. Each ratio is printed with the load of the machine.
 
 Needs two cores, `cc`, Node with npm, and the requirements of the server. Compiled and installed tools are in `.bench/`.
 
-The files: `workloads.py`, `targets.py`, `paired.py`, `processes.py` (servers, cores), `generator.py` and `load.c`,
-`tools.py` (compiles and installs), the twins.
+The files: `workloads.py`, `targets.py`, `paired.py`, `processes.py` (servers, cores), `issuer.py` (tokens),
+`generator.py` and `load.c`, `tools.py` (compiles and installs), the twins.
 """
 
 import argparse
@@ -40,15 +46,20 @@ from pathlib import Path
 
 from tests.bench import paired, tools
 from tests.bench.generator import Result
+from tests.bench.issuer import Issuer
 from tests.bench.processes import Database, bind, cores
 from tests.bench.targets import table, verdicts
-from tests.bench.workloads import BEFORE, SIDES, WORKLOADS, Bench
+from tests.bench.workloads import BEFORE, SIDES, USERS, WORKLOADS, Bench
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--workloads", default=",".join(WORKLOADS), help="of A to H; default: all")
-    parser.add_argument("--sides", default=",".join(SIDES), help=f"of {', '.join(SIDES)}; default: all")
+    parser.add_argument(
+        "--sides",
+        default=",".join(SIDES),
+        help=f"of {', '.join(SIDES)}; default: all. {USERS}: ours with AUTH=jwt and RS256 tokens",
+    )
     parser.add_argument(
         "--before", type=Path, metavar="CHECKOUT", help=f"another checkout: its code is the side {BEFORE}"
     )
@@ -99,8 +110,8 @@ def main() -> int:
     server_core, other_core = cores()
     bind(other_core)
     results: dict[str, dict[str, list[Result]]] = {}
-    with Database() as database:
-        bench = Bench(database, server_core, arguments.scale, before)
+    with Database() as database, Issuer() as issuer:
+        bench = Bench(database, issuer, server_core, arguments.scale, before)
         for number in range(arguments.rounds):
             for name in names:
                 taking_part = WORKLOADS[name].taking_part(sides)

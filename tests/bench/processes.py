@@ -15,6 +15,7 @@ from bson import ObjectId
 from pymongo import MongoClient
 
 from tests.bench import tools
+from tests.bench.issuer import Issuer
 from tests.processes import ROOT, MongoServer, Server
 
 
@@ -104,6 +105,15 @@ def ours(core: int, uri: str, tokens: int, delay_ms: int, *, checkout: Path = RO
     python = own if own.exists() else sys.executable
     variables = {**process, **limits, **simulated, **settings}
     return Server(tools.BENCH, variables, [python, "-m", "chatserver"], core=core)
+
+
+def users(core: int, uri: str, tokens: int, delay_ms: int, issuer: Issuer, **settings: object) -> Server:
+    """Return a chatserver that accepts the issuer's token only.
+
+    One user sends all requests, so the limits per owner are off.
+    """
+    limits = {"MAX_TURNS_PER_MINUTE": 0, "MAX_REPLIES_PER_OWNER": 0, "MAX_STREAMS_PER_OWNER": 0}
+    return ours(core, uri, tokens, delay_ms, checkout=ROOT, **issuer.settings, **limits, **settings)
 
 
 def express(core: int, tokens: int, delay_ms: int, **settings: object) -> Server:

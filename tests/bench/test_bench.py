@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests.bench import tools
+from tests.bench import generator, tools
+from tests.bench.issuer import Issuer
 from tests.bench.paired import Interval, compare, interval
+from tests.bench.processes import Database, cores
+from tests.bench.workloads import Bench
 from tests.processes import ROOT
 
 REPLY, USER = "b" * 24, "a" * 24
@@ -262,6 +265,30 @@ def test_bench_compares_with_the_code_of_another_checkout(tmp_path: Path) -> Non
         (run,) = results["A"][side]
         assert run["errors"] == 0, run["first_error"]
     assert "A us_per_delivery, ours / before" in printed
+
+
+@pytest.mark.needs("cc")
+@pytest.mark.timeout(180)
+def test_bench_compares_users_with_ours(tmp_path: Path) -> None:
+    results, printed = bench(tmp_path / "results.json", "--workloads", "A,C,D,E", "--sides", "ours,users")
+    for workload in ("A", "C", "D", "E"):
+        assert [*results[workload]] == ["ours", "users"]
+        for (run,) in results[workload].values():
+            assert run["errors"] == 0, run["first_error"]
+    assert "D us_per_connect, users / ours" in printed and "E us_per_turn, users / ours" in printed
+
+
+@pytest.mark.needs("cc")
+def test_side_users_accepts_only_requests_with_the_token() -> None:
+    options = {"path": "/chat", "settle_ms": 1, "window_ms": 1}
+    with Database() as database, Issuer() as issuer:
+        sides = Bench(database, issuer, core=cores()[0])
+        with sides.server("users", tokens=1, delay_ms=0) as server:
+            refused = generator.load("get", server, header=sides.header("ours"), **options)
+            accepted = generator.load("get", server, header=sides.header("users"), **options)
+
+    assert "answered by 401" in refused["first_error"]
+    assert accepted["errors"] == 0, accepted["first_error"]
 
 
 def test_bench_refuses_an_unknown_side(tmp_path: Path) -> None:

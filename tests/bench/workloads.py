@@ -16,6 +16,7 @@ from statistics import median
 
 from tests.bench import processes
 from tests.bench.generator import Result, idle, load
+from tests.bench.issuer import Issuer
 from tests.bench.processes import Database, memory_kib, metrics
 from tests.processes import ROOT, Server
 
@@ -26,7 +27,9 @@ SHARE = 0.99
 """B: at least this share of the due tokens must have been delivered."""
 BEFORE = "before"
 """The side that runs the code of another checkout, in all workloads that have the side `ours`."""
-ALL = ("ours", "express", "fastapi")
+USERS = "users"
+"""The side that runs our code with AUTH=jwt; every request of its load has a token (RS256)."""
+ALL = ("ours", USERS, "express", "fastapi")
 _PACED = "-paced"
 PACED = ("express-paced", "fastapi-paced")
 SIDES = (*ALL, *PACED)
@@ -42,12 +45,14 @@ _LEAST_SAMPLES = 4
 class Bench:
     """The state that all measurements share.
 
+    :param issuer: the issuer of the token that the side `users` needs
     :param core: the core of the server under test
     :param scale: factor of all loads and times; 1 except to try the bench itself
     :param before: the checkout that the side `before` runs
     """
 
     database: Database
+    issuer: Issuer
     core: int
     scale: float = 1.0
     before: Path | None = None
@@ -71,6 +76,8 @@ class Bench:
         if checkout := {"ours": ROOT, BEFORE: self.before}.get(side):
             uri = self.database.fresh_uri()
             return processes.ours(self.core, uri, tokens, delay_ms, checkout=checkout, **settings)
+        if side == USERS:
+            return processes.users(self.core, self.database.fresh_uri(), tokens, delay_ms, self.issuer, **settings)
         if side in PACED:
             side, settings = side.removesuffix(_PACED), {**settings, "LATE_MS": _LATE_MS}
         if side == "express":
@@ -78,6 +85,10 @@ class Bench:
         if stored:
             settings["MONGODB_URI"] = self.database.fresh_uri()
         return processes.fastapi(self.core, tokens, delay_ms, **settings)
+
+    def header(self, side: str) -> str | None:
+        """Return the line that each request to a side needs in its head, if it needs one."""
+        return self.issuer.header if side == USERS else None
 
     def count(self, number: int, least: int = 1) -> int:
         """Return a scaled number of conversations, clients or streams."""
@@ -125,6 +136,7 @@ def _deliver(
             "deliver",
             server,
             bench.database.pid,
+            header=bench.header(side),
             conversations=conversations,
             subscribers=subscribers,
             tokens=tokens,
@@ -192,13 +204,15 @@ def idle_streams(bench: Bench, side: str) -> Result:
     """D: 5,000 idle streams, each of its own conversation, with keep-alives: memory and connects per second."""
     streams = bench.count(5000)
     with bench.server(side, 20, INTERVAL_MS, KEEPALIVE_S=IDLE_KEEPALIVE_S) as server:
-        load("deliver", server, conversations=20, subscribers=1, tokens=20, window_ms=1, finish=True)  # warm
+        header = bench.header(side)
+        load("deliver", server, header=header, conversations=20, tokens=20, window_ms=1, finish=True)  # warm
         before = memory_kib(server)
         result = idle(
             server,
             bench.database.pid,
             seconds=IDLE_KEEPALIVE_S + 2,
             measure=lambda: memory_kib(server),
+            header=header,
             conversations=streams,
         )
     opening, holding = result["opening"], result["holding"]
@@ -221,6 +235,7 @@ def turns(bench: Bench, side: str) -> Result:
             "turns",
             server,
             bench.database.pid,
+            header=bench.header(side),
             clients=bench.count(100),
             tokens=20,
             settle_ms=bench.ms(1500),
@@ -346,10 +361,10 @@ class Workload:
 
 WORKLOADS = {
     "A": Workload(many_conversations, ALL),
-    "B": Workload(highest_load, SIDES),
+    "B": Workload(highest_load, ("ours", "express", "fastapi", *PACED)),
     "C": Workload(many_subscribers, ALL),
     "D": Workload(idle_streams, ALL),
-    "E": Workload(turns, ("ours", "fastapi")),
+    "E": Workload(turns, ("ours", USERS, "fastapi")),
     "F": Workload(long_conversations, ("10", "100", "1000", "10000")),
     "G": Workload(mass_reconnect, ("ours",)),
     "H": Workload(soak, ("ours",), once=True),

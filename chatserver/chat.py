@@ -1,10 +1,12 @@
 """The use cases that change a conversation: say, retry, stop, delete."""
 
-from contextlib import suppress
+import asyncio
+from weakref import WeakValueDictionary
 
 from chatserver import positions, store
 from chatserver.errors import Draining, IdTaken, KeyReused, NoSuchConversation
 from chatserver.hub import Hub
+from chatserver.limits import Quota, TurnLimit
 from chatserver.records import Key, Turn
 from chatserver.replies import NewTurn, Replies, Retry
 from chatserver.store import Store
@@ -13,10 +15,13 @@ from chatserver.store import Store
 class Chat:
     """The use cases that change a conversation. Each method may raise `DatabaseUnavailable`."""
 
-    def __init__(self, store: Store, hub: Hub, replies: Replies) -> None:
+    def __init__(self, store: Store, hub: Hub, replies: Replies, turn_limit: TurnLimit) -> None:
         self._store = store
         self._hub = hub
         self._replies = replies
+        self._turn_limit = turn_limit
+        self._attempts: WeakValueDictionary[tuple[Key, str], asyncio.Lock] = WeakValueDictionary()
+        """Conversation and idempotency key -> held by the one attempt with this key that is being made."""
 
     async def ping(self) -> None:
         """Check that new turns can be taken.
@@ -27,34 +32,55 @@ class Chat:
             raise Draining
         await self._store.ping()
 
+    def quotas(self, owner: str | None) -> list[Quota]:
+        """Return the state of the limits that apply to an owner's turns; none without an owner."""
+        quotas = (self._turn_limit.quota(owner), self._replies.quota(owner))
+        return [quota for quota in quotas if quota is not None]
+
     async def say(self, owner: str | None, conversation_id: str | None, text: str, key: str | None = None) -> Turn:
         """Store a user's message and start the reply; return the turn, or the first one with the same idempotency key.
 
+        Only a new turn counts against the owner's limit of turns; then it counts also if it is refused.
+
         :param conversation_id: None for a new conversation; an unknown one is created
-        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, KeyReused, Draining, TooManyReplies: and
-            nothing is stored
+        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, KeyReused, Draining, TooManyReplies,
+            QuotaExceeded: and nothing is stored
         :raises NotFound: if the id is taken by a conversation of another owner
         :raises DatabaseUnavailable: and the message may be stored nevertheless; a repetition with the key is safe
         """
-        is_new = conversation_id is None and key is None
-        if key is not None:
-            conversation_id = conversation_id or store.id_for_key(owner, key)
+        if key is None:
+            return await self._say(owner, conversation_id, text, None)
+        conversation_id = conversation_id or store.id_for_key(owner, key)
+        # One attempt at a time: otherwise the limit might refuse a repetition whose turn is being stored.
+        attempt = self._attempts.setdefault((Key(owner, conversation_id), key), asyncio.Lock())
+        async with attempt:
+            return await self._say(owner, conversation_id, text, key)
+
+    async def _say(self, owner: str | None, conversation_id: str | None, text: str, key: str | None) -> Turn:
+        is_new = conversation_id is None
         while True:
             turn = Turn(Key(owner, conversation_id or store.new_id()), store.new_id(), store.new_id())
             if key is not None and (first := await self._store.find_by_key(turn.conversation, key, text)) is not None:
                 return first
-            # After `KeyReused`, another attempt with this key was stored since the search: find it, or start again if
-            # its conversation has been deleted. After `IdTaken`, choose another id.
-            with suppress(KeyReused, IdTaken):
+            self._turn_limit.take(owner)
+            try:
                 return await self._replies.start_turn(NewTurn(turn, text, key, is_new))
+            except (KeyReused, IdTaken):
+                # After `KeyReused`, another attempt with this key was stored since the search: find it, or start again
+                # if its conversation has been deleted. After `IdTaken`, choose another id.
+                self._turn_limit.give_back(owner)
 
     async def retry(self, conversation: Key) -> Turn:
         """Start a new reply in place of a stopped, failed or interrupted last one; return the turn.
 
+        It counts against the owner's limit of turns, also if it is refused for another reason.
+
         :raises NotFound, NothingToRetry: and nothing is stored
-        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, Draining, TooManyReplies: as `say`
+        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, Draining, TooManyReplies, QuotaExceeded: as
+            `say`
         :raises DatabaseUnavailable: and the new reply may run nevertheless
         """
+        self._turn_limit.take(conversation.owner)
         return await self._replies.start_turn(Retry(conversation, store.new_id()))
 
     async def stop(self, conversation: Key) -> str | None:

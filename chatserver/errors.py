@@ -24,6 +24,7 @@ Exception
     ├── UnsupportedMediaType   415 unsupported_media_type
     ├── HostNotAllowed         421 host_not_allowed
     ├── KeyReused              422 idempotency_key_reused
+    ├── QuotaExceeded          429 quota_exceeded          (Retry-After)
     ├── TooManyStreams         429 too_many_streams        (Retry-After)
     ├── HeadersTooLarge        431 headers_too_large
     ├── TooManyConnections     503 too_many_connections    (Retry-After); rendered in listener.py
@@ -107,6 +108,7 @@ class ChatError(Exception):
 
     :param detail: one sentence about this occurrence; by default the class's own
     :param fields: the invalid places of the request
+    :cvar type_uri: the problem type (RFC 9457); by default the status says everything
     :cvar code: stable, for programs
     :cvar when: when the code occurs, for the API's documentation
     """
@@ -114,7 +116,8 @@ class ChatError(Exception):
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal server error"
     default_detail: ClassVar[str] = "An unexpected error occurred. The server's log has the details."
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
+    type_uri: ClassVar[str] = "about:blank"
     code: ClassVar[str] = "internal"
     when: ClassVar[str] = "an unexpected error; the server's log has it under the request's id"
 
@@ -126,7 +129,7 @@ class ChatError(Exception):
     def document(self, request_id: str) -> dict[str, object]:
         """Return the answer's body (RFC 9457)."""
         body: dict[str, object] = {
-            "type": "about:blank",
+            "type": self.type_uri,
             "title": self.title,
             "status": self.status,
             "detail": self.detail,
@@ -297,6 +300,29 @@ class KeyReused(ChatError):
     when = "the key was used with another body"
 
 
+class QuotaExceeded(ChatError):
+    """An owner's limit is reached (draft-ietf-httpapi-ratelimit-headers).
+
+    :param policy: the limit's name, as in the header `RateLimit-Policy`
+    :param retry_after_s: whole seconds
+    """
+
+    status = 429
+    title = "Quota exceeded"
+    default_detail = "Your limit is reached. Try again later."
+    type_uri = "https://iana.org/assignments/http-problem-types#quota-exceeded"
+    code = "quota_exceeded"
+    when = "the caller's limit of turns a minute or of running replies is reached; `violated-policies` names it"
+
+    def __init__(self, policy: str, detail: str, retry_after_s: int) -> None:
+        super().__init__(detail)
+        self.policy = policy
+        self.retry_after_s = retry_after_s
+
+    def document(self, request_id: str) -> dict[str, object]:
+        return {**super().document(request_id), "violated-policies": [self.policy]}
+
+
 class TooManyStreams(ChatError):
     status = 429
     title = "Too many streams"
@@ -345,7 +371,7 @@ class DatabaseUnavailable(ChatError):
     status = 503
     title = "Database unavailable"
     default_detail = "The database does not answer. Try again in a moment."
-    retry_after_s: ClassVar[int | None] = 2
+    retry_after_s: int | None = 2
     code = "database_unavailable"
     when = "MongoDB does not answer; a retry with the same Idempotency-Key is safe"
 

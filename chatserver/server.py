@@ -16,6 +16,7 @@ from chatserver.app import make_app
 from chatserver.chat import Chat
 from chatserver.handlers.identity import make_identity
 from chatserver.hub import Hub
+from chatserver.limits import TurnLimit
 from chatserver.listener import Listener
 from chatserver.metrics import Metrics
 from chatserver.mongod import Mongod
@@ -78,7 +79,8 @@ class Server:
         self.hub = Hub(self.metrics)
         self.source = source or make_source(settings)
         self.replies = Replies(settings, self.store, self.hub, self.source, self.metrics, self.background)
-        self.chat = Chat(self.store, self.hub, self.replies)
+        self.turn_limit = TurnLimit(settings.max_turns_per_minute)
+        self.chat = Chat(self.store, self.hub, self.replies, self.turn_limit)
         self.reading = Reading(
             settings,
             self.store,

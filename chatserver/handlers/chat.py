@@ -15,6 +15,7 @@ from chatserver.errors import (
     KeyReused,
     NotFound,
     NothingToRetry,
+    QuotaExceeded,
     ReplyInProgress,
     TooManyReplies,
     UnsupportedConversation,
@@ -22,6 +23,7 @@ from chatserver.errors import (
 from chatserver.handlers.base import BaseHandler
 from chatserver.handlers.body import BODY_ERRORS
 from chatserver.handlers.problems import raises
+from chatserver.handlers.ratelimit import rate_limit_headers
 from chatserver.positions import Position
 from chatserver.reading import History, Part
 from chatserver.records import Message, Place, Summary, Turn
@@ -31,6 +33,7 @@ _TURN_ERRORS = (
     ReplyInProgress,
     ConversationFull,
     UnsupportedConversation,
+    QuotaExceeded,
     TooManyReplies,
     DatabaseUnavailable,
     Draining,
@@ -41,7 +44,17 @@ _EARLIEST = 2**63
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
-class ConversationsHandler(BaseHandler):
+class TurnHandler(BaseHandler):
+    """A route that starts turns. Accepted and refused turns are answered with the state of the owner's limits."""
+
+    def common_headers(self) -> dict[str, str]:
+        headers = super().common_headers()
+        if self.get_status() in (202, QuotaExceeded.status):
+            headers |= rate_limit_headers(self.chat.quotas(self.caller.owner))
+        return headers
+
+
+class ConversationsHandler(TurnHandler):
     """`/chat`"""
 
     @raises(*BODY_ERRORS, *_TURN_ERRORS, KeyReused)
@@ -103,7 +116,7 @@ class StopHandler(BaseHandler):
         self.send_json({"status": "stopping", "messageId": reply_id} if reply_id else {"status": "idle"}, 202)
 
 
-class RetryHandler(BaseHandler):
+class RetryHandler(TurnHandler):
     """`/chat/:conversationId/retry`"""
 
     @raises(InvalidId, *BODY_ERRORS, *_TURN_ERRORS, NotFound, NothingToRetry)

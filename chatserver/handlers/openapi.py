@@ -13,6 +13,7 @@ from chatserver.errors import (
     CrossSite,
     InvalidToken,
     KeysUnavailable,
+    QuotaExceeded,
     ReplyCode,
     TokenExpired,
     Unauthenticated,
@@ -92,7 +93,7 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
             "post": _operation(
                 "say",
                 "Send a message and start the reply.",
-                {"202": _json("Accepted", "The message is stored, and its reply is running.")},
+                {"202": _accepted("The message is stored, and its reply is running.")},
                 parameters=[_IDEMPOTENCY_KEY],
                 body="SayRequest",
                 errors=_errors(ConversationsHandler, "post"),
@@ -153,7 +154,7 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
             "post": _operation(
                 "retry",
                 "Answer the last message again, if its reply was stopped, failed or interrupted.",
-                {"202": _json("Accepted", "The new reply is running, and the old one is superseded.")},
+                {"202": _accepted("The new reply is running, and the old one is superseded.")},
                 body="EmptyRequest",
                 body_required=False,
                 errors=_errors(RetryHandler, "post"),
@@ -183,6 +184,18 @@ _RETRY_AFTER = {"Retry-After": {"description": "Seconds to wait.", "schema": {"t
 _CHALLENGE = {"WWW-Authenticate": {"description": "How to identify the user (RFC 9110).", "schema": {"type": "string"}}}
 _PROBLEM_HEADERS = {401: _CHALLENGE, 429: _RETRY_AFTER, 503: _RETRY_AFTER}
 """The headers of a problem beside the common ones, by status."""
+_RATE_LIMIT = {
+    "RateLimit-Policy": {
+        "description": 'The limits of the caller, if there are any: `"turns";q=30;w=60`, 30 turns a minute, and '
+        '`"replies";q=5;qu="concurrent-requests"`, 5 running replies.',
+        "schema": {"type": "string"},
+    },
+    "RateLimit": {
+        "description": "What is left of them, `r`, and in how many seconds one more turn is left, `t`: "
+        '`"turns";r=12;t=2, "replies";r=4`.',
+        "schema": {"type": "string"},
+    },
+}
 _IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -261,8 +274,12 @@ def _problems(errors: Iterable[type[ChatError]]) -> dict[str, Any]:
 
 def _problem(status: int, codes: list[str]) -> dict[str, Any]:
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    headers = {**_HEADERS, **_PROBLEM_HEADERS.get(status, {})}
+    headers = {**_HEADERS, **_PROBLEM_HEADERS.get(status, {}), **(_RATE_LIMIT if QuotaExceeded.code in codes else {})}
     return {"description": f"`{'`, `'.join(codes)}`", "headers": headers, "content": content}
+
+
+def _accepted(description: str) -> dict[str, Any]:
+    return {**_json("Accepted", description), "headers": {**_HEADERS, **_RATE_LIMIT}}
 
 
 def _json(schema: str, description: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The replies of this process, being written or being started."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tornado.locks import Condition
 
+from chatserver.limits import discount
 from chatserver.replies.writer import Writer
 
 
@@ -21,6 +23,8 @@ class OwnReplies:
         """Reply id -> writer."""
         self._starting: dict[str, asyncio.Event] = {}
         """Reply id -> set when its start is published, or known not to be stored."""
+        self._owners: Counter[str | None] = Counter()
+        """Owner -> the number of his replies in the table."""
         self._changed = Condition()
 
     def __len__(self) -> int:
@@ -36,14 +40,20 @@ class OwnReplies:
         """The number of replies whose start is not settled."""
         return len(self._starting)
 
+    def of_owner(self, owner: str | None) -> int:
+        """Return the number of an owner's replies in the table."""
+        return self._owners[owner]
+
     @contextmanager
-    def start(self, reply_id: str) -> Iterator[None]:
+    def start(self, reply_id: str, owner: str | None) -> Iterator[None]:
         """List a reply as starting inside the block."""
         settled = self._starting[reply_id] = asyncio.Event()
+        self._owners[owner] += 1
         try:
             yield
         finally:
             del self._starting[reply_id]
+            discount(self._owners, owner)
             settled.set()
             self._changed.notify_all()
 
@@ -54,10 +64,12 @@ class OwnReplies:
     def add(self, writer: Writer) -> None:
         """List a writer."""
         self.writers[writer.reply.message_id] = writer
+        self._owners[writer.live.key.owner] += 1
 
     def remove(self, writer: Writer) -> None:
         """Remove a writer that has ended."""
         del self.writers[writer.reply.message_id]
+        discount(self._owners, writer.live.key.owner)
         self._changed.notify_all()
 
     async def idle_within(self, seconds: float) -> bool:

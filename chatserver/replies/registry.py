@@ -10,10 +10,12 @@ from chatserver.errors import (
     Draining,
     NoSuchConversation,
     OutcomeUnknown,
+    QuotaExceeded,
     ReplyInProgress,
     TooManyReplies,
 )
 from chatserver.hub import Hub, LiveConversation
+from chatserver.limits import REPLIES, Quota
 from chatserver.metrics import Metrics
 from chatserver.records import StartedTurn, Turn
 from chatserver.replies import endings, publishing
@@ -30,6 +32,8 @@ from chatserver.tasks import Tasks
 logger = logging.getLogger(__name__)
 
 _STOP_PATIENCE_S = 1.0
+_QUOTA_RETRY_S = 2
+"""When to try again after the limit of an owner's running replies was reached: it is unknown when one of them ends."""
 
 
 class Phase(Enum):
@@ -76,6 +80,13 @@ class Replies:
         """The number of replies whose start is being stored, or has an unknown outcome."""
         return self._own.starting
 
+    def quota(self, owner: str | None) -> Quota | None:
+        """Return how many more replies of an owner may run in this process; None if there is no limit."""
+        limit = self._settings.max_replies_per_owner
+        if owner is None or not limit:
+            return None
+        return Quota(REPLIES, limit, max(0, limit - self._own.of_owner(owner)))
+
     def writer(self, reply_id: str) -> Writer | None:
         """Return the writer of a reply; None if this process does not write it."""
         return self._own.writers.get(reply_id)
@@ -110,15 +121,16 @@ class Replies:
     async def start_turn(self, turn: NewTurn | Retry) -> Turn:
         """Store the start of a turn and write its reply; an unknown outcome is settled in the background.
 
-        :raises Draining, TooManyReplies: and nothing is stored
+        :raises Draining, TooManyReplies, QuotaExceeded: and nothing is stored
         :raises ChatError: as `Starter.store`
         """
         if self.is_draining:
             raise Draining
+        owner = turn.conversation.owner
         with self._hub.hold(turn.conversation) as live, ExitStack() as starting:
-            if len(self._own) >= self._settings.max_replies:
-                raise ReplyInProgress if live.reply is not None else TooManyReplies
-            starting.enter_context(self._own.start(turn.reply_id))
+            if (refusal := self._limit_reached(owner)) is not None:
+                raise ReplyInProgress if live.reply is not None else refusal
+            starting.enter_context(self._own.start(turn.reply_id, owner))
             try:
                 started = await self._starter.store(live, turn)
             except OutcomeUnknown:
@@ -126,6 +138,14 @@ class Replies:
                 raise
             self._write(live, started)
             return started.turn
+
+    def _limit_reached(self, owner: str | None) -> TooManyReplies | QuotaExceeded | None:
+        if len(self._own) >= self._settings.max_replies:
+            return TooManyReplies()
+        if (quota := self.quota(owner)) is not None and not quota.remaining:
+            detail = "You have reached your limit of running replies. Stop one, or wait until one ends."
+            return QuotaExceeded(quota.policy, detail, _QUOTA_RETRY_S)
+        return None
 
     async def stop(self, live: LiveConversation) -> str | None:
         """Stop a conversation's running reply, on whichever server it runs, keeping its text.

@@ -7,11 +7,11 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from math import inf
-from typing import TypeVar
 
 from chatserver import tasks
 from chatserver.errors import Draining, TooManyStreams
 from chatserver.hub import for_each
+from chatserver.limits import discount
 from chatserver.metrics import Metrics
 from chatserver.records import Key
 from chatserver.settings import Settings
@@ -19,8 +19,6 @@ from chatserver.streams.connection import TICK_S, Connection
 from chatserver.wire import Format
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _CLOSE_TIMEOUT_S = 2.0
 """Seconds that the streams have for their last bytes when the process ends."""
@@ -40,6 +38,7 @@ class Streams:
         """The conversation and the client's address of each."""
         self._conversations: Counter[Key] = Counter()
         self._addresses: Counter[str] = Counter()
+        self._owners: Counter[str | None] = Counter()
         self._closing = False
         self._reuse: Callable[[socket.socket], None] | None = None
         metrics.watch("chatserver_open_streams", "Open streams.", lambda: len(self))
@@ -92,6 +91,8 @@ class Streams:
             raise TooManyStreams("This conversation has reached its limit of open streams. Close one.")
         if 0 < limits.max_streams_per_address <= self._addresses[address]:
             raise TooManyStreams("Your address has reached its limit of open streams. Close one.")
+        if conversation.owner is not None and 0 < limits.max_streams_per_owner <= self._owners[conversation.owner]:
+            raise TooManyStreams("You have reached your limit of open streams. Close one.")
         connection = Connection(
             head,
             self._closed,
@@ -107,12 +108,14 @@ class Streams:
         self._open[connection] = (conversation, address)
         self._conversations[conversation] += 1
         self._addresses[address] += 1
+        self._owners[conversation.owner] += 1
         return connection
 
     def _closed(self, connection: Connection) -> None:
         conversation, address = self._open.pop(connection)
-        _discount(self._conversations, conversation)
-        _discount(self._addresses, address)
+        discount(self._conversations, conversation)
+        discount(self._addresses, address)
+        discount(self._owners, conversation.owner)
         self._on_close(connection)
 
     async def run(self) -> None:
@@ -146,12 +149,6 @@ class Streams:
         except TimeoutError:
             for connection in self.connections:
                 connection.abort()
-
-
-def _discount(counter: Counter[T], name: T) -> None:
-    counter[name] -= 1
-    if not counter[name]:
-        del counter[name]
 
 
 def _finish_if_caught_up(connection: Connection) -> None:

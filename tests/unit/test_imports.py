@@ -28,6 +28,7 @@ MODULES = {path: name for name, path in PATHS.items() if name.startswith("chatse
 
 BOTTOM = [
     "chatserver.errors",
+    "chatserver.limits",
     "chatserver.metrics",
     "chatserver.positions",
     "chatserver.records",
@@ -38,6 +39,7 @@ BOTTOM = [
 # circle. `chatserver.__main__` may import everything.
 ALLOWED: dict[str, list[str]] = {
     "chatserver.errors": [],
+    "chatserver.limits": ["chatserver.errors"],
     "chatserver.metrics": [],
     "chatserver.positions": [],
     "chatserver.records": ["chatserver.errors"],

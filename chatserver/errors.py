@@ -309,7 +309,6 @@ class QuotaExceeded(ChatError):
 
     status = 429
     title = "Quota exceeded"
-    default_detail = "Your limit is reached. Try again later."
     type_uri = "https://iana.org/assignments/http-problem-types#quota-exceeded"
     code = "quota_exceeded"
     when = "the caller's limit of turns a minute or of running replies is reached; `violated-policies` names it"

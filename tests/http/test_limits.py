@@ -10,30 +10,18 @@ import pytest
 from tornado.ioloop import IOLoop
 
 from chatserver.errors import IdTaken, KeyReused
-from chatserver.handlers.base import BaseHandler
 from chatserver.handlers.openapi import make_openapi
+from chatserver.settings import Settings
 from tests.apps import App, MakeApp, Script
 from tests.clients import RawStream, new_id
 from tests.http.test_http import assert_problem
 from tests.http.test_openapi import check
 from tests.http.turns import gated, release
+from tests.users import USERS, bearer, token
 
 pytestmark = pytest.mark.gen_test
 
-OWNER = "X-Test-Owner"
-FAST = {"max_replies_per_owner": 0}
-
-
-@pytest.fixture(autouse=True)
-def owner_in_a_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the owner from a header instead of authentication."""
-    prepare = BaseHandler.prepare
-
-    async def identify(handler: BaseHandler) -> None:
-        await prepare(handler)
-        handler.owner = handler.request.headers.get(OWNER)
-
-    monkeypatch.setattr(BaseHandler, "prepare", identify)
+FAST = {**USERS, "max_replies_per_owner": 0}
 
 
 class Clock:
@@ -51,13 +39,13 @@ async def post(
     app: App, owner: str | None, conversation_id: str | None = None, *, key: str | None = None, text: str = "Hello"
 ) -> httpx.Response:
     body = {"input": text} | ({"conversationId": conversation_id} if conversation_id else {})
-    headers = ({OWNER: owner} if owner is not None else {}) | ({"Idempotency-Key": key} if key else {})
+    headers = (bearer(owner) if owner is not None else {}) | ({"Idempotency-Key": key} if key else {})
     return await app.client.http.post("/chat", json=body, headers=headers)
 
 
 async def retry(app: App, owner: str | None, conversation_id: str) -> httpx.Response:
     return await app.client.http.post(
-        f"/chat/{conversation_id}/retry", headers={OWNER: owner} if owner is not None else {}
+        f"/chat/{conversation_id}/retry", headers=bearer(owner) if owner is not None else {}
     )
 
 
@@ -71,7 +59,7 @@ def open_stream(io_loop: IOLoop) -> Iterator[Open]:
     streams: list[RawStream] = []
 
     async def open_one(app: App, owner: str | None, conversation_id: str) -> RawStream:
-        headers = f"{OWNER}: {owner}\r\n" if owner is not None else ""
+        headers = f"Authorization: Bearer {token(owner)}\r\n" if owner is not None else ""
         streams.append(await RawStream(app.port, f"/chat/stream/{conversation_id}", headers=headers).open())
         return streams[-1]
 
@@ -97,7 +85,7 @@ def assert_quota_exceeded(response: httpx.Response, policy: str) -> int:
     assert problem["code"] == "quota_exceeded" and problem["status"] == 429
     assert problem["type"] == "https://iana.org/assignments/http-problem-types#quota-exceeded"
     assert problem["violated-policies"] == [policy]
-    check(make_openapi(100), "Problem", problem)
+    check(make_openapi(Settings()), "Problem", problem)
     assert parsed(response, "RateLimit")[policy]["r"] == 0
     assert policy in parsed(response, "RateLimit-Policy")
     return int(response.headers["Retry-After"])
@@ -129,7 +117,7 @@ async def test_turn_beyond_the_allowance_is_refused_until_retry_after(make_app: 
 
 
 async def test_allowance_of_another_owner_is_untouched(make_app: MakeApp) -> None:
-    app = await make_app(max_turns_per_minute=1)
+    app = await make_app(**USERS, max_turns_per_minute=1)
     Clock(app)
     assert (await post(app, "alice")).status_code == 202
     assert_quota_exceeded(await post(app, "alice"), "turns")
@@ -139,7 +127,7 @@ async def test_allowance_of_another_owner_is_untouched(make_app: MakeApp) -> Non
 
 
 async def test_retry_takes_a_turn(make_app: MakeApp) -> None:
-    app = await make_app(source=Script(), max_turns_per_minute=2)
+    app = await make_app(**USERS, source=Script(), max_turns_per_minute=2)
     Clock(app)
     conversation_id = (await post(app, "alice")).json()["conversationId"]
     await app.until_idle()
@@ -152,7 +140,7 @@ async def test_retry_takes_a_turn(make_app: MakeApp) -> None:
 
 
 async def test_turn_that_is_refused_for_another_reason_counts(make_app: MakeApp) -> None:
-    app = await make_app(max_turns_per_minute=2)
+    app = await make_app(**USERS, max_turns_per_minute=2)
     Clock(app)
     conversation_id = (await post(app, "alice")).json()["conversationId"]
     await app.until_idle()
@@ -164,10 +152,10 @@ async def test_turn_that_is_refused_for_another_reason_counts(make_app: MakeApp)
 
 
 async def test_invalid_request_takes_no_turn(make_app: MakeApp) -> None:
-    app = await make_app(max_turns_per_minute=1)
+    app = await make_app(**USERS, max_turns_per_minute=1)
     Clock(app)
     for body in ("{", "{}", '{"input": ""}'):
-        headers = {OWNER: "alice", "Content-Type": "application/json"}
+        headers = {**bearer("alice"), "Content-Type": "application/json"}
         assert (await app.client.http.post("/chat", content=body, headers=headers)).status_code == 400
 
     assert (await post(app, "alice")).status_code == 202
@@ -175,7 +163,7 @@ async def test_invalid_request_takes_no_turn(make_app: MakeApp) -> None:
 
 @pytest.mark.parametrize("known", [False, True])
 async def test_repeated_key_takes_no_turn(make_app: MakeApp, known: bool) -> None:
-    app = await make_app(max_turns_per_minute=2)
+    app = await make_app(**USERS, max_turns_per_minute=2)
     Clock(app)
     conversation_id = new_id() if known else None
     first = await post(app, "alice", conversation_id, key="k")
@@ -192,7 +180,7 @@ async def test_repeated_key_takes_no_turn(make_app: MakeApp, known: bool) -> Non
 
 
 async def test_same_key_at_the_same_time_takes_one_turn_and_is_never_refused(make_app: MakeApp) -> None:
-    app = await make_app(max_turns_per_minute=1)
+    app = await make_app(**USERS, max_turns_per_minute=1)
     Clock(app)
     responses = await asyncio.gather(*(post(app, "alice", key="k") for _ in range(6)))
 
@@ -203,7 +191,7 @@ async def test_same_key_at_the_same_time_takes_one_turn_and_is_never_refused(mak
 async def test_turn_is_given_back_if_another_server_has_just_stored_the_key(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = await make_app(max_turns_per_minute=2)
+    app = await make_app(**USERS, max_turns_per_minute=2)
     Clock(app)
     start = app.store.start_turn
 
@@ -219,7 +207,7 @@ async def test_turn_is_given_back_if_another_server_has_just_stored_the_key(
 
 
 async def test_another_choice_of_the_id_takes_no_other_turn(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = await make_app(max_turns_per_minute=1)
+    app = await make_app(**USERS, max_turns_per_minute=1)
     Clock(app)
     start, taken = app.store.start_turn, [IdTaken, IdTaken]
 
@@ -248,7 +236,12 @@ async def test_owner_none_is_never_limited(make_app: MakeApp, open_stream: Open)
 
 async def test_limits_of_zero_are_none(make_app: MakeApp, open_stream: Open) -> None:
     app = await make_app(
-        source=gated("x"), max_turns_per_minute=0, max_replies_per_owner=0, max_streams_per_owner=0, lease_ms=60_000
+        **USERS,
+        source=gated("x"),
+        max_turns_per_minute=0,
+        max_replies_per_owner=0,
+        max_streams_per_owner=0,
+        lease_ms=60_000,
     )
     responses = [await post(app, "alice") for _ in range(7)]
     streams = [await open_stream(app, "alice", new_id()) for _ in range(3)]
@@ -263,7 +256,7 @@ async def test_limits_of_zero_are_none(make_app: MakeApp, open_stream: Open) -> 
 
 async def test_reply_beyond_those_at_once_is_refused_until_one_ends(make_app: MakeApp) -> None:
     source = gated("x")
-    app = await make_app(source=source, max_replies_per_owner=2, max_turns_per_minute=100)
+    app = await make_app(**USERS, source=source, max_replies_per_owner=2, max_turns_per_minute=100)
     for left in (1, 0):
         response = await post(app, "alice")
         assert parsed(response, "RateLimit-Policy")["replies"] == {"q": 2, "qu": "concurrent-requests"}
@@ -282,7 +275,7 @@ async def test_reply_beyond_those_at_once_is_refused_until_one_ends(make_app: Ma
 
 
 async def test_reply_that_is_starting_counts(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = await make_app(max_replies_per_owner=1)
+    app = await make_app(**USERS, max_replies_per_owner=1)
     start, gate = app.store.start_turn, asyncio.Event()
 
     async def wait(*arguments: Any, **options: Any) -> Any:
@@ -306,7 +299,7 @@ async def test_reply_that_is_starting_counts(make_app: MakeApp, monkeypatch: pyt
 
 
 async def test_stream_beyond_those_at_once_is_refused_until_one_closes(make_app: MakeApp, open_stream: Open) -> None:
-    app = await make_app(max_streams_per_owner=2)
+    app = await make_app(**USERS, max_streams_per_owner=2)
     first = await open_stream(app, "alice", new_id())
     await open_stream(app, "alice", new_id())
     refused = await open_stream(app, "alice", new_id())
@@ -321,7 +314,7 @@ async def test_stream_beyond_those_at_once_is_refused_until_one_closes(make_app:
 
 
 async def test_streams_of_another_owner_on_the_same_id_do_not_count(make_app: MakeApp, open_stream: Open) -> None:
-    app = await make_app(max_streams_per_conversation=2)
+    app = await make_app(**USERS, max_streams_per_conversation=2)
     conversation_id = (await post(app, "alice")).json()["conversationId"]
     await app.until_idle()
     bobs = [status(await open_stream(app, "bob", conversation_id)) for _ in range(3)]

@@ -113,8 +113,8 @@ def test_combination_that_works_is_accepted(variables: dict[str, str]) -> None:
         ("AUTH_LOGOUT_URL", ["javascript:alert(1)", "data:text/html,x"]),
         ("AUTH_LEEWAY_S", ["-1", "601", "x"]),
         ("MAX_TURNS_PER_MINUTE", ["-1", "1.5"]),
-        ("MAX_REPLIES_PER_OWNER", ["0"]),
-        ("MAX_STREAMS_PER_OWNER", ["0"]),
+        ("MAX_REPLIES_PER_OWNER", ["-1"]),
+        ("MAX_STREAMS_PER_OWNER", ["-1"]),
     ],
 )
 def test_value_that_could_never_work_is_refused(name: str, values: list[str]) -> None:

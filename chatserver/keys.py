@@ -29,6 +29,12 @@ class Keys(Protocol):
     def is_ready(self) -> bool:
         """Whether keys are known."""
 
+    @property
+    def version(self) -> object:
+        """An object that is replaced whenever the keys are: a token that one of them has verified stays valid until
+        then, or until it expires.
+        """
+
     def start(self, background: Tasks) -> None: ...
 
     async def close(self) -> None: ...
@@ -55,6 +61,7 @@ class Secrets:
             jwt.PyJWK({"kty": "oct", "alg": "HS256", "k": urlsafe_b64encode(secret.encode()).decode()})
             for secret in secrets
         ]
+        self.version: object = self._keys
 
     def start(self, background: Tasks) -> None:
         pass
@@ -104,6 +111,10 @@ class IssuerKeys:
     @property
     def is_ready(self) -> bool:
         return bool(self._keys)
+
+    @property
+    def version(self) -> object:
+        return self._keys
 
     def start(self, background: Tasks) -> None:
         """Fetch the keys, and then again and again, as tasks of `background`."""

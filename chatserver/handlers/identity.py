@@ -1,5 +1,6 @@
 """Who sends a request, for each value of AUTH."""
 
+import hashlib
 import logging
 import time
 from typing import Protocol
@@ -14,6 +15,9 @@ from chatserver.settings import Settings
 from chatserver.tasks import Tasks
 
 logger = logging.getLogger(__name__)
+
+_MAX_VERIFIED = 10_000
+"""The number of tokens that are remembered, each with some 400 bytes."""
 
 
 class Identity(Protocol):
@@ -69,11 +73,19 @@ class NoIdentity:
 
 
 class TokenIdentity:
-    """AUTH=jwt: a signed token names the owner."""
+    """AUTH=jwt: a signed token names the owner.
+
+    Verified tokens are remembered until the keys change, since to verify one takes as long as a third of all other work
+    to open a stream.
+    """
 
     def __init__(self, settings: Settings, keys: Keys) -> None:
         self._settings = settings
         self._keys = keys
+        self._verified: dict[bytes, Caller] = {}
+        """SHA-256 of a token -> its caller, the oldest first."""
+        self._verified_with: object = None
+        """The version of the keys that have verified them."""
 
     @property
     def is_ready(self) -> bool:
@@ -87,8 +99,22 @@ class TokenIdentity:
 
     async def identify(self, headers: HTTPHeaders, peer: str) -> Caller:
         credential = find_credential(headers, self._settings.auth_cookie)
-        keys = await self._keys.find(key_id(credential.token))
-        return verify(credential, keys, self._settings, time.time())
+        # Not the token itself, which would be a secret in memory for longer than its request.
+        digest = hashlib.sha256(credential.token.encode()).digest()
+        known = self._verified.get(digest) if self._verified_with is self._keys.version else None
+        if known is None or known.expires_at is None or known.expires_at <= time.time():
+            keys = await self._keys.find(key_id(credential.token))
+            known = verify(credential, keys, self._settings, time.time())
+            self._remember(digest, known)
+        return known._replace(ambient=credential.ambient)
+
+    def _remember(self, digest: bytes, caller: Caller) -> None:
+        if self._verified_with is not self._keys.version:
+            self._verified.clear()
+            self._verified_with = self._keys.version
+        elif len(self._verified) >= _MAX_VERIFIED:
+            del self._verified[next(iter(self._verified))]
+        self._verified[digest] = caller
 
 
 class ProxyIdentity:

@@ -4,6 +4,8 @@ import base64
 import hashlib
 import hmac
 import json
+import time
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,7 +19,7 @@ from tornado.httputil import HTTPHeaders
 
 from chatserver.auth import Caller, Credential, find_credential, forwarded_owner, key_id, sign, verify
 from chatserver.errors import InvalidToken, NoForwardedUser, TokenExpired, Unauthenticated
-from chatserver.handlers.identity import make_identity
+from chatserver.handlers.identity import TokenIdentity, make_identity
 from chatserver.keys import Secrets
 from chatserver.settings import Settings
 
@@ -525,6 +527,68 @@ async def test_cookie_counts_as_ambient_and_the_header_does_not() -> None:
 
     assert (await identity.identify(headers(("Cookie", f"token={token}")), "")).ambient
     assert not (await identity.identify(headers(("Authorization", f"Bearer {token}")), "")).ambient
+
+
+class CountedKeys(Secrets):
+    """Secrets that can be replaced, and count how often they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(SECRETS)
+        self.finds = 0
+
+    async def find(self, key_id: str | None) -> Sequence[jwt.PyJWK]:
+        self.finds += 1
+        return await super().find(key_id)
+
+    def replace(self, *secrets: str) -> None:
+        super().__init__(secrets)
+
+
+def bearer(token: str) -> HTTPHeaders:
+    return headers(("Authorization", f"Bearer {token}"))
+
+
+@pytest.mark.gen_test
+async def test_verified_token_is_not_verified_again_until_the_keys_change() -> None:
+    keys = CountedKeys()
+    identity = TokenIdentity(BY_SECRET, keys)
+    token = sign("alice", BY_SECRET, 2**40)
+    for _ in range(3):
+        assert (await identity.identify(bearer(token), "")).owner == "alice"
+    assert keys.finds == 1
+    assert (await identity.identify(bearer(sign("bob", BY_SECRET, 2**40)), "")).owner == "bob"
+    forged = token[:-10] + ("B" if token[-10] == "A" else "A") + token[-9:]
+    with pytest.raises(InvalidToken):
+        await identity.identify(bearer(forged), "")
+    assert keys.finds == 3
+
+    keys.replace("x" * 32)
+
+    with pytest.raises(InvalidToken):
+        await identity.identify(bearer(token), "")
+
+
+@pytest.mark.gen_test
+async def test_remembered_token_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = TokenIdentity(BY_SECRET, CountedKeys())
+    token = sign("alice", BY_SECRET, NOW)
+    for now in (NOW, NOW + 29.9):
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        assert (await identity.identify(bearer(token), "")).expires_at == NOW + 30
+    monkeypatch.setattr(time, "time", lambda: NOW + 30.0)
+    with pytest.raises(TokenExpired):
+        await identity.identify(bearer(token), "")
+
+
+@pytest.mark.gen_test
+async def test_number_of_remembered_tokens_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chatserver.handlers.identity._MAX_VERIFIED", 2)
+    keys = CountedKeys()
+    identity = TokenIdentity(BY_SECRET, keys)
+    tokens = [sign(f"owner {number}", BY_SECRET, 2**40) for number in range(3)]
+    for token in (*tokens, tokens[1], tokens[2]):
+        await identity.identify(bearer(token), "")
+    assert keys.finds == 3 and len(identity._verified) == 2
 
 
 def test_repr_of_the_parts_hides_the_secrets() -> None:

@@ -242,9 +242,9 @@ class _WrongIssuer(_FetchError):
 def usable_key(jwk: object) -> jwt.PyJWK | None:
     """Return a key that verifies signatures by one of `ALGORITHMS`; None if a member of a JWK set is none.
 
-    Symmetric keys and private keys are not usable: whoever read them can sign.
+    Symmetric keys have none of them. Private keys are not usable: whoever has read one can sign.
     """
-    if not isinstance(jwk, dict) or jwk.get("use", "sig") != "sig" or jwk.get("kty") == "oct" or "d" in jwk:
+    if not isinstance(jwk, dict) or jwk.get("use", "sig") != "sig" or "d" in jwk:
         return None
     if jwk.get("alg") not in (None, *ALGORITHMS):
         return None

@@ -126,3 +126,7 @@ class Conversations:
     async def delete_one(self, condition: Condition) -> bool:
         """Delete one document; return whether there was one."""
         return bool((await self.collection.delete_one(condition)).deleted_count)
+
+    async def delete_many(self, condition: Condition) -> None:
+        """Delete all documents that match."""
+        await self.collection.delete_many(condition)

@@ -16,10 +16,13 @@ from pymongo.errors import ConnectionFailure, OperationFailure, PyMongoError
 
 logger = logging.getLogger(__name__)
 
-LIST = [("updatedAt", -1), ("_id", -1)]
 RUNNING_REPLIES = [("reply._id", 1)]
-_WANTED: list[tuple[list[tuple[str, int]], dict[str, Any]]] = [(RUNNING_REPLIES, {"sparse": True}), (LIST, {})]
-_FORMER = ["createdAt_-1__id_-1"]
+_WANTED: list[tuple[list[tuple[str, int]], dict[str, Any]]] = [
+    (RUNNING_REPLIES, {"sparse": True}),
+    ([("owner", 1), ("updatedAt", -1), ("_id", -1)], {}),  # the list
+    ([("owner", 1), ("_id", 1)], {}),  # all conversations of an owner, in an order that activity does not change
+]
+_FORMER = ["createdAt_-1__id_-1", "updatedAt_-1__id_-1"]
 """The names of indexes that earlier versions made."""
 _EXISTS_OTHERWISE = {85, 86}
 """IndexOptionsConflict, IndexKeySpecsConflict: another application made an index of these fields."""

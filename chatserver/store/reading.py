@@ -1,6 +1,6 @@
 """Reading conversations, and deleting them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
@@ -10,12 +10,20 @@ from bson.datetime_ms import DatetimeMS
 
 from chatserver.errors import DatabaseRefused
 from chatserver.records import Key, Place, Record, Span, Summary
-from chatserver.store import documents, expressions, indexes, pages
+from chatserver.store import documents, expressions, pages
 from chatserver.store.batcher import Batcher
 from chatserver.store.collection import Condition, one, owned, several
 from chatserver.store.database import Database
 from chatserver.store.documents import Document
 from chatserver.store.pages import Divided
+
+_BY_ACTIVITY = [("updatedAt", -1), ("_id", -1)]
+_OTHER_TYPES = [
+    *("minKey", "double", "string", "object", "binData", "undefined", "objectId", "bool", "regex", "dbPointer"),
+    *("javascript", "symbol", "javascriptWithScope", "int", "timestamp", "long", "decimal", "maxKey"),
+]
+"""All BSON types but date, null and array, which MongoDB would not search by the index: an array is indexed, and
+matched, by its elements."""
 
 
 class Reading(Database):
@@ -73,16 +81,18 @@ class Reading(Database):
         self, owner: str | None, limit: int, after: Place | None, projection: Document
     ) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
-        # Both queries in one call: while the process shuts down, no second call may begin.
+        # All queries in one call: while the process shuts down, no second call may begin.
         async with self.guard.call("list"):
-            if after is None or after.updated_ms is not None:
-                found = await self._find(owned(owner, _dated_after(after)), projection, indexes.LIST, limit)
-                after = None
+            for condition in _dated_after(after):
+                if len(found) < limit:
+                    found += await self._find(owned(owner, condition), projection, _BY_ACTIVITY, limit - len(found))
             if len(found) < limit:
-                undated: dict[str, Any] = {"updatedAt": {"$not": {"$type": "date"}}}
-                if after is not None:
-                    undated["_id"] = {"$lt": ObjectId(after.id)}
-                found += await self._find(owned(owner, undated), projection, [("_id", -1)], limit - len(found))
+                undated, odd = [
+                    await self._find(owned(owner, condition), projection, order, limit - len(found))
+                    for condition, order in _undated_after(after)
+                ]
+                by_id = {each["_id"]: each for each in [*undated, *odd]}
+                found += sorted(by_id.values(), key=lambda each: each["_id"], reverse=True)[: limit - len(found)]
         return found
 
     async def _find(
@@ -91,18 +101,51 @@ class Reading(Database):
         cursor = self.conversations.find(condition, projection)
         return list(await cursor.sort(order).limit(limit).to_list(limit))
 
+    async def keys(self, owner: str | None, limit: int, after: Key | None = None) -> Sequence[Key]:
+        """Return up to `limit` conversations of an owner, in the order of their ids, which never changes.
+
+        :param after: only those that follow this one
+        """
+        condition = owned(owner, {} if after is None else {"_id": {"$gt": ObjectId(after.id)}})
+        async with self.guard.call("keys"):
+            found = await self._find(condition, {"_id": 1}, [("_id", 1)], limit)
+        return [Key(owner, str(each["_id"])) for each in found]
+
     async def delete(self, conversation: Key) -> bool:
         """Delete a conversation; return whether there was one."""
         async with self.guard.call("delete"):
             return await self.conversations.delete_one(one(conversation))
 
+    async def delete_all(self, owner: str, conversations: Iterable[Key]) -> None:
+        """Delete conversations of one owner; those that do not exist are ignored."""
+        ids = [ObjectId(each.id) for each in conversations]
+        async with self.guard.call("delete_all"):
+            await self.conversations.delete_many(owned(owner, {"_id": {"$in": ids}}))
 
-def _dated_after(place: Place | None) -> Document:
-    """Return the condition for the conversations with a date in `updatedAt` that follow a place in the list."""
-    if place is None or place.updated_ms is None:
-        return {"updatedAt": {"$type": "date"}}
+
+# Each condition is one range of the index of the list: with `$or` or `$not`, MongoDB would also look at conversations
+# that are not in the page.
+
+
+def _dated_after(place: Place | None) -> Sequence[Document]:
+    """Return conditions, in order, for the conversations with a date in `updatedAt` that follow a place in the list."""
+    if place is None:
+        return [{"updatedAt": {"$type": "date"}}]
+    if place.updated_ms is None:
+        return []
     time = DatetimeMS(place.updated_ms)
-    return {
-        "updatedAt": {"$lte": time},
-        "$or": [{"updatedAt": {"$lt": time}}, {"_id": {"$lt": ObjectId(place.id)}}],
-    }
+    return [{"updatedAt": time, "_id": {"$lt": ObjectId(place.id)}}, {"updatedAt": {"$lt": time}}]
+
+
+def _undated_after(place: Place | None) -> Sequence[tuple[Document, Sequence[tuple[str, int]]]]:
+    """Return two conditions, each with its order, for the conversations without a date that follow a place in the list.
+
+    The first is for those with nothing in `updatedAt`, the second for those with a value of another type.
+    """
+    no_date: Document = {"$not": {"$type": "date"}}
+    following: Document = {"_id": {"$lt": ObjectId(place.id)}} if place is not None and place.updated_ms is None else {}
+    return [
+        # In the order of the index, which is the order of the ids here, no other index is considered.
+        ({"updatedAt": {"$eq": None, **no_date}, **following}, _BY_ACTIVITY),
+        ({"updatedAt": {"$type": _OTHER_TYPES, **no_date}, **following}, [("_id", -1)]),
+    ]

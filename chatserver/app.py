@@ -4,9 +4,10 @@ from tornado.web import Application
 
 from chatserver.chat import Chat
 from chatserver.handlers.base import NoSuchRoute
-from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, RetryHandler, StopHandler
+from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, ExportHandler, RetryHandler, StopHandler
 from chatserver.handlers.docs import DocsHandler, OpenAPIHandler
 from chatserver.handlers.identity import Identity
+from chatserver.handlers.me import MeHandler
 from chatserver.handlers.ops import HealthHandler, MetricsHandler, ReadyHandler
 from chatserver.handlers.pages import PageHandler
 from chatserver.handlers.problems import log_request
@@ -25,10 +26,12 @@ def make_app(
     return Application(
         [
             (r"/chat", ConversationsHandler, common),
+            (r"/chat/export", ExportHandler, common),
             (r"/chat/stream/([^/]*)", StreamHandler, {**common, "streams": streams}),
             (r"/chat/([^/]*)", ConversationHandler, common),
             (r"/chat/([^/]*)/stop", StopHandler, common),
             (r"/chat/([^/]*)/retry", RetryHandler, common),
+            (r"/me", MeHandler, common),
             (r"/healthz", HealthHandler, common),
             (r"/readyz", ReadyHandler, common),
             (r"/metrics", MetricsHandler, {**common, "metrics": metrics}),

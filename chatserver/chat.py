@@ -1,15 +1,19 @@
-"""The use cases that change a conversation: say, retry, stop, delete."""
+"""The use cases that change conversations: say, retry, stop, delete."""
 
 import asyncio
+from collections.abc import Sequence
+from contextlib import ExitStack
 from weakref import WeakValueDictionary
 
 from chatserver import positions, store
 from chatserver.errors import Draining, IdTaken, KeyReused, NoSuchConversation
-from chatserver.hub import Hub
+from chatserver.hub import Hub, LiveConversation, LiveReply
 from chatserver.limits import Quota, TurnLimit
 from chatserver.records import Key, Turn
 from chatserver.replies import NewTurn, Replies, Retry
 from chatserver.store import Store
+
+_DELETED_AT_ONCE = 100
 
 
 class Chat:
@@ -99,11 +103,40 @@ class Chat:
         with self._hub.hold(conversation) as live:
             reply = live.reply
             found = await self._store.delete(conversation)
-            # Reset it also if it was not found: an attempt that got no answer may have deleted it. But not if another
-            # reply has started under this id since, nor for subscribers that wait for its first message.
-            if live.reply in (None, reply) and live.position != positions.start(conversation.id):
-                live.reset()
-            if reply is not None:
-                self._replies.abandon(reply.message_id)
+            self._end_deleted(live, reply)
         if not found:
             raise NoSuchConversation
+
+    async def delete_all(self, owner: str) -> None:
+        """Delete all conversations of an owner and their running replies; their streams end with `reset`.
+
+        A conversation that is created meanwhile may remain.
+
+        :raises DatabaseUnavailable: and some conversations may be deleted; a repetition deletes the others
+        """
+        # First those in memory: an attempt that got no answer may have deleted them without a reset.
+        await self._delete_several(owner, [live.key for live in self._hub.conversations if live.key.owner == owner])
+        last = None
+        while conversations := await self._store.keys(owner, _DELETED_AT_ONCE, last):
+            await self._delete_several(owner, conversations)
+            last = conversations[-1]
+
+    async def _delete_several(self, owner: str, conversations: Sequence[Key]) -> None:
+        with ExitStack() as held:
+            lives = [held.enter_context(self._hub.hold(each)) for each in conversations]
+            replies = [live.reply for live in lives]
+            await self._store.delete_all(owner, conversations)
+            for live, reply in zip(lives, replies, strict=True):
+                self._end_deleted(live, reply)
+
+    def _end_deleted(self, live: LiveConversation, reply: LiveReply | None) -> None:
+        """End the streams and the reply of a conversation that was deleted.
+
+        :param reply: the running reply before the deletion
+        """
+        # Reset it also if it was not found: an attempt that got no answer may have deleted it. But not if another reply
+        # has started under this id since, nor for subscribers that wait for its first message.
+        if live.reply in (None, reply) and live.position != positions.start(live.key.id):
+            live.reset()
+        if reply is not None:
+            self._replies.abandon(reply.message_id)

@@ -1,4 +1,4 @@
-"""The use cases that read conversations: history, list, subscribe."""
+"""The use cases that read conversations: history, list, export, subscribe."""
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +17,8 @@ from chatserver.settings import Settings
 from chatserver.store import Store
 from chatserver.tasks import Tasks
 from chatserver.wire.replay import Page, page_after, span_after
+
+_EXPORTED_AT_ONCE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,22 @@ class Reading:
     async def summaries(self, owner: str | None, limit: int, after: Place | None = None) -> Sequence[Summary]:
         """Return up to `limit` conversations of an owner that follow a place in the list (None: from its start)."""
         return await self._store.summaries(owner, limit, after)
+
+    async def export(self, owner: str | None) -> AsyncIterator[tuple[Key, History]]:
+        """Yield all conversations of an owner, in the order of their ids, which activity does not change.
+
+        Each that exists from the beginning to the end is yielded once. One that is created or deleted meanwhile may be
+        left out.
+        """
+        last = None
+        while conversations := await self._store.keys(owner, _EXPORTED_AT_ONCE, last):
+            for conversation in conversations:
+                try:
+                    history = await self.history(conversation)
+                except NoSuchConversation:
+                    continue
+                yield conversation, history
+            last = conversations[-1]
 
     async def subscribe(self, conversation: Key, position: Position | None, subscriber: Subscriber) -> None:
         """Replay everything after a position to a subscriber, then keep it subscribed.

@@ -207,13 +207,13 @@ class BaseHandler(ProblemHandler):
         self.set_header("Cache-Control", "no-store")
         self.finish(json.dumps(value, ensure_ascii=False) + "\n")
 
-    async def send_chunks(self, parts: AsyncIterator[bytes]) -> None:
-        """Send a JSON text while it is produced: whole if it is short, else in chunks, as fast as the client reads.
+    async def send_chunks(self, parts: AsyncIterator[bytes], media_type: str = "application/json") -> None:
+        """Send a text while it is produced: whole if it is short, else in chunks, as fast as the client reads.
 
         A failure after the first chunk aborts the connection, since an orderly end would make the answer seem complete.
         So does a client that has not taken a chunk within `SLOW_CLIENT_TIMEOUT_S`.
         """
-        self.set_header("Content-Type", "application/json")
+        self.set_header("Content-Type", media_type)
         self.set_header("Cache-Control", "no-store")
         waiting = 0
         try:

@@ -13,6 +13,7 @@ from chatserver.errors import (
     InvalidId,
     InvalidRequest,
     KeyReused,
+    NoSuchConversation,
     NotFound,
     NothingToRetry,
     QuotaExceeded,
@@ -26,7 +27,7 @@ from chatserver.handlers.problems import raises
 from chatserver.handlers.ratelimit import rate_limit_headers
 from chatserver.positions import Position
 from chatserver.reading import History, Part
-from chatserver.records import Message, Place, Summary, Turn
+from chatserver.records import Key, Message, Place, Summary, Turn
 from chatserver.wire import iso
 
 _TURN_ERRORS = (
@@ -78,6 +79,17 @@ class ConversationsHandler(TurnHandler):
         if len(found) > limit:
             page["nextCursor"] = _cursor(found[limit - 1].place)
         self.send_json(page)
+
+    head = get
+
+
+class ExportHandler(BaseHandler):
+    """`/chat/export`"""
+
+    @raises(DatabaseUnavailable)
+    async def get(self) -> None:
+        """Return all conversations of the caller, one a line."""
+        await self.send_chunks(_export(self.reading.export(self.caller.owner)), "application/x-ndjson")
 
     head = get
 
@@ -157,6 +169,19 @@ async def _history(conversation_id: str, history: History, *, paged: bool) -> As
     if paged:
         tail["hasMore"] = history.has_more
     yield f"], {_encode(tail)[1:]}\n".encode()
+
+
+async def _export(conversations: AsyncIterator[tuple[Key, History]]) -> AsyncIterator[bytes]:
+    """Yield the JSON texts of histories, each a line.
+
+    :raises DatabaseUnavailable: if a conversation is deleted after the beginning of its line
+    """
+    async for conversation, history in conversations:
+        try:
+            async for text in _history(conversation.id, history, paged=False):
+                yield text
+        except NoSuchConversation:
+            raise DatabaseUnavailable("A conversation was deleted while it was being exported. Try again.") from None
 
 
 def _part(part: Part, separator: str) -> bytes:

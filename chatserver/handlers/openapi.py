@@ -19,15 +19,22 @@ from chatserver.errors import (
     Unauthenticated,
 )
 from chatserver.handlers.base import COMMON_ERRORS, BaseHandler
-from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, RetryHandler, StopHandler
-from chatserver.handlers.ops import ReadyHandler
+from chatserver.handlers.chat import (
+    ConversationHandler,
+    ConversationsHandler,
+    ExportHandler,
+    RetryHandler,
+    StopHandler,
+)
+from chatserver.handlers.me import MeHandler
+from chatserver.handlers.ops import MetricsHandler, ReadyHandler
 from chatserver.handlers.problems import declared_errors
 from chatserver.handlers.stream import StreamHandler
 from chatserver.schemas import Schema, load
 from chatserver.settings import Settings
 
 _REQUESTS = ("say", "empty")
-_ANSWERS = ("accepted", "message", "conversation", "conversations", "stopped", "health", "problem", "events")
+_ANSWERS = ("accepted", "message", "conversation", "conversations", "stopped", "me", "health", "problem", "events")
 
 
 def problem_codes() -> dict[str, tuple[int, str]]:
@@ -108,6 +115,14 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 security=security,
             ),
         },
+        "/chat/export": {
+            "get": _operation(
+                "exportConversations",
+                "Read all conversations, each as `GET /chat/{conversationId}` returns it, on a line of its own.",
+                {"200": _ndjson("Conversation", "The conversations, in no particular order.")},
+                errors=_errors(ExportHandler, "get"),
+            ),
+        },
         "/chat/{conversationId}": {
             "parameters": [conversation],
             "get": _operation(
@@ -161,6 +176,17 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 security=security,
             ),
         },
+        "/me": {
+            "get": _operation(
+                "me", "Who the caller is.", {"200": _json("Me", "The caller.")}, errors=_errors(MeHandler, "get")
+            ),
+            "delete": _operation(
+                "deleteAll",
+                "Delete all conversations of the caller. Running replies are ended, and streams end with `reset`.",
+                {"204": {"description": "All are deleted.", "headers": _HEADERS}},
+                errors=_errors(MeHandler, "delete"),
+            ),
+        },
         "/healthz": {"get": _operation("health", "Liveness: the process is up.", {"200": _json("Health", "Up.")})},
         "/readyz": {
             "get": _operation(
@@ -170,7 +196,14 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 errors=_errors(ReadyHandler, "get"),
             )
         },
-        "/metrics": {"get": _operation("metrics", "Metrics for Prometheus.", {"200": _text("text/plain", "Metrics.")})},
+        "/metrics": {
+            "get": _operation(
+                "metrics",
+                "Metrics for Prometheus. With METRICS_TOKEN set, it must be sent as a bearer token.",
+                {"200": _text("text/plain", "Metrics.")},
+                errors=_errors(MetricsHandler, "get"),
+            )
+        },
         "/openapi.json": {
             "get": _operation("openapi", "This document.", {"200": _text("application/json", "OpenAPI 3.1.")})
         },
@@ -285,6 +318,12 @@ def _accepted(description: str) -> dict[str, Any]:
 def _json(schema: str, description: str) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
     return {"description": description, "headers": _HEADERS, "content": content}
+
+
+def _ndjson(schema: str, description: str) -> dict[str, Any]:
+    """Return the answer of lines, each of which is JSON."""
+    # OpenAPI 3.1 can describe the body only as a whole; `itemSchema` is part of 3.2.
+    return _text("application/x-ndjson", f"{description} Each line is a {schema}.")
 
 
 def _text(media_type: str, description: str) -> dict[str, Any]:

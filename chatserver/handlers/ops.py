@@ -1,8 +1,11 @@
 """For the operator: health, readiness and metrics."""
 
+import hmac
+
 from chatserver import metrics
+from chatserver.auth import find_credential
 from chatserver.chat import Chat
-from chatserver.errors import DatabaseUnavailable, Draining, KeysUnavailable
+from chatserver.errors import DatabaseUnavailable, Draining, InvalidToken, KeysUnavailable, NotFound, Unauthenticated
 from chatserver.handlers.base import BaseHandler
 from chatserver.handlers.identity import Identity
 from chatserver.handlers.problems import raises
@@ -49,9 +52,26 @@ class MetricsHandler(BaseHandler):
         super().initialize(chat, reading, identity, settings)
         self.metrics = metrics
 
+    @raises(NotFound, Unauthenticated, InvalidToken)
     def get(self) -> None:
         """All metrics in Prometheus's text format."""
+        self._check_token()
         self.set_header("Content-Type", metrics.CONTENT_TYPE)
         self.finish(self.metrics.render())
 
     head = get
+
+    def _check_token(self) -> None:
+        """Check that the request has the bearer token `METRICS_TOKEN`.
+
+        :raises NotFound: if the server has users, but no such token
+        :raises Unauthenticated, InvalidToken: if the request has no token, or another one
+        """
+        token = self.config.metrics_token
+        if token is None:
+            if self.config.auth == "none":
+                return
+            raise NotFound
+        given = find_credential(self.request.headers, cookie=None).token
+        if not hmac.compare_digest(given.encode(), token.encode()):
+            raise InvalidToken("not METRICS_TOKEN")

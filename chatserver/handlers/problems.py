@@ -62,7 +62,11 @@ class ProblemHandler(RequestHandler):
             self.log_fields["reason"] = problem.reason
         if problem.status == 405:
             self.set_header("Allow", ", ".join(self.allowed_methods()))
-        self.finish(json.dumps(problem.document(self.request_id)) + "\n")
+        self.finish(json.dumps(self.problem_document(problem)) + "\n")
+
+    def problem_document(self, problem: ChatError) -> dict[str, object]:
+        """Return the body of an error."""
+        return problem.document(self.request_id)
 
     def allowed_methods(self) -> list[str]:
         """Return the methods that this resource supports, which a 405 must name (RFC 9110, 15.5.6)."""

@@ -119,8 +119,9 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
             "get": _operation(
                 "exportConversations",
                 "Read all conversations, each as `GET /chat/{conversationId}` returns it, on a line of its own.",
-                {"200": _ndjson("Conversation", "The conversations, in no particular order.")},
+                {"200": _ndjson("Conversation", "The conversations, in the order of their ids.")},
                 errors=_errors(ExportHandler, "get"),
+                security=security,
             ),
         },
         "/chat/{conversationId}": {
@@ -178,13 +179,18 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "/me": {
             "get": _operation(
-                "me", "Who the caller is.", {"200": _json("Me", "The caller.")}, errors=_errors(MeHandler, "get")
+                "me",
+                "Who the caller is.",
+                {"200": _json("Me", "The caller.")},
+                errors=_errors(MeHandler, "get"),
+                security=security,
             ),
             "delete": _operation(
                 "deleteAll",
                 "Delete all conversations of the caller. Running replies are ended, and streams end with `reset`.",
                 {"204": {"description": "All are deleted.", "headers": _HEADERS}},
                 errors=_errors(MeHandler, "delete"),
+                security=security,
             ),
         },
         "/healthz": {"get": _operation("health", "Liveness: the process is up.", {"200": _json("Health", "Up.")})},

@@ -70,7 +70,7 @@ def test_document_says_how_a_user_is_identified() -> None:
                     continue
                 needs_user = path.startswith("/chat") or path == "/me"
                 assert operation.get("security", []) == ([{name: []} for name in wanted] if needs_user else []), path
-                assert ("401" in operation["responses"]) is needs_user, path
+                assert ("401" in operation["responses"]) is (needs_user or path == "/metrics"), path
 
 
 def _matcher(rule: Any) -> Any:
@@ -104,10 +104,14 @@ async def test_each_operation_documents_the_problem_codes_that_it_answers_with(a
     }
     every = told["health"]
     assert {"host_not_allowed", "internal"} <= every and "invalid_request" not in every
-    for name in ("metrics", "openapi", "docs", "page"):
+    for name in ("openapi", "docs", "page"):
         assert told[name] == every
+    assert told["metrics"] == every | {"not_found", "unauthenticated", "invalid_token"}
     assert told["ready"] == every | {"database_unavailable", "draining", "keys_unavailable"}
     who = {"unauthenticated", "invalid_token", "token_expired", "keys_unavailable"}
+    assert told["me"] == every | who | {"not_found"}
+    assert told["deleteAll"] == every | who | {"not_found", "database_unavailable", "cross_site"}
+    assert told["exportConversations"] == every | who | {"database_unavailable"}
     assert told["listConversations"] == every | who | {"invalid_request", "database_unavailable"}
     assert told["say"].isdisjoint({"invalid_id", "not_found", "nothing_to_retry"})
     assert told["stop"].isdisjoint({"too_many_replies", "draining", "reply_in_progress"})

@@ -7,19 +7,21 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.apps import MakeApp
+from tests.apps import Database, MakeApp
 from tests.processes import ROOT, Server
 
 README = (ROOT / "README.md").read_text()
+OPERATING = (ROOT / "docs" / "operating.md").read_text()
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
 REQUESTS = (ROOT / "requests.http").read_text()
-STATUSES = "200 200 202 200 200 200 200 200 202 422 202 202 204 404 400 400 415 405 200 204 200 200 200 200"
+STATUSES = "200 200 202 200 200 200 200 200 200 202 422 202 202 204 404 400 400 415 405 200 204 404 200 200 200 200"
 """The statuses of the answers to requests.http, in order."""
 
 
@@ -31,6 +33,28 @@ def test_commands_of_the_recommended_flow_can_be_pasted(make_server: Callable[..
     done = subprocess.run(["bash", "-e", "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "event: input" in done.stdout and '"status":"complete"' in done.stdout
     assert '"status": "streaming"' in done.stdout and '"status": "idle"' in done.stdout
+
+
+@pytest.mark.needs("node")
+def test_retention_deletes_what_is_old_and_idle(database: Database) -> None:
+    recipe = OPERATING.partition("**Retention.**")[2].split("```js\n")[1].split("```")[0]
+    now = datetime.now(UTC)
+    old, new = now - timedelta(days=90, minutes=1), now - timedelta(days=89)
+    conversations: dict[str, dict[str, object]] = {
+        "old": {"updatedAt": old, "owner": "alice"},
+        "old, without an owner": {"updatedAt": old},
+        "old, with a running reply": {"updatedAt": old, "reply": {"content": ""}},
+        "new": {"updatedAt": new},
+        "without a date": {"updatedAt": "2020-01-01"},
+    }
+    database.conversations.insert_many([{"_id": name, **fields} for name, fields in conversations.items()])
+
+    command = ["node", str(ROOT / "tests" / "node" / "mongosh.mjs"), database.uri]
+    done = subprocess.run(command, input=recipe, capture_output=True, text=True, timeout=30, check=True)
+
+    assert json.loads(done.stdout)["deletedCount"] == 2
+    left = [each["_id"] for each in database.conversations.find()]
+    assert left == ["old, with a running reply", "new", "without a date"]
 
 
 def test_health_check_of_the_container_finds_a_server_that_has_a_name_of_its_own(

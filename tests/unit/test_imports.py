@@ -287,4 +287,4 @@ def test_the_collection_sends_nothing_but_its_conditions() -> None:
         for node in calls
         if ast.unparse(node.func).startswith("self.collection.") or ast.unparse(node.func) == "UpdateOne"
     ]
-    assert len(sent) == 7 and set(sent) == {"condition", "writes"}
+    assert len(sent) == 8 and set(sent) == {"condition", "writes"}

@@ -214,7 +214,10 @@ async def commands_of_all_operations(database: Database, text: str) -> list[Any]
     (summary,) = await store.summaries(None, 1, None)
     await store.summaries(None, 1, summary.place)
     await store.ping()
+    await store.keys(None, 1)
+    await store.keys(None, 1, first.conversation)
     await store.delete(first.conversation)
+    await store.delete_all(text, [Key(text, new_id())])
     await store.close()
     named = re.findall(r'\.call\("(\w+)"', "".join(path.read_text() for path in STORE.glob("*.py")))
     assert calls == set(named)  # none was left out
@@ -523,7 +526,7 @@ async def test_every_query_uses_an_index(database: Database) -> None:
         await store.read(turns[0].conversation, Newest())
         database.db.command("profile", 0)
     profile = list(database.db["system.profile"].find({"op": "query"}))
-    assert len(profile) == 6
+    assert len(profile) == 7
     for query in profile:
         assert re.match("IXSCAN|IDHACK", query["planSummary"]) and not query.get("hasSortStage"), query
     assert all(query["docsExamined"] <= 3 for query in profile if "sort" in query["command"])

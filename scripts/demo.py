@@ -8,6 +8,8 @@
    allows, reopen the stream from the last position.
 5. A reply is stored before its end is sent: compare it with the history.
 
+If the server has users, pass a token in the environment variable CHAT_TOKEN or by --token. It is never printed.
+
 It needs only Python's standard library. Ctrl-C stops a reply, Ctrl-D exits, /help lists the commands.
 """
 
@@ -61,10 +63,13 @@ class Refused(Exception):
 class Conversation:
     """One conversation, over HTTP. `notice` shows a text to the user while a request is repeated."""
 
-    def __init__(self, url: SplitResult, conversation_id: str, notice: Callable[[str], None]) -> None:
+    def __init__(
+        self, url: SplitResult, conversation_id: str, notice: Callable[[str], None], token: str | None = None
+    ) -> None:
         self.id = conversation_id
         self.position = ""
         self._url = url
+        self._token = token
         self._notice = notice
         self._pause_s = 1.0  # before reconnecting; the server sets it by `retry`
 
@@ -172,6 +177,8 @@ class Conversation:
             connection.connect()
             # `connection` drops its socket when an answer begins that ends with the connection.
             connected = connection.sock
+            if self._token is not None:
+                headers = headers | {"Authorization": f"Bearer {self._token}"}
             connection.request(method, f"{self._url.path.rstrip('/')}/chat{path}", body, headers)
             response = connection.getresponse()
             if response.status >= 300:
@@ -179,9 +186,10 @@ class Conversation:
                 # A proxy may answer HTML.
                 problem = json.loads(text) if "json" in response.headers.get("Content-Type", "") else {}
                 pause_s = float(response.headers.get("Retry-After", 5)) if response.status in LATER else None
-                raise Refused(
-                    problem.get("detail", f"the server answered {response.status}"), problem.get("code"), pause_s
-                )
+                detail = problem.get("detail", f"the server answered {response.status}")
+                if response.status == 401:
+                    detail = f"{detail.rstrip('.')}. Pass a valid token in CHAT_TOKEN or by --token"
+                raise Refused(detail, problem.get("code"), pause_s)
             yield response, connected
         except (OSError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
@@ -475,6 +483,9 @@ def main() -> int:
     parser.add_argument(
         "--once", metavar="TEXT", help="one turn: print the reply; exit code 0 if it is stored as streamed"
     )
+    parser.add_argument(
+        "--token", help="bearer token of a server with users; on a shared machine set CHAT_TOKEN instead (see `ps`)"
+    )
     arguments = parser.parse_args()
     try:
         url = server_url(arguments.url)
@@ -484,9 +495,12 @@ def main() -> int:
         parser.error(f"--conversation: an id has 24 hex digits: {arguments.conversation!r}")
     if arguments.once is not None and not arguments.once.strip():
         parser.error("--once: the text is empty")
+    token = arguments.token if arguments.token is not None else os.environ.get("CHAT_TOKEN") or None
+    if token is not None and not re.fullmatch("[!-~]+", token):
+        parser.error("the token is not made of visible ASCII characters only")
 
     screen = Screen(only_the_reply=arguments.once is not None)
-    conversation = Conversation(url, arguments.conversation or secrets.token_hex(12), screen.notice)
+    conversation = Conversation(url, arguments.conversation or secrets.token_hex(12), screen.notice, token)
     chat = Chat(conversation, screen, arguments.once)
     try:
         screen.notice(f"conversation {conversation.id}")

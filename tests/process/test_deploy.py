@@ -1,5 +1,6 @@
 """The examples for deployment: their limits fit the settings, and the tools that read them accept them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from chatserver.settings import Settings
+from chatserver.errors import SetupError
+from chatserver.settings import Settings, read_settings
 from tests.processes import ROOT
 
 DEPLOY = ROOT / "scripts" / "deploy"
@@ -25,6 +27,8 @@ def test_image_stops_within_the_grace_of_docker() -> None:
     user = next(line for line in lines if line.startswith("USER "))
     assert re.fullmatch("USER [1-9][0-9]*:[1-9][0-9]*", user)
     assert set(variables) - {"PYTHONUNBUFFERED"} <= {name.upper() for name in Settings.__dataclass_fields__}
+    # Whoever runs the image chooses: a server that listens on all addresses does not start without it.
+    assert variables["HOST"] == "0.0.0.0" and "AUTH" not in variables
 
 
 def test_image_is_made_of_what_the_context_holds() -> None:
@@ -53,10 +57,36 @@ def test_composition_has_a_replica_set_of_one_and_time_to_stop() -> None:
 
 
 @pytest.mark.needs("docker-compose")
-def test_docker_compose_accepts_it() -> None:
-    command = ["docker-compose", "--file", str(DEPLOY / "compose.yaml"), "config", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+def test_docker_compose_starts_nothing_without_auth() -> None:
+    command = ["docker-compose", "--file", str(DEPLOY / "compose.yaml"), "config"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AUTH")}
+
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=60)
+
+    refused = run()
+    accepted = run(AUTH="jwt", AUTH_SECRET="a" * 32)
+
+    assert refused.returncode != 0 and "docs/auth.md" in refused.stderr
+    assert accepted.returncode == 0, accepted.stderr
+    given = yaml.safe_load(accepted.stdout)["services"]["chatserver"]["environment"]
+    assert read_settings(given, Path("none")).auth_secret == ("a" * 32,)
+
+
+def test_unit_starts_nothing_without_the_keys_of_auth() -> None:
+    text = (DEPLOY / "chatserver.service").read_text()
+    given = dict(re.findall(r"^Environment=(\w+)=(.*)$", text, re.MULTILINE))
+    with pytest.raises(SetupError, match="AUTH_SECRET"):
+        read_settings(given, Path("none"))
+
+
+def test_nginx_names_no_user_for_a_server_that_trusts_it() -> None:
+    text = (DEPLOY / "nginx.conf").read_text()
+    given = dict(re.findall(r"\b([A-Z_]+)=([\w.]+)", text.partition("upstream")[0]))
+    assert set(given) >= {"ALLOWED_HOSTS", "TRUSTED_PROXIES", "AUTH"}
+    settings = read_settings(given | {"AUTH_SECRET": "a" * 32, "AUTH": "jwt"}, Path("none"))
+    assert settings.trusted_proxies == ("127.0.0.1",)
+    assert 'proxy_set_header X-Forwarded-User "";' in text
 
 
 @pytest.mark.needs("systemd-analyze")

@@ -20,12 +20,14 @@ from tornado.ioloop import IOLoop
 
 from tests.apps import App, Database, MakeApp
 from tests.processes import MongoServer, Server
+from tests.web_servers import APACHE_MODULES
 
 TOOLS = {
     "node": "node",
     "npm": "npm",
     "chromium": os.environ.get("CHROMIUM", "chromium"),
     "nginx": "nginx",
+    "apache2": "apache2",
     "cc": "cc",
     "openssl": "openssl",
     "curl": "curl",
@@ -115,7 +117,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def _is_there(tool: str) -> bool:
-    return shutil.which(TOOLS[tool]) is not None and (tool != "node" or NODE_PACKAGES.is_file())
+    packages = {"node": NODE_PACKAGES, "apache2": APACHE_MODULES / "mod_auth_openidc.so"}
+    return shutil.which(TOOLS[tool]) is not None and (tool not in packages or packages[tool].is_file())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,11 +1,6 @@
 """Behind a reverse proxy: Debian's nginx, with its default buffering, towards HTTP/1.0 and 1.1 upstreams."""
 
 import asyncio
-import shutil
-import socket
-import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +8,7 @@ import pytest
 from tests.apps import MakeApp
 from tests.clients import Client, EventDecoder, RawStream, new_id
 from tests.processes import ROOT
+from tests.web_servers import nginx
 
 pytestmark = [pytest.mark.needs("nginx"), pytest.mark.gen_test]
 
@@ -26,42 +22,6 @@ server {
 """
 
 
-@asynccontextmanager
-async def nginx(folder: Path, config: str, upstream: int, read_timeout_s: int) -> AsyncIterator[int]:
-    """Run nginx with a configuration, on a port of its own; give the port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for was, becomes in (
-        ("listen 80;", f"listen 127.0.0.1:{port};"),
-        ("127.0.0.1:3000", f"127.0.0.1:{upstream}"),
-        ("proxy_read_timeout 60s;", f"proxy_read_timeout {read_timeout_s}s;"),
-    ):
-        assert was in config
-        config = config.replace(was, becomes)
-    temporary = "".join(
-        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (folder / "nginx.conf").write_text(
-        f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
-        f"http {{ access_log off; {temporary} {config} }}\n"
-    )
-    binary = shutil.which("nginx") or "nginx"
-    process = subprocess.Popen([binary, "-e", folder / "error.log", "-p", folder, "-c", folder / "nginx.conf"])
-    try:
-        async with asyncio.timeout(10):
-            while True:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                assert process.poll() is None, (folder / "error.log").read_text()
-                await asyncio.sleep(0.02)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
 @pytest.mark.parametrize("config", [PLAIN, DEPLOYED], ids=["http-1.0", "deployed"])
 async def test_stream_through_nginx_is_as_quick_and_as_whole_as_directly(
     make_app: MakeApp, tmp_path: Path, config: str
@@ -69,7 +29,8 @@ async def test_stream_through_nginx_is_as_quick_and_as_whole_as_directly(
     app = await make_app(simulated_token_delay_ms=30, keepalive_s=1.0, allowed_hosts=("chat.example.com",))
     loop = asyncio.get_running_loop()
     conversation_id = new_id()
-    async with nginx(tmp_path, config, app.port, read_timeout_s=3) as port:
+    changes = {"127.0.0.1:3000": f"127.0.0.1:{app.port}", "proxy_read_timeout 60s;": "proxy_read_timeout 3s;"}
+    async with nginx(tmp_path, config, changes) as port:
         path = f"/chat/stream/{conversation_id}"
         direct, proxied = await RawStream(app.port, path).open(), await RawStream(port, path).open()
         # Quiet for longer than nginx's read time-out: the keep-alives hold the line.

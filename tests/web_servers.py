@@ -10,17 +10,20 @@ from pathlib import Path
 
 APACHE_MODULES = Path("/usr/lib/apache2/modules")
 _LOADED = ("mpm_event", "authn_core", "authz_core", "authz_user", "headers", "proxy", "proxy_http", "auth_openidc")
+_NONE: Mapping[str, str] = {}
 
 
 @asynccontextmanager
-async def nginx(folder: Path, config: str, changes: Mapping[str, str]) -> AsyncIterator[int]:
+async def nginx(folder: Path, config: str, upstream: int, changes: Mapping[str, str] = _NONE) -> AsyncIterator[int]:
     """Run nginx; give its port.
 
     :param config: what belongs into its `http` block; it must listen on port 80
-    :param changes: texts of the configuration, and what replaces them for the test
+    :param upstream: the port of chatserver
+    :param changes: other texts of the configuration, and what replaces them for the test
     """
     port = _free_port()
-    config = _change(config, {"listen 80;": f"listen 127.0.0.1:{port};", **changes})
+    addresses = {"listen 80;": f"listen 127.0.0.1:{port};", "127.0.0.1:3000": f"127.0.0.1:{upstream}"}
+    config = _change(config, {**addresses, **changes})
     temporary = "".join(
         f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
@@ -28,27 +31,33 @@ async def nginx(folder: Path, config: str, changes: Mapping[str, str]) -> AsyncI
         f"daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
         f"http {{ access_log off; {temporary} {config} }}\n"
     )
-    command = ["-e", folder / "error.log", "-p", folder, "-c", folder / "nginx.conf"]
-    async with _running([shutil.which("nginx") or "nginx", *command], port, folder / "error.log"):
+    options = ("-e", folder / "error.log", "-p", folder, "-c", folder / "nginx.conf")
+    async with _running((shutil.which("nginx") or "nginx", *options), port, folder / "error.log"):
         yield port
 
 
 @asynccontextmanager
-async def apache(folder: Path, config: str, changes: Mapping[str, str]) -> AsyncIterator[int]:
+async def apache(folder: Path, config: str, upstream: int, changes: Mapping[str, str] = _NONE) -> AsyncIterator[int]:
     """Run Apache with Debian's modules; give its port.
 
-    :param config: a virtual host on port 80
-    :param changes: texts of the configuration, and what replaces them for the test; `{port}` in those is its port
+    :param config: a virtual host on port 80, whose address is https://chat.example.com
+    :param upstream: the port of chatserver
+    :param changes: other texts of the configuration, and what replaces them for the test
     """
     port = _free_port()
-    config = _change(config, {"*:80": "127.0.0.1:{port}", **changes}).replace("{port}", str(port))
+    addresses = {
+        "*:80": f"127.0.0.1:{port}",
+        "https://chat.example.com": f"http://127.0.0.1:{port}",
+        "127.0.0.1:3000": f"127.0.0.1:{upstream}",
+    }
+    config = _change(config, {**addresses, **changes})
     modules = "".join(f"LoadModule {name}_module {APACHE_MODULES}/mod_{name}.so\n" for name in _LOADED)
     (folder / "httpd.conf").write_text(
         f"ServerRoot {folder}\nDefaultRuntimeDir {folder}\nPidFile {folder}/pid\nErrorLog {folder}/error.log\n"
-        f"User www-data\nGroup www-data\nListen 127.0.0.1:{port}\n{modules}{config}\n"
+        f"ServerName localhost\nUser www-data\nGroup www-data\nListen 127.0.0.1:{port}\n{modules}{config}\n"
     )
-    command = [shutil.which("apache2") or "apache2", "-f", folder / "httpd.conf", "-D", "FOREGROUND"]
-    async with _running(command, port, folder / "error.log"):
+    options = ("-f", folder / "httpd.conf", "-D", "FOREGROUND")
+    async with _running((shutil.which("apache2") or "apache2", *options), port, folder / "error.log"):
         yield port
 
 

@@ -18,9 +18,10 @@ from tests import proxy
 from tests.apps import App, MakeApp
 from tests.browser import FLAGS, chromium
 from tests.clients import new_id
-from tests.process.test_nginx import DEPLOYED, PLAIN, nginx
+from tests.process.test_nginx import DEPLOYED, PLAIN
 from tests.processes import ROOT, Server
 from tests.proxy import CuttingProxy
+from tests.web_servers import nginx
 
 pytestmark = pytest.mark.gen_test(timeout=110)
 
@@ -242,7 +243,7 @@ async def test_client_has_each_word_through_a_proxy(
 ) -> None:
     app = await make_app(simulated_token_delay_ms=2, allowed_hosts=("localhost",))
     config = PLAIN if kind == "nginx as it comes" else DEPLOYED
-    proxy = compressing(app.url) if kind == "express" else nginx(tmp_path, config, app.port, read_timeout_s=60)
+    proxy = compressing(app.url) if kind == "express" else nginx(tmp_path, config, app.port)
     conversations = {client: new_id() for client in clients}
     async with proxy as port:
         url = f"http://127.0.0.1:{port}/chat/stream/"
@@ -262,7 +263,7 @@ async def test_post_right_after_a_stream_has_ended_is_accepted(
     server = make_server(SIMULATED_TOKENS=2, SIMULATED_TOKEN_DELAY_MS=0, LOG_LEVEL="warning")
     await asyncio.to_thread(server.start)
     python = (sys.executable, "-m", "tests.foreign_clients")
-    async with nginx(tmp_path, DEPLOYED, server.port, read_timeout_s=60) as port:
+    async with nginx(tmp_path, DEPLOYED, server.port) as port:
         accepted = await together(
             run(*python, "pooled-requests", turns, server.url),
             run(*python, "pooled-httpx", turns, server.url),

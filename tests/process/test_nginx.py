@@ -29,8 +29,7 @@ async def test_stream_through_nginx_is_as_quick_and_as_whole_as_directly(
     app = await make_app(simulated_token_delay_ms=30, keepalive_s=1.0, allowed_hosts=("chat.example.com",))
     loop = asyncio.get_running_loop()
     conversation_id = new_id()
-    changes = {"127.0.0.1:3000": f"127.0.0.1:{app.port}", "proxy_read_timeout 60s;": "proxy_read_timeout 3s;"}
-    async with nginx(tmp_path, config, changes) as port:
+    async with nginx(tmp_path, config, app.port, {"proxy_read_timeout 60s;": "proxy_read_timeout 3s;"}) as port:
         path = f"/chat/stream/{conversation_id}"
         direct, proxied = await RawStream(app.port, path).open(), await RawStream(port, path).open()
         # Quiet for longer than nginx's read time-out: the keep-alives hold the line.

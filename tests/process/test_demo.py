@@ -8,6 +8,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -19,10 +20,13 @@ from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 from tornado.web import Application, RequestHandler
 
+from chatserver.auth import sign
+from chatserver.settings import Settings
 from tests.processes import ROOT, Server
 from tests.proxy import CuttingProxy
 
 PATIENCE_S = 30
+SECRET = "of-32-characters-or-more-in-tests"
 
 
 def served(folder: Path, replica_set: str, **settings: Any) -> Iterator[str]:
@@ -593,6 +597,66 @@ def test_deleted_conversation_starts_again(quick: str) -> None:
         assert [message["content"] for message in messages][::2] == ["two"]
         assert output.endswith(f"you › two\n{said(messages[1])}")
         assert code == 0
+
+    asyncio.run(run())
+
+
+# --- users
+
+
+@pytest.fixture(scope="module")
+def with_users(tmp_path_factory: pytest.TempPathFactory, replica_set: str) -> Iterator[str]:
+    """The address of a server with users, of whom each may start two turns a minute."""
+    folder = tmp_path_factory.mktemp("demo-users")
+    yield from served(folder, replica_set, AUTH="jwt", AUTH_SECRET=SECRET, AUTH_LEEWAY_S=0, MAX_TURNS_PER_MINUTE=2)
+
+
+def token(owner: str, seconds: int = 600) -> str:
+    return sign(owner, Settings(auth="jwt", auth_secret=(SECRET,)), int(time.time()) + seconds)
+
+
+def run_demo(url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/demo.py", "--url", url, *arguments]
+    variables = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=variables, input="", capture_output=True, text=True, timeout=100)
+
+
+def test_token_is_sent_and_never_printed(with_users: str) -> None:
+    for owner, given in (("alice", "option"), ("bob", "variable")):
+        secret = token(owner)
+        arguments, environment = (["--token", secret], {}) if given == "option" else ([], {"CHAT_TOKEN": secret})
+        done = run_demo(with_users, "--once", "hello", *arguments, **environment)
+        assert done.returncode == 0 and "> hello" in done.stdout, done.stderr
+        assert secret not in done.stdout + done.stderr
+
+
+def test_refused_token_ends_the_demo_with_a_sentence(with_users: str) -> None:
+    advice = "Pass a valid token in CHAT_TOKEN or by --token"
+    for arguments, reason in (
+        ([], "This request needs a credential: sign in, or send a bearer token."),
+        (["--token", "not-a-token"], "The token is not valid for this server."),
+        (["--token", token("alice", -1)], "The token has expired. Send a new one."),
+    ):
+        for once in (["--once", "hello"], []):
+            done = run_demo(with_users, *once, *arguments)
+            assert f"(✗ {reason} {advice})" in done.stdout + done.stderr
+            assert "Traceback" not in done.stderr and done.returncode == 1
+
+
+def test_token_that_cannot_be_sent_is_refused_without_printing_it(with_users: str) -> None:
+    done = run_demo(with_users, "--token", "a secret\n")
+    assert done.returncode == 2 and "visible ASCII" in done.stderr and "a secret" not in done.stderr
+
+
+def test_demo_waits_for_its_next_turn(with_users: str) -> None:
+    async def run() -> None:
+        async with demo(with_users, "--token", token("carol")) as client:
+            for text in ("one", "two"):
+                await client.say(text)
+                await client.until(f"> {text}")
+            await client.say("three")
+            output = await client.until("trying again in")
+        assert "(You have started too many turns. Wait a moment; trying again in" in output
 
     asyncio.run(run())
 

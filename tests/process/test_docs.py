@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from chatserver.auth import sign
 from tests.apps import Database, MakeApp
 from tests.processes import ROOT, Server
 
@@ -128,6 +130,18 @@ async def test_rest_client_understands_requests_http(make_app: MakeApp) -> None:
     assert ["event: done" in stream.text for stream in streams] == [True, True, False]
 
 
+@pytest.mark.gen_test
+async def test_requests_http_works_with_a_token(make_app: MakeApp) -> None:
+    app = await make_app(simulated_token_delay_ms=5, auth="jwt", auth_secret=("of-32-characters-or-more-in-tests",))
+    token = sign("alice", app.settings, int(time.time()) + 600)
+    text = REQUESTS.replace("http://localhost:3000", app.url).replace("@token = none", f"@token = {token}")
+    answers = [await app.client.http.send(request) for request in _requests_of_the_rest_client(text)]
+
+    statuses = {f"{answer.request.method} {answer.url.path}": answer.status_code for answer in answers}
+    assert 401 not in statuses.values()
+    assert statuses["GET /me"] == 200 and statuses["GET /chat/export"] == 200
+
+
 FOLLOWER = """
 import http from "node:http";
 
@@ -146,9 +160,9 @@ const proxy = http.createServer((request, answer) => {
   request.pipe(upstream);
 }).listen(0, "127.0.0.1", async () => {
   const url = `http://127.0.0.1:${proxy.address().port}/chat/stream/${id}`;
-  const refused = await follow(url, "wrong", () => {});
+  const refused = await follow(url, async () => "wrong", () => {});
   let text = "";
-  await follow(url, "right", (name, data) => {
+  await follow(url, async () => "right", (name, data) => {
     if (name === "token") text += data.text;
     if (name !== "done") return;
     throw new TypeError("from the handler");

@@ -218,11 +218,27 @@ async def test_request_without_a_session_is_refused_and_not_redirected(
                 ("POST", "/chat", '{"input": "Hello"}'),
                 ("GET", f"/chat/stream/{conversation_id}?until=done", None),
                 ("DELETE", f"/chat/{conversation_id}", None),
+                ("GET", "/me", None),
+                ("DELETE", "/me", None),
             )
         ]
 
     assert {answer.status_code for answer in answers} == {401}
     assert owners(app) == []
+
+
+@both_proxies
+async def test_page_learns_who_is_signed_in_and_where_to_sign_in(
+    make_app: MakeApp, tmp_path: Path, behind: Behind
+) -> None:
+    app = await make_app(auth="proxy", trusted_proxies=("127.0.0.1",), auth_login_url="/login?to={page}")
+    async with behind(app, tmp_path) as client:
+        signed_in = await client.get("/me")
+        client.cookies.clear()
+        signed_out = await client.get("/me")
+
+    assert signed_in.json()["owner"] == OWNER
+    assert (signed_out.status_code, signed_out.json()["loginUrl"]) == (401, "/login?to={page}")
 
 
 @pytest.mark.needs("nginx")

@@ -27,7 +27,7 @@ def test_image_stops_within_the_grace_of_docker() -> None:
     user = next(line for line in lines if line.startswith("USER "))
     assert re.fullmatch("USER [1-9][0-9]*:[1-9][0-9]*", user)
     assert set(variables) - {"PYTHONUNBUFFERED"} <= {name.upper() for name in Settings.__dataclass_fields__}
-    # Whoever runs the image chooses: a server that listens on all addresses does not start without it.
+    # The operator chooses: a server that listens on all addresses does not start without it.
     assert variables["HOST"] == "0.0.0.0" and "AUTH" not in variables
 
 

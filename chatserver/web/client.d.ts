@@ -47,8 +47,21 @@ export interface Unsent {
   before?: number;
 }
 
-/** `paused` is the state before `open` and after `pause`; `deleted` is final. */
-export type State = "connecting" | "live" | "reconnecting" | "offline" | "paused" | "deleted";
+/** The user who is signed in. */
+export interface Me {
+  /** the name by which the server knows the user */
+  owner: string;
+  /** ISO 8601; when the credentials expire, if they do */
+  expiresAt?: string;
+  /** where the user can sign out */
+  logoutUrl?: string;
+}
+
+/** `signedOut` lasts until `open` is called; `paused` is the state before `open` and after `pause`; `deleted` is final. */
+export type State = "connecting" | "live" | "reconnecting" | "offline" | "signedOut" | "paused" | "deleted";
+
+/** Returns headers to add to a request. */
+export type GetHeaders = () => Promise<Record<string, string>>;
 
 /** Return a new conversation id: 24 hex digits. */
 export function newId(): string;
@@ -66,20 +79,32 @@ export class ApiError extends Error {
    * @param code  stable, for programs; `unreachable` if there was no answer
    * @param message
    * @param retryAfterS  how many seconds the server asks to wait; 0: it does not say
+   * @param loginUrl  where the user can sign in; empty: the server does not say
    */
-  constructor(status: number, code: string, message: string, retryAfterS?: number);
+  constructor(status: number, code: string, message: string, retryAfterS?: number, loginUrl?: string);
   readonly status: number;
   readonly code: string;
   readonly retryAfterS: number;
+  readonly loginUrl: string;
+  /** Whether the server wants other credentials: there were none, or they are invalid or have expired. */
+  get isUnauthenticated(): boolean;
   /** Whether it is unknown if the server carried out the request: there was no answer, or only a proxy's. */
   get isUnanswered(): boolean;
 }
 
 /** The API's routes, one method each. Every request rejects with `ApiError` if it fails. */
 export class Api {
-  /** @param base  the absolute URL of the server's root, with a slash at the end */
-  constructor(base: string | URL);
+  /**
+   * @param base  the absolute URL of the server's root, with a slash at the end
+   * @param options  `headers`: called before each request; returns headers to add to it. If it rejects, the request counts
+   *   as not answered, unless it rejects with an `ApiError`. With it, streams are read by fetch
+   */
+  constructor(base: string | URL, options?: { headers?: GetHeaders });
   readonly base: string | URL;
+  readonly headers: GetHeaders | undefined;
+
+  /** Return the user who is signed in. Rejects with the status 401 if nobody is, and with 404 if the server has no users. */
+  me(): Promise<Me>;
 
   /**
    * Return a page of the conversations, the most recently active first.
@@ -149,13 +174,18 @@ export class Conversation extends EventTarget {
   readonly pending: boolean;
   /** Whether the server knew no conversation with this id; the first message creates it. */
   readonly missing: boolean;
+  /** Where the user can sign in, once the state is `signedOut`; empty: the server does not say. */
+  readonly loginUrl: string;
   /** Whether a reply is expected or streaming. */
   get busy(): boolean;
   /** Whether `messages` is the history that the server has, as far as known. */
   get loaded(): boolean;
   get state(): State;
 
-  /** Fetch the history, if necessary, and follow the stream until `pause`. */
+  /**
+   * Fetch the history, if necessary, and follow the stream until `pause`. If the user is signed out, the state becomes
+   * `signedOut`, and there are no more attempts until this is called again, or a message or retry is accepted.
+   */
   open(): void;
 
   /** Close the stream; `open` resumes from the same position. */

@@ -1,5 +1,5 @@
 /**
- * A client of chatserver's HTTP API for the browser. It needs only fetch and EventSource.
+ * A client of chatserver's HTTP API for the browser. It needs only fetch, and EventSource unless it is given headers.
  *
  * It is independent of the chat page: copy it into another project as it is, with `client.d.ts` for TypeScript.
  *
@@ -14,6 +14,11 @@
  * accepted it. Each event carries the position after it, and after a disconnect the stream resumes from the last position:
  * no character of a reply is lost or repeated, however often the connection breaks. A connection that has died without
  * closing is detected by the absence of the server's pings.
+ *
+ * If the server has users, and its token is not in a cookie of the page's own site, pass a function for the headers. It is
+ * called before each request, and the streams are then read by fetch, because EventSource cannot send headers:
+ *
+ *     const api = new Api("https://chat.example/", { headers: async () => ({ Authorization: `Bearer ${await token()}` }) });
  */
 
 /**
@@ -43,8 +48,17 @@
  * @property {string} key  the idempotency key: the server accepts a message once per key, however often it is sent
  * @property {number} [before]  the number of messages before it, if that was known
  *
- * @typedef {"connecting"|"live"|"reconnecting"|"offline"|"paused"|"deleted"} State
- * `paused` is the state before `open` and after `pause`; `deleted` is final.
+ * @typedef {object} Me  the user who is signed in
+ * @property {string} owner  the name by which the server knows the user
+ * @property {string} [expiresAt]  ISO 8601; when the credentials expire, if they do
+ * @property {string} [logoutUrl]  where the user can sign out
+ *
+ * @typedef {"connecting"|"live"|"reconnecting"|"offline"|"signedOut"|"paused"|"deleted"} State
+ * `signedOut` lasts until `open` is called; `paused` is the state before `open` and after `pause`; `deleted` is final.
+ *
+ * @typedef {() => Promise<Record<string, string>>} GetHeaders  returns headers to add to a request
+ *
+ * @typedef {EventSource & {failure?: ApiError, retryMs?: number}} Stream  an EventSource, or a `FetchStream`
  */
 
 const ANSWER_WITHIN_MS = 20_000;
@@ -54,6 +68,10 @@ const LONGEST_DELAY_MS = 15_000;
 const PING_EVERY_S = 15;
 /** A stream that has been silent for this many halves of that interval is considered dead. */
 const SILENT_HALVES = 5;
+// The values of `readyState`, for programs that have no EventSource.
+const CONNECTING = 0;
+const OPEN = 1;
+const CLOSED = 2;
 
 /** Return a new conversation id: 24 hex digits. */
 export function newId() {
@@ -86,13 +104,20 @@ export class ApiError extends Error {
    * @param {string} code  stable, for programs; `unreachable` if there was no answer
    * @param {string} message
    * @param {number} retryAfterS  how many seconds the server asks to wait; 0: it does not say
+   * @param {string} loginUrl  where the user can sign in; empty: the server does not say
    */
-  constructor(status, code, message, retryAfterS = 0) {
+  constructor(status, code, message, retryAfterS = 0, loginUrl = "") {
     super(message);
     this.name = "ApiError";
     this.status = status;
     this.code = code;
     this.retryAfterS = retryAfterS;
+    this.loginUrl = loginUrl;
+  }
+
+  /** Whether the server wants other credentials: there were none, or they are invalid or have expired. */
+  get isUnauthenticated() {
+    return this.status === 401;
   }
 
   /** Whether it is unknown if the server carried out the request: there was no answer, or only a proxy's. */
@@ -103,9 +128,22 @@ export class ApiError extends Error {
 
 /** The API's routes, one method each. Every request rejects with `ApiError` if it fails. */
 export class Api {
-  /** @param {string|URL} base  the absolute URL of the server's root, with a slash at the end */
-  constructor(base) {
+  /**
+   * @param {string|URL} base  the absolute URL of the server's root, with a slash at the end
+   * @param {{headers?: GetHeaders}} [options]  `headers`: called before each request; returns headers to add to it. If it
+   *   rejects, the request counts as not answered, unless it rejects with an `ApiError`. With it, streams are read by fetch
+   */
+  constructor(base, { headers } = {}) {
     this.base = base;
+    this.headers = headers;
+  }
+
+  /**
+   * Return the user who is signed in. Rejects with the status 401 if nobody is, and with 404 if the server has no users.
+   * @returns {Promise<Me>}
+   */
+  me() {
+    return this.#call("GET", "me");
   }
 
   /**
@@ -193,31 +231,201 @@ export class Api {
       request.headers = { ...headers, "Content-Type": "application/json" };
       request.body = JSON.stringify(body);
     }
-    const url = new URL(path, this.base);
-    let response;
-    let text;
-    try {
-      response = await fetch(url, request);
-      text = await response.text();
-    } catch {
-      // fetch rejects only if the request could not be sent, the connection broke or our own time limit expired.
-      throw new ApiError(0, "unreachable", "The server cannot be reached.");
-    }
-    const type = response.headers.get("Content-Type") ?? "";
-    if (!response.ok) {
-      // A proxy's error is not problem+json.
-      const isProblem = type.startsWith("application/problem+json");
-      const problem = isProblem ? JSON.parse(text) : { code: "unknown", detail: `The server answered ${response.status}.` };
-      throw new ApiError(response.status, problem.code, problem.detail, Number(response.headers.get("Retry-After")) || 0);
-    }
+    const response = await send(new URL(path, this.base), request, this.headers);
+    const text = await read(response);
     if (response.status === 204) {
       return undefined;
     }
-    if (!type.startsWith("application/json")) {
-      // For example, the login page of a hotel's network.
-      throw new ApiError(0, "unreachable", "The server cannot be reached: something else answered.");
+    if (!isOfType(response, "application/json")) {
+      throw foreign();
     }
     return JSON.parse(text);
+  }
+}
+
+/**
+ * Send a request.
+ * @param {URL} url
+ * @param {RequestInit} init
+ * @param {GetHeaders} [headers]
+ * @returns {Promise<Response>} with a status from 200 to 299
+ * @throws {ApiError}
+ */
+async function send(url, init, headers) {
+  let response;
+  try {
+    response = await fetch(url, { ...init, headers: { ...(await headers?.()), ...init.headers } });
+  } catch (error) {
+    // fetch rejects only if the request could not be sent, the connection broke or our own time limit expired. `headers`
+    // usually rejects for the same reasons, while it fetches a token.
+    throw error instanceof ApiError ? error : unreachable();
+  }
+  if (!response.ok) {
+    // A proxy's error is not problem+json.
+    const isProblem = isOfType(response, "application/problem+json");
+    const text = await read(response);
+    const problem = isProblem ? JSON.parse(text) : { code: "unknown", detail: `The server answered ${response.status}.` };
+    const retryAfterS = Number(response.headers.get("Retry-After")) || 0;
+    throw new ApiError(response.status, problem.code, problem.detail, retryAfterS, problem.loginUrl);
+  }
+  return response;
+}
+
+/**
+ * Return the body of a response.
+ * @param {Response} response
+ * @throws {ApiError}
+ */
+async function read(response) {
+  try {
+    return await response.text();
+  } catch {
+    // The connection broke, or our own time limit expired.
+    throw unreachable();
+  }
+}
+
+/**
+ * @param {Response} response
+ * @param {string} type
+ */
+function isOfType(response, type) {
+  return response.headers.get("Content-Type")?.startsWith(type) ?? false;
+}
+
+function unreachable() {
+  return new ApiError(0, "unreachable", "The server cannot be reached.");
+}
+
+/** Return the error for an answer that is not the server's: for example, the login page of a hotel's network. */
+function foreign() {
+  return new ApiError(0, "unreachable", "The server cannot be reached: something else answered.");
+}
+
+/** A parser of Server-Sent Events, by the HTML standard, section "Interpreting an event stream". */
+class EventParser {
+  /** the delay before a reconnect in milliseconds, as the server announced it */
+  retryMs = 0;
+  #line = "";
+  #endsWithCR = false;
+  #name = "";
+  #data = "";
+  #id = "";
+
+  /**
+   * Return the events that are complete with this text. The text may end anywhere, even between CR and LF.
+   * @param {string} text
+   */
+  take(text) {
+    const lines = (this.#endsWithCR && text.startsWith("\n") ? text.slice(1) : text).split(/\r\n|\r|\n/);
+    this.#endsWithCR = text ? text.endsWith("\r") : this.#endsWithCR;
+    lines[0] = this.#line + lines[0];
+    this.#line = lines.pop() ?? "";
+    const events = [];
+    for (const line of lines) {
+      if (line) {
+        this.#takeLine(line);
+      } else {
+        if (this.#data) {
+          const init = { data: this.#data.slice(0, -1), lastEventId: this.#id };
+          events.push(new MessageEvent(this.#name || "message", init));
+        }
+        this.#name = "";
+        this.#data = "";
+      }
+    }
+    return events;
+  }
+
+  #takeLine(/** @type {string} */ line) {
+    const [, name, value = ""] = /^([^:]*)(?:: ?(.*))?$/s.exec(line) ?? [];
+    if (name === "event") {
+      this.#name = value;
+    } else if (name === "data") {
+      this.#data += `${value}\n`;
+    } else if (name === "id" && !value.includes("\0")) {
+      this.#id = value;
+    } else if (name === "retry" && /^[0-9]+$/.test(value)) {
+      this.retryMs = Number(value);
+    }
+  }
+}
+
+/**
+ * A stream of events that is read by fetch. It has the part of EventSource's interface that `Conversation` uses, but it
+ * never reconnects: it fires `error` once, when it was refused, broken or ended.
+ */
+class FetchStream extends EventTarget {
+  readyState = CONNECTING;
+  /** @type {ApiError|undefined} why the stream was not opened */
+  failure;
+  #parser = new EventParser();
+  #abort = new AbortController();
+
+  /**
+   * @param {URL} url
+   * @param {GetHeaders} headers
+   */
+  constructor(url, headers) {
+    super();
+    this.#run(url, headers);
+  }
+
+  get retryMs() {
+    return this.#parser.retryMs;
+  }
+
+  close() {
+    this.readyState = CLOSED;
+    this.#abort.abort();
+  }
+
+  /**
+   * @param {URL} url
+   * @param {GetHeaders} headers
+   */
+  async #run(url, headers) {
+    try {
+      const init = { headers: { Accept: "text/event-stream" }, signal: this.#abort.signal };
+      const response = await send(url, { ...init, cache: "no-store" }, headers);
+      if (!response.body || !isOfType(response, "text/event-stream")) {
+        throw foreign();
+      }
+      this.readyState = this.readyState === CLOSED ? CLOSED : OPEN;
+      this.#fire(new Event("open"));
+      await this.#read(response.body.getReader());
+    } catch (error) {
+      if (!(error instanceof ApiError)) {
+        throw error;
+      }
+      this.failure = error;
+    }
+    const isClosed = this.readyState === CLOSED;
+    this.close();
+    if (!isClosed) {
+      this.dispatchEvent(new Event("error"));
+    }
+  }
+
+  /** Fire the events of the body until it ends or breaks. An event without its final blank line is dropped. */
+  async #read(/** @type {ReadableStreamDefaultReader<Uint8Array>} */ reader) {
+    const decoder = new TextDecoder();
+    for (;;) {
+      const { done, value } = await reader.read().catch(() => ({ done: true, value: undefined }));
+      if (done) {
+        return;
+      }
+      for (const event of this.#parser.take(decoder.decode(value, { stream: true }))) {
+        this.#fire(event);
+      }
+    }
+  }
+
+  /** Fire an event, unless a listener of an earlier one has closed the stream. */
+  #fire(/** @type {Event} */ event) {
+    if (this.readyState !== CLOSED) {
+      this.dispatchEvent(event);
+    }
   }
 }
 
@@ -240,12 +448,14 @@ export class Conversation extends EventTarget {
   pending = false;
   /** whether the server knew no conversation with this id; the first message creates it */
   missing = false;
+  /** where the user can sign in, once the state is `signedOut`; empty: the server does not say */
+  loginUrl = "";
 
   /** @type {State} */
   #state = "paused";
   /** @type {string|null} the position after `messages`; null: the history must be fetched */
   #position = null;
-  /** @type {EventSource|null} */
+  /** @type {Stream|null} */
   #source = null;
   #known = false;
   #failures = 0;
@@ -285,15 +495,23 @@ export class Conversation extends EventTarget {
     return this.#position !== null;
   }
 
+  /** Whether the stream is open, or will be. */
+  get #isFollowing() {
+    return this.#state === "connecting" || this.#state === "live" || this.#state === "reconnecting";
+  }
+
   /** @returns {State} */
   get state() {
     const waiting = this.#state === "connecting" || this.#state === "reconnecting";
     return waiting && !navigator.onLine ? "offline" : this.#state;
   }
 
-  /** Fetch the history, if necessary, and follow the stream until `pause`. */
+  /**
+   * Fetch the history, if necessary, and follow the stream until `pause`. If the user is signed out, the state becomes
+   * `signedOut`, and there are no more attempts until this is called again, or a message or retry is accepted.
+   */
   open() {
-    if (this.#state === "paused") {
+    if (this.#state === "paused" || this.#state === "signedOut") {
       addEventListener("online", this.#onNetworkChange);
       addEventListener("offline", this.#onNetworkChange);
       this.#setState("connecting");
@@ -303,7 +521,7 @@ export class Conversation extends EventTarget {
 
   /** Close the stream; `open` resumes from the same position. */
   pause() {
-    if (this.#state !== "deleted") {
+    if (this.#state !== "deleted" && this.#state !== "signedOut") {
       this.#letGo("paused");
     }
   }
@@ -380,11 +598,17 @@ export class Conversation extends EventTarget {
    */
   async #ask(request) {
     try {
-      return await request();
+      const answer = await request();
+      if (this.#state === "signedOut") {
+        this.open();
+      }
+      return answer;
     } catch (error) {
       if (error instanceof ApiError && error.status === 0 && this.#state === "live") {
         // The connection is dead, and the stream has not noticed it yet.
         this.#reconnect();
+      } else if (error instanceof ApiError && error.isUnauthenticated && this.#isFollowing) {
+        this.#checkSignedIn();
       }
       throw error;
     }
@@ -428,6 +652,10 @@ export class Conversation extends EventTarget {
         if (attempt !== this.#attempt) {
           return;
         }
+        if (error.isUnauthenticated) {
+          this.#checkSignedIn();
+          return;
+        }
         if (error.status !== 404) {
           this.#connectLater(error.retryAfterS * 1000);
           return;
@@ -441,7 +669,9 @@ export class Conversation extends EventTarget {
         this.missing = true;
       }
     }
-    const source = new EventSource(this.api.streamUrl(this.id, this.#position));
+    const url = this.api.streamUrl(this.id, this.#position);
+    const { headers } = this.api;
+    const source = /** @type {Stream} */ (headers ? new FetchStream(url, headers) : new EventSource(url));
     this.#source = source;
     let isOpen = false;
     source.addEventListener("open", () => {
@@ -462,16 +692,40 @@ export class Conversation extends EventTarget {
           this.#watch();
           this.#position = event.lastEventId || null;
           this.#take(name, JSON.parse(event.data));
-        } else if (isOpen && source.readyState === EventSource.CONNECTING) {
+        } else if (isOpen && source.readyState === CONNECTING) {
           // The connection broke, and EventSource reconnects. Allow one attempt: it would retry every second forever.
           isOpen = false;
           this.#setState("reconnecting");
           this.#watch();
+        } else if (source.failure ? source.failure.isUnauthenticated : !isOpen && source.readyState === CLOSED) {
+          // EventSource gives up after any status but 200, and hides the status.
+          this.#checkSignedIn();
         } else {
-          // EventSource gives up after any status but 200.
-          this.#connectLater();
+          this.#connectLater(source.failure ? source.failure.retryAfterS * 1000 : source.retryMs);
         }
       });
+    }
+  }
+
+  /** Connect again, unless the user is signed out: then every attempt would be refused. */
+  async #checkSignedIn() {
+    const attempt = this.#hangUp();
+    this.#setState("reconnecting");
+    try {
+      await this.api.me();
+    } catch (error) {
+      if (!(error instanceof ApiError)) {
+        throw error;
+      }
+      if (error.isUnauthenticated && attempt === this.#attempt) {
+        this.loginUrl = error.loginUrl;
+        this.#letGo("signedOut");
+        return;
+      }
+      // A server without users answers 404.
+    }
+    if (attempt === this.#attempt) {
+      this.#connectLater();
     }
   }
 
@@ -504,7 +758,7 @@ export class Conversation extends EventTarget {
     clearTimeout(this.#watchdog);
     if (halves === 0) {
       this.#connectLater();
-    } else if (this.#pingEveryS !== null || this.#source?.readyState === EventSource.CONNECTING) {
+    } else if (this.#pingEveryS !== null || this.#source?.readyState === CONNECTING) {
       // At least one second, so that a short delay in the network does not look like a dead connection.
       const halfMs = Math.max(1, this.#pingEveryS ?? PING_EVERY_S) * 500;
       this.#watchdog = setTimeout(() => this.#watch(halves - 1), halfMs);

@@ -9,6 +9,7 @@ const LABELS = {
   live: "Live",
   reconnecting: "Reconnecting",
   offline: "Offline",
+  signedOut: "Signed out",
   paused: "Paused: click to resume",
   deleted: "Deleted",
 };

@@ -710,7 +710,9 @@ export class Conversation extends EventTarget {
   /** Connect again, unless the user is signed out: then every attempt would be refused. */
   async #checkSignedIn() {
     const attempt = this.#hangUp();
-    this.#setState("reconnecting");
+    if (this.#state === "live") {
+      this.#setState("reconnecting");
+    }
     try {
       await this.api.me();
     } catch (error) {

@@ -1,5 +1,7 @@
 /** Drafts and unanswered messages, stored until the window closes, so that a reload neither loses nor repeats a message. */
 
+import { forget, recall, remember } from "./storage.js";
+
 /**
  * @typedef {object} Draft
  * @property {string} text  in the message box
@@ -8,13 +10,15 @@
 
 const PREFIX = "chatserver-typed-";
 
+let isForgotten = false;
+
 /**
  * Return the draft of a conversation; an empty one if none is stored.
  * @param {string} name
  * @returns {Draft}
  */
 export function loadDraft(name) {
-  const kept = attempt(() => sessionStorage.getItem(PREFIX + name));
+  const kept = recall(PREFIX + name);
   return kept ? JSON.parse(kept) : { text: "" };
 }
 
@@ -24,22 +28,14 @@ export function loadDraft(name) {
  * @param {Draft} draft
  */
 export function keepDraft(name, draft) {
-  const isEmpty = !draft.text && !draft.unsent;
-  attempt(() => (isEmpty ? sessionStorage.removeItem(PREFIX + name) : sessionStorage.setItem(PREFIX + name, JSON.stringify(draft))));
+  if (!isForgotten) {
+    const isEmpty = !draft.text && !draft.unsent;
+    remember(PREFIX + name, isEmpty ? null : JSON.stringify(draft));
+  }
 }
 
-/**
- * Return the result of an action, or null if the browser refuses to store data: by a privacy setting, or for lack of space.
- * @template T
- * @param {() => T} action
- */
-function attempt(action) {
-  try {
-    return action();
-  } catch (error) {
-    if (error instanceof DOMException) {
-      return null;
-    }
-    throw error;
-  }
+/** Delete all stored drafts, and store no more until the page is loaded again: another user may use this window next. */
+export function forgetDrafts() {
+  isForgotten = true;
+  forget(PREFIX);
 }

@@ -2,6 +2,8 @@
 
 import { ApiError } from "./client.js";
 
+const SIGNED_OUT = "You are signed out. Sign in, then try again.";
+
 export class Notice {
   /** the subject of the notice (an action, or the id of the conversation to delete), which `settle` is called with */
   about = "";
@@ -67,6 +69,8 @@ export class Notice {
         const text = error.message.replace(/^\/input /, "Your message ");
         if (error.isUnanswered) {
           this.show(`${text} ${unanswered}`, about, unanswered);
+        } else if (error.isUnauthenticated) {
+          this.show(SIGNED_OUT, "signedOut");
         } else {
           this.show(text, error.code === "reply_in_progress" ? "busy" : about);
         }

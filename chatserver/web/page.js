@@ -1,6 +1,7 @@
 /** The chat page: shows the conversation that the address bar names, and connects the parts of the page with it. */
 
-import { Api, Conversation, isId, newId } from "./client.js";
+import { Account } from "./account.js";
+import { Api, ApiError, Conversation, isId, newId } from "./client.js";
 import { enableCopyButtons } from "./clipboard.js";
 import { Composer, KEPT } from "./composer.js";
 import { announce, byId } from "./dom.js";
@@ -14,6 +15,7 @@ import { titleOf } from "./title.js";
 const NAME = "chatserver";
 const NEW = "New conversation";
 const UNTITLED = "Conversation";
+const FOREIGN = "That conversation is not yours. Your message has not been sent; you can send it in this new conversation.";
 const ENDINGS = { stopped: " (stopped)", failed: " (failed)", interrupted: " (interrupted)" };
 
 // All addresses are relative to the page's own, so that the page works under any path.
@@ -32,16 +34,15 @@ const thread = new Thread(byId("scroller"), byId("thread"), {
   },
 });
 const composer = new Composer(notice, { onSend: send, onStop: stop, onResize: () => thread.follow() });
-const sidebar = new Sidebar(api, { onDelete: remove, onList: showList, onFailure: (error) => notice.show(error.message) });
+const sidebar = new Sidebar(api, { onDelete: remove, onList: showList, onFailure: onListFailure });
+const account = new Account(api, onSignedIn);
 const tabs = shareConnections({
-  hold: () => conversation?.open(),
+  // A signed-out conversation is opened by `onSignedIn`.
+  hold: () => conversation?.state === "paused" && conversation.open(),
   letGo: () => conversation?.pause(),
-  refresh: () => sidebar.refresh(),
+  refresh,
 });
 
-route();
-addEventListener("hashchange", route);
-sidebar.refresh();
 enableCopyButtons();
 
 byId("new").addEventListener("click", (event) => {
@@ -65,6 +66,52 @@ for (const suggestion of document.querySelectorAll(".suggestion")) {
     composer.add(suggestion.textContent ?? "");
     composer.focus();
   });
+}
+
+start();
+
+// -- users -----------------------------------------------------------------------------------------------------------
+
+async function start() {
+  const checked = account.check();
+  // A window without an owner has nothing to hide from another user, and does not wait.
+  if (account.isOwned) {
+    // The stored draft would replace what is typed meanwhile.
+    byId("main").inert = true;
+    const mayGoOn = await checked;
+    byId("main").inert = false;
+    if (!mayGoOn) {
+      return;
+    }
+  }
+  route();
+  addEventListener("hashchange", route);
+  sidebar.refresh();
+}
+
+/** Refresh the list, after a check that it is the same user's. */
+async function refresh() {
+  if (await account.check()) {
+    sidebar.refresh();
+  }
+}
+
+function onSignedIn(/** @type {boolean} */ again) {
+  notice.settle("signedOut");
+  if (conversation?.state === "signedOut" && tabs.mayHold()) {
+    conversation.open();
+  }
+  if (again) {
+    sidebar.refresh();
+  }
+}
+
+function onListFailure(/** @type {import("./client.js").ApiError} */ error) {
+  if (error.isUnauthenticated) {
+    account.check();
+  } else {
+    notice.show(error.message);
+  }
 }
 
 // -- routing ---------------------------------------------------------------------------------------------------------
@@ -114,8 +161,8 @@ function startNew() {
   route();
 }
 
-/** Go from a deleted conversation to a new one, and take the draft along. */
-function leaveDeleted() {
+/** Go from a conversation that cannot be used to a new one, and take the draft along. */
+function moveToNew() {
   const draft = composer.discard();
   history.replaceState(null, "", location.pathname + location.search);
   route();
@@ -130,7 +177,23 @@ function send(/** @type {string} */ text) {
     // Before the request: if its answer is lost, a reload shows the conversation that it created.
     history.replaceState(null, "", `#${to.id}`);
   }
-  attempt("say", () => to.say(text), KEPT);
+  attempt("say", () => say(to, text), KEPT);
+}
+
+/**
+ * @param {Conversation} to
+ * @param {string} text
+ */
+async function say(to, text) {
+  try {
+    await to.say(text);
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 404 && to === conversation) {
+      moveToNew();
+      notice.show(FOREIGN);
+    }
+    throw error;
+  }
 }
 
 function stop() {
@@ -151,7 +214,7 @@ async function remove(/** @type {string} */ id) {
   deleting.delete(id);
   // The user may have opened another conversation in the meantime.
   if (isDone && id === conversation.id) {
-    leaveDeleted();
+    moveToNew();
   }
   changedList();
 }
@@ -209,18 +272,21 @@ function showConversation() {
 function showState() {
   if (conversation.state === "deleted") {
     const isOurs = deleting.has(conversation.id);
-    leaveDeleted();
+    moveToNew();
     if (!isOurs) {
       notice.show("That conversation has been deleted.");
       changedList();
     }
     return;
   }
-  if (status.show(conversation.state)) {
-    sidebar.refresh();
-  }
-  if (conversation.state === "live") {
+  const hasRecovered = status.show(conversation.state);
+  if (conversation.state === "signedOut") {
+    account.showSignedOut(conversation.loginUrl);
+  } else if (conversation.state === "live") {
     notice.reduce();
+    if (hasRecovered || account.isSignedOut) {
+      refresh();
+    }
   }
   showConversation();
 }

@@ -24,7 +24,8 @@ export class Sidebar {
    * @param {object} actions
    * @param {(id: string) => Promise<void>} actions.onDelete
    * @param {() => void} actions.onList
-   * @param {(error: ApiError) => void} actions.onFailure  the conversations that the user asked for could not be fetched
+   * @param {(error: ApiError) => void} actions.onFailure  the conversations that the user asked for could not be fetched,
+   *   or the user is signed out
    */
   constructor(api, { onDelete, onList, onFailure }) {
     this.api = api;
@@ -83,9 +84,12 @@ export class Sidebar {
       this.#show();
       this.onList();
     } catch (error) {
-      // The stream's state shows the problem, and the next event refreshes the list.
       if (!(error instanceof ApiError)) {
         throw error;
+      }
+      // The stream's state shows any other problem, and the next event refreshes the list.
+      if (error.isUnauthenticated) {
+        this.onFailure(error);
       }
     }
   }

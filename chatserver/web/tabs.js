@@ -22,7 +22,7 @@ const ATTENTION = ["focus", "pointerdown", "keydown", "pageshow"];
  */
 export function shareConnections({ hold, letGo, refresh }) {
   const me = `${Math.random()}`;
-  const channel = openChannel();
+  const channel = openChannel("chatserver");
   /** @type {Set<string>} the visible windows that were used after this one */
   const later = new Set();
   /** @type {boolean|undefined} undefined until either action has been called */
@@ -81,11 +81,12 @@ export function shareConnections({ hold, letGo, refresh }) {
 
 /**
  * Return a channel to this browser's other windows, or a stub where the browser has none: then each window decides alone.
+ * @param {string} name
  * @returns {Pick<BroadcastChannel, "postMessage"|"addEventListener">}
  */
-function openChannel() {
+export function openChannel(name) {
   try {
-    return new BroadcastChannel("chatserver");
+    return new BroadcastChannel(name);
   } catch {
     // An old browser lacks the class; a privacy setting makes its constructor throw.
     return { postMessage: () => {}, addEventListener: () => {} };

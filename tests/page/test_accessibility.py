@@ -1,6 +1,7 @@
 """Accessibility of the page: keyboard, narrow screens, screen readers, axe."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,8 +9,15 @@ from playwright.sync_api import BrowserContext, Page, expect
 
 from chatserver.errors import SourceError
 from tests.page.steps import AXE, MakeSite, answers, expect_idle, open_page, say, words
+from tests.page.users import Users
 
 pytestmark = pytest.mark.needs("chromium")
+
+
+def expect_accessible(page: Page) -> None:
+    page.evaluate(AXE.read_text())
+    found: list[dict[str, Any]] = page.evaluate("async () => (await axe.run()).violations")
+    assert not [(each["id"], [node["html"] for node in each["nodes"]]) for each in found]
 
 
 def test_keyboard_only(page: Page, make_site: MakeSite) -> None:
@@ -148,13 +156,7 @@ def test_axe_finds_nothing(
     site = make_site([rich], ["Half", failure], words(3))
     context = new_context(color_scheme=scheme, viewport={"width": width, "height": 800}, reduced_motion="reduce")
     page = open_page(context.new_page(), site.url)
-    source = AXE.read_text()
-
-    def check() -> None:
-        page.evaluate(source)
-        found: list[dict[str, Any]] = page.evaluate("async () => (await axe.run()).violations")
-        assert not [(each["id"], [node["html"] for node in each["nodes"]]) for each in found]
-
+    check = partial(expect_accessible, page)
     check()
     say(page, "Rich")
     site.say()
@@ -181,3 +183,51 @@ def test_axe_finds_nothing(
     page.get_by_role("link", name="Rich").hover()
     page.get_by_role("button", name="Delete the conversation: Rich").click()
     check()
+
+
+@pytest.mark.needs("node")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1200, 390])
+def test_axe_finds_nothing_in_the_bar_and_the_account(
+    new_context: Callable[..., BrowserContext], make_site: MakeSite, scheme: Any, width: int
+) -> None:
+    site = make_site([])
+    context = new_context(color_scheme=scheme, viewport={"width": width, "height": 800}, reduced_motion="reduce")
+    users = Users(context, login_url="/login", logout_url="/logout")
+    page = context.new_page()
+    page.goto(site.url)
+    expect(page.locator("#signed-out")).to_be_visible()
+    say(page, "Hello")
+    expect(page.get_by_role("alert")).to_be_visible()
+    expect_accessible(page)
+
+    users.sign_in("auth0|" + "x" * 40)
+    page.reload()
+    expect(page.locator("#state")).to_have_text("Live")
+    if width < 500:
+        page.get_by_role("button", name="Conversations", exact=True).click()
+    expect(page.get_by_role("link", name="Sign out")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    expect_accessible(page)
+
+
+def test_bar_is_announced_and_reached_by_keyboard(context: BrowserContext, make_site: MakeSite) -> None:
+    site = make_site([])
+    users = Users(context, login_url="/login")
+    page = context.new_page()
+    page.goto(site.url)
+    expect(page.locator("#announcer")).to_have_text("You are signed out.")
+    expect(page.locator("#state")).to_have_text("Signed out")
+    focused = page.locator(":focus")
+    expect(focused).to_have_attribute("id", "input")
+
+    page.locator("#scroller").focus()
+    page.keyboard.press("Shift+Tab")
+    expect(focused).to_have_accessible_name("Sign in")
+    expect(focused).to_have_css("outline-style", "solid")
+    users.sign_in("alice")
+    page.evaluate("dispatchEvent(new Event('focus'))")
+
+    # The focused link has been removed; the focus has moved, not vanished.
+    expect(focused).to_have_attribute("id", "input")
+    expect(page.locator("#announcer")).to_have_text("You are signed in again.")

@@ -255,3 +255,28 @@ def test_other_id_and_unmount_leave_no_stream_open(
     expect_live(page)
     assert site.open_streams() == 1
     assert complaints == []
+
+
+def test_signed_out_user_continues_when_the_window_gets_the_focus(
+    page: Page, make_site: MakeSite, build: Build, file_server: str
+) -> None:
+    site = make_site(words(4), cors_origins=(file_server,))
+    build(site.app.port)
+    page.goto(f"{file_server}/")
+    expect_live(page)
+    say(page, "Count")
+    site.say(2)
+    expect(messages(page)).to_have_text(["Count", said(2)])
+    page.get_by_label("Message").fill("Next")
+    cors = {"Access-Control-Allow-Origin": file_server}
+    page.route(re.compile("/chat/stream/|/me$"), lambda route: route.fulfill(status=401, headers=cors))
+    site.run(site.app.end_streams())
+    expect(page.get_by_role("status")).to_have_text("signedOut")
+    site.say(2)
+
+    page.unroute_all()
+    page.evaluate("dispatchEvent(new Event('focus'))")
+
+    expect_live(page)
+    expect(messages(page)).to_have_text(["Count", said(4)])
+    expect(page.get_by_label("Message")).to_have_value("Next")

@@ -9,7 +9,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 
 from chatserver.errors import SourceError
 from tests.page.steps import AXE, MakeSite, answers, expect_idle, open_page, say, words
-from tests.page.users import Users
+from tests.page.users import SETTINGS, Users
 
 pytestmark = pytest.mark.needs("chromium")
 
@@ -191,9 +191,9 @@ def test_axe_finds_nothing(
 def test_axe_finds_nothing_in_the_bar_and_the_account(
     new_context: Callable[..., BrowserContext], make_site: MakeSite, scheme: Any, width: int
 ) -> None:
-    site = make_site([])
+    site = make_site(auth_login_url="/login", auth_logout_url="/logout", **SETTINGS)
     context = new_context(color_scheme=scheme, viewport={"width": width, "height": 800}, reduced_motion="reduce")
-    users = Users(context, login_url="/login", logout_url="/logout")
+    users = Users(context, site)
     page = context.new_page()
     page.goto(site.url)
     expect(page.locator("#signed-out")).to_be_visible()
@@ -212,8 +212,8 @@ def test_axe_finds_nothing_in_the_bar_and_the_account(
 
 
 def test_bar_is_announced_and_reached_by_keyboard(context: BrowserContext, make_site: MakeSite) -> None:
-    site = make_site([])
-    users = Users(context, login_url="/login")
+    site = make_site(auth_login_url="/login", **SETTINGS)
+    users = Users(context, site)
     page = context.new_page()
     page.goto(site.url)
     expect(page.locator("#announcer")).to_have_text("You are signed out.")

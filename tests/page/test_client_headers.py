@@ -8,12 +8,12 @@ from playwright.sync_api import Page, Request
 
 from tests.browser import Site
 from tests.page.steps import MakeSite, said, words
+from tests.page.users import problem
 from tests.proxy import CuttingProxy
 
 pytestmark = pytest.mark.needs("chromium")
 
-SIGNED_OUT = {"status": 401, "json": {"code": "token_expired", "detail": "Expired.", "loginUrl": "/login"}}
-SIGNED_OUT |= {"content_type": "application/problem+json"}
+SIGNED_OUT = problem(401, "token_expired", loginUrl="/login")
 NUMBERED = "(() => { let count = 0; return async () => ({ Authorization: `Bearer t${++count}` }); })()"
 """Headers with a new token for each request."""
 START = """async () => {
@@ -139,6 +139,38 @@ def test_refused_post_signs_out_although_the_stream_is_open(page: Page, make_sit
 
     wait_for_state(page, "signedOut")
     site.until(lambda: site.open_streams() == 0)
+
+
+def test_refused_post_to_a_paused_conversation_opens_nothing(page: Page, make_site: MakeSite) -> None:
+    site = make_site([])
+    requests = start(page, site.url)
+    wait_for_state(page, "live")
+    page.evaluate("conversation.pause()")
+    page.route(re.compile("/chat$|/me"), lambda route: route.fulfill(**SIGNED_OUT))
+
+    page.evaluate("conversation.say('Count').catch(() => {})")
+    page.wait_for_timeout(200)
+
+    assert page.evaluate("conversation.state") == "paused"
+    assert len(requests) == 2
+
+
+def test_event_after_the_one_that_closed_the_stream_is_dropped(page: Page, make_site: MakeSite) -> None:
+    site = make_site([])
+    requests = start(page, site.url)
+    wait_for_state(page, "live")
+    token = 'event: token\ndata: {"text":"%s"}\nid: %s\n\n'
+    body = token % ("a", "first") + token % ("b", "second")
+    page.route("**/chat/stream/**", lambda route: route.fulfill(body=body, content_type="text/event-stream"), times=1)
+    page.evaluate("conversation.addEventListener('change', () => conversation.pause())")
+    site.run(site.app.end_streams())
+    wait_for_state(page, "paused")
+    assert page.evaluate("conversation.messages[0].content") == "a"
+
+    page.evaluate("conversation.open()")
+
+    site.until(lambda: len(requests) == 3)
+    assert requests[2].url.endswith("lastEventId=first")
 
 
 def test_refused_stream_of_a_user_who_is_signed_in_is_tried_again(page: Page, make_site: MakeSite) -> None:

@@ -1,9 +1,23 @@
-"""Users of the page: who is signed in, in one browser profile."""
+"""Users of the page: a server with tokens in a cookie, and a browser profile that has one."""
 
 import re
+import time
 from typing import Any
 
-from playwright.sync_api import BrowserContext, Route
+import jwt
+from playwright.sync_api import BrowserContext, Request
+
+from tests.browser import Site
+
+SECRET = "a secret of at least 32 characters"
+COOKIE = "token"
+SETTINGS: dict[str, Any] = {"auth": "jwt", "auth_secret": (SECRET,), "auth_cookie": COOKIE, "auth_leeway_s": 0.0}
+"""The fields of `Settings` of a server that takes these users' tokens."""
+
+
+def token(owner: str, seconds: int = 600) -> str:
+    """Return a token of a user that is valid for a number of seconds."""
+    return jwt.encode({"sub": owner, "exp": int(time.time()) + seconds}, SECRET, "HS256")
 
 
 def problem(status: int, code: str, **members: str) -> dict[str, Any]:
@@ -13,37 +27,25 @@ def problem(status: int, code: str, **members: str) -> dict[str, Any]:
 
 
 class Users:
-    """A server's users.
+    """The users of a browser profile. The test's own client, `site.app.client`, is alice's."""
 
-    :param login_url: the `loginUrl` of `/me`; so `logout_url`
-    """
-
-    def __init__(self, context: BrowserContext, *, login_url: str = "", logout_url: str = "") -> None:
-        self.owner: str | None = None
-        self.login = {"loginUrl": login_url} if login_url else {}
-        self.logout = {"logoutUrl": logout_url} if logout_url else {}
+    def __init__(self, context: BrowserContext, site: Site) -> None:
+        self._context = context
+        self._site = site
         self.asked: list[str] = []
-        """The paths of the requests so far."""
-        context.route(re.compile("/(chat|me)([/?]|$)"), self._answer)
+        """The URLs of the requests to the API so far."""
+        context.on("request", self._note)
+        site.app.client.http.headers["Authorization"] = f"Bearer {token('alice')}"
 
-    def sign_in(self, owner: str) -> None:
-        self.owner = owner
+    def sign_in(self, owner: str, seconds: int = 600) -> None:
+        """Set the cookie to a token of a user that is valid for a number of seconds."""
+        value = token(owner, seconds)
+        self._context.add_cookies([{"name": COOKIE, "value": value, "url": self._site.url, "httpOnly": True}])
 
     def sign_out(self) -> None:
-        self.owner = None
+        """Delete the cookie."""
+        self._context.clear_cookies()
 
-    def _answer(self, route: Route) -> None:
-        path = "/" + route.request.url.split("/", 3)[3]
-        self.asked.append(path)
-        if self.owner is None:
-            route.fulfill(**problem(401, "unauthenticated", **(self.login if path == "/me" else {})))
-        elif path == "/me":
-            route.fulfill(json={"owner": self.owner, **self.logout})
-        elif self.owner == "alice" or route.request.method == "POST":
-            route.continue_()
-        elif path.startswith("/chat?"):
-            route.fulfill(json={"conversations": []})
-        elif path.startswith("/chat/stream/"):
-            route.continue_(url=re.sub("stream/[0-9a-f]{24}.*", f"stream/{'0' * 24}", route.request.url))
-        else:
-            route.fulfill(**problem(404, "not_found"))
+    def _note(self, request: Request) -> None:
+        if re.search("/(chat|me)([/?]|$)", request.url):
+            self.asked.append(request.url)

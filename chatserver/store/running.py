@@ -42,9 +42,10 @@ class RunningReplies(Database):
             if await self.conversations.update_all(changes) == len(changes):
                 return ()
             condition = several(conversation for conversation, _ in replies.values())
-            found = await self.conversations.find(condition, {"reply._id": 1}).to_list(None)
-        running = (documents.reply(each, expired=False) for each in found)
-        return set(replies) - {each.id for each in running if each is not None}
+            found = await self.conversations.find(condition, {"owner": 1, "reply._id": 1}).to_list(None)
+        running = [(documents.key(each), documents.reply(each, expired=False)) for each in found]
+        running_ids = {(key, reply.id) for key, reply in running if reply is not None}
+        return {reply_id for reply_id, (key, _) in replies.items() if (key, reply_id) not in running_ids}
 
     async def finish(self, conversation: Key, message: Message, *, if_renewed_at: object = None) -> Message | None:
         """Store a running reply as a message, and end it. Replies that end together share one bulk write.

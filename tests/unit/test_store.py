@@ -177,10 +177,11 @@ def texts(value: Any, *, evaluated: bool = False) -> Iterator[tuple[str, bool]]:
             yield from texts(each, evaluated=evaluated)
 
 
-async def commands_of_all_operations(database: Database, text: str) -> list[Any]:
+async def commands_of_all_operations(database: Database, text: str, owner: str | None = None) -> list[Any]:
     """Return the commands that MongoDB receives when each operation of a store is called.
 
     :param text: every text of a client, key or source
+    :param owner: the owner of the conversations
     """
     commands = Commands()
     client: Any = AsyncIOMotorClient(database.uri, event_listeners=[commands], **client_options(4.0))
@@ -193,7 +194,7 @@ async def commands_of_all_operations(database: Database, text: str) -> list[Any]
         history=50,
         observe=lambda operation, _seconds, _answered: calls.add(operation),
     )
-    first = turn()
+    first = turn(Key(owner, new_id()))
     await store.prepare()
     await store.start_turn(first, text, text)
     await store.checkpoint({first.reply_id: (first.conversation, text)})
@@ -211,8 +212,8 @@ async def commands_of_all_operations(database: Database, text: str) -> list[Any]
     for span in (Newest(), Newest(1), After(first.message_id, 0), Before(first.message_id), Between(0, 1)):
         await store.read(first.conversation, span)
     await store.peek(first.conversation)
-    (summary,) = await store.summaries(None, 1, None)
-    await store.summaries(None, 1, summary.place)
+    (summary,) = await store.summaries(owner, 1, None)
+    await store.summaries(owner, 1, summary.place)
     await store.ping()
     await store.keys(None, 1)
     await store.keys(None, 1, first.conversation)
@@ -256,6 +257,43 @@ async def test_every_command_selects_by_a_condition_of_the_collection(
     assert {next(iter(each)) for each in on_collection} == {"find", "findAndModify", "update", "delete"}
     for command in on_collection:
         assert all(each.get("$comment") == "the rule" for each in filters(command)), command
+
+
+def is_for_all_owners(command: Mapping[str, Any]) -> bool:
+    """Return whether a command is a batched read of conversations by id, or the search for expired replies.
+
+    Their results include the owners, and are compared with them or passed on with them.
+    """
+    if next(iter(command)) != "find" or command["projection"].get("owner") != 1:
+        return False
+    match command["filter"]:
+        case {"_id": {"$in": [*_]}, **others}:
+            return not others
+        case {"reply._id": _, "$expr": _, **others}:
+            return not others
+    return False
+
+
+@pytest.mark.parametrize("owner", ["alice", None])
+async def test_every_command_names_the_owner(database: Database, owner: str | None) -> None:
+    sent = await commands_of_all_operations(database, "Hello", owner)
+    on_collection = [each for each in sent if next(iter(each.values())) == "conversations"]
+    # Not the first, by which `prepare` checks that the database accepts writes. It selects no conversation.
+    named = [each for each in on_collection[1:] if not is_for_all_owners(each)]
+
+    expected = {"$exists": False} if owner is None else owner
+    assert [each for each in named if any(selected.get("owner") != expected for selected in filters(each))] == []
+    assert len(on_collection) - 1 - len(named) == 3  # `peek`, `find_expired`, and `checkpoint` of an ended reply
+    assert not any("owner" in text for command in named for text in changed_fields(command))
+
+
+def changed_fields(command: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of the fields that a command changes."""
+    changes = [each["u"] for each in command.get("updates", [])] + [command.get("update", {})]
+    for change in changes:
+        if isinstance(change, Mapping):
+            for fields in change.values():
+                yield from fields
 
 
 async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: Stores) -> None:

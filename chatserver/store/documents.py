@@ -41,9 +41,10 @@ def id_for_key(owner: str | None, key: str) -> str:
     """Return the id of the conversation that a post with an idempotency key, but without a conversation, creates.
 
     The id depends on the owner and the key alone, so that two attempts meet at one document, by the index on `_id`.
+    No two pairs of an owner and a key have the same id.
     """
-    name = key if owner is None else json.dumps([owner, key])
-    return hashlib.sha256(f"chatserver conversation\0{name}".encode()).hexdigest()[:24]
+    name = f"conversation\0{key}" if owner is None else f"owned conversation\0{json.dumps([owner, key])}"
+    return hashlib.sha256(f"chatserver {name}".encode()).hexdigest()[:24]
 
 
 def now() -> datetime:

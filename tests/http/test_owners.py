@@ -467,6 +467,7 @@ async def test_page_of_another_site_cannot_use_the_cookie(make_app: MakeApp, pag
             ("DELETE", f"/chat/{conversation_id}"),
             ("GET", f"/chat/stream/{conversation_id}"),
             ("POST", "/chat"),
+            ("DELETE", "/me"),
         ):
             response = await app.client.http.request(method, path, headers=page | cookie)
             assert_problem(response, 403, "cross_site")

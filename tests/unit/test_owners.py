@@ -89,8 +89,8 @@ def test_ids_do_not_depend_on_the_seed_of_the_process() -> None:
 
 async def test_ids_of_a_turn_are_random(app: App) -> None:
     ids: list[str] = []
-    for _ in range(20):
-        started = await app.chat.say("alice", None, "Hello")
+    for number in range(20):
+        started = await app.chat.say(f"owner {number}", None, "Hello")
         ids += [started.conversation.id, started.message_id, started.reply_id]
 
     assert all(len(set(digits)) > 4 for digits in zip(*ids, strict=True))

@@ -160,7 +160,9 @@ class World:
             self.retry,
             self.stop_reply,
             self.delete,
+            self.delete_all,
             self.history,
+            self.export,
             self.list,
             *3 * [self.write],
         ]
@@ -233,12 +235,25 @@ class World:
         if answer is None and self._holders.get(conversation_id) == owner:
             del self._holders[conversation_id]
 
+    async def delete_all(self, owner: str, _: str, server: Server) -> None:
+        if self.random.random() < 0.3:
+            assert await self.answer(owner, server.chat.delete_all(owner)) is None
+            self._holders = {each: holder for each, holder in self._holders.items() if holder != owner}
+
     async def history(self, owner: str, conversation_id: str, server: Server) -> None:
         async def read(key: Key) -> Any:
             history = await server.reading.history(key, self.random.choice((None, 1)))
             return history.streaming, [part async for part in history.parts]
 
         await self.compare("history", Key(owner, conversation_id), read)
+
+    async def export(self, owner: str, _: str, server: Server) -> None:
+        async def export() -> dict[Key, Any]:
+            exported = server.reading.export(owner)
+            return {key: [part async for part in history.parts] async for key, history in exported}
+
+        answer = await self.answer(owner, export())
+        assert isinstance(answer, tuple) or answer.keys() <= self._once_held
 
     async def list(self, owner: str, _: str, server: Server) -> None:
         self.seen["list", "own"] += 1
@@ -250,7 +265,7 @@ class World:
         key, unknown = Key(owner, conversation_id), Key(owner, new_id())
         self.seen["subscribe", self.relation(key)] += 1
         known = self._positions[self.random.choice(self._ids)]
-        position = self.random.choice([*known[-3:], "", f"{conversation_id}-0"])
+        position = self.random.choice([*known[-3:], "", *2 * [f"{conversation_id}-0"]])
         recorder = await server.subscribe(key, position)
         control = await server.subscribe(unknown, position.replace(key.id, unknown.id))
         self._streams.append(Stream(key, server, recorder, unknown, control))
@@ -352,7 +367,7 @@ async def run(database: Database, logs: pytest.LogCaptureFixture, seeds: range, 
 
 @pytest.mark.expects_log("could not be stored")
 async def test_no_owner_learns_of_the_other(database: Database, caplog: pytest.LogCaptureFixture) -> None:
-    await run(database, caplog, range(4), steps=60)
+    await run(database, caplog, range(5), steps=80)
 
 
 @pytest.mark.soak

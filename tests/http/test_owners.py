@@ -25,6 +25,7 @@ from tests.http.turns import document, gated, release
 pytestmark = pytest.mark.gen_test
 
 SECRET = "the secret of these tests, 32 bytes or more"
+METRICS_TOKEN = "the token of the metrics in these tests"
 COOKIE = "chat_token"
 JWT = {"auth": "jwt", "auth_secret": (SECRET,), "auth_cookie": COOKIE, "max_turns_per_minute": 0}
 PUBLIC = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/", "/web/client.js"}
@@ -499,7 +500,7 @@ async def test_no_secret_is_in_a_log_an_answer_a_metric_a_document_or_a_prompt(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     source = gated("one ", "two", said=100)
-    app = await make_app(source=source, **JWT)
+    app = await make_app(source=source, metrics_token=METRICS_TOKEN, **JWT)
     callers: list[BaseHandler] = []
     prepare = BaseHandler.prepare
 
@@ -517,7 +518,8 @@ async def test_no_secret_is_in_a_log_an_answer_a_metric_a_document_or_a_prompt(
                 response = await app.client.http.request(method, path, headers=header, **body)  # type: ignore[arg-type]
                 answers.append(response.text + repr(response.headers))
     await app.until_idle()
-    answers.append((await app.client.http.get("/metrics")).text)
+    metrics = await app.client.http.get("/metrics", headers={"Authorization": f"Bearer {METRICS_TOKEN}"})
+    answers.append(metrics.text)
     seen = [
         *answers,
         *(json.dumps(vars(record), default=str) for record in caplog.records if "httpx" not in record.name),
@@ -527,7 +529,7 @@ async def test_no_secret_is_in_a_log_an_answer_a_metric_a_document_or_a_prompt(
         *(repr(each.caller) for each in callers),
     ]
 
-    assert source.prompts and callers
+    assert source.prompts and callers and "chatserver_open_streams" in metrics.text
     secrets = [
         SECRET,
         *{part for each in (good, expired, forged) for part in each.split(".")[1:]},

@@ -1,12 +1,14 @@
 """Owners over HTTP: who is let in, what is his, and what nobody else learns of it."""
 
 import asyncio
+import itertools
 import json
 import logging
+import random
 import re
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import jwt
@@ -402,6 +404,43 @@ async def test_stream_ends_with_its_token_and_a_new_token_resumes_it(make_app: M
         assert response.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
         assert text_of(events) == "one " and text_of(rest) == "two three" and rest[-1].name == "done"
         assert document(app, answer["conversationId"])["messages"][-1]["content"] == "one two three"
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_streams_that_expire_after_any_character_lose_and_repeat_nothing(make_app: MakeApp, seed: int) -> None:
+    """Chunks of random length, several of which may be sent before a token expires, or none."""
+    chance = random.Random(seed)
+    text = "Wörter 😀 and more words, one after the other. " * 2
+    cuts = sorted({0, len(text), *(chance.randrange(len(text)) for _ in range(40))})
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(cuts)]
+    source = gated(*pieces)
+    app = await make_app(source=source, **JWT)
+    async with people(app) as (alice, _):
+        answer = await alice.say("hi")
+        position, events, streams = answer["lastEventId"], list[Event](), 0
+        while not (events and events[-1].name == "done"):
+            streams += 1
+            alice.http.headers.update(bearer("alice", seconds=600 + streams))
+            release(source, chance.randrange(4))
+            await app.until(lambda: not app.streams.connections)
+            expiring = asyncio.create_task(expire_after(app, chance.randrange(3)))
+            events += [event async for event in alice.stream(answer["conversationId"], position) if event.id]
+            position = events[-1].id if events else position
+            await expiring
+
+        assert streams > 5 and text_of(events) == text
+        assert document(app, answer["conversationId"])["messages"][-1]["content"] == text
+
+
+async def expire_after(app: App, tokens: int) -> None:
+    """Let the token of the one open stream expire, once the stream had the time to be sent some tokens."""
+    await app.until(lambda: any(each.ready for each in app.streams.connections))
+    (connection,) = app.streams.connections
+    sent = app.hub.counts.events
+    with suppress(TimeoutError):
+        await app.until(lambda: app.hub.counts.events >= sent + tokens, 0.02)
+    connection.valid_until = 0.0
+    app.streams.tick()
 
 
 async def test_stream_that_has_expired_while_the_machine_slept_gets_no_token(

@@ -2,39 +2,31 @@
 
 from tornado.web import Application
 
-from chatserver.chat import Chat
-from chatserver.handlers.base import NoSuchRoute
+from chatserver.handlers.base import NoSuchRoute, Services
 from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, ExportHandler, RetryHandler, StopHandler
 from chatserver.handlers.docs import DocsHandler, OpenAPIHandler
-from chatserver.handlers.identity import Identity
 from chatserver.handlers.me import MeHandler
 from chatserver.handlers.ops import HealthHandler, MetricsHandler, ReadyHandler
 from chatserver.handlers.pages import PageHandler
 from chatserver.handlers.problems import log_request
 from chatserver.handlers.stream import StreamHandler
-from chatserver.metrics import Metrics
-from chatserver.reading import Reading
-from chatserver.settings import Settings
-from chatserver.streams import Streams
 
 
-def make_app(
-    chat: Chat, reading: Reading, streams: Streams, metrics: Metrics, identity: Identity, settings: Settings
-) -> Application:
-    """Return the application. Handlers receive their collaborators through `initialize`."""
-    common = {"chat": chat, "reading": reading, "identity": identity, "settings": settings}
+def make_app(services: Services) -> Application:
+    """Return the application, whose handlers use `services`."""
+    common = {"services": services}
     return Application(
         [
             (r"/chat", ConversationsHandler, common),
             (r"/chat/export", ExportHandler, common),
-            (r"/chat/stream/([^/]*)", StreamHandler, {**common, "streams": streams}),
+            (r"/chat/stream/([^/]*)", StreamHandler, common),
             (r"/chat/([^/]*)", ConversationHandler, common),
             (r"/chat/([^/]*)/stop", StopHandler, common),
             (r"/chat/([^/]*)/retry", RetryHandler, common),
             (r"/me", MeHandler, common),
             (r"/healthz", HealthHandler, common),
             (r"/readyz", ReadyHandler, common),
-            (r"/metrics", MetricsHandler, {**common, "metrics": metrics}),
+            (r"/metrics", MetricsHandler, common),
             (r"/openapi\.json", OpenAPIHandler, common),
             (r"/docs", DocsHandler, common),
             (r"/()", PageHandler, common),

@@ -14,6 +14,7 @@ from tornado.httpserver import HTTPServer
 from chatserver import tasks
 from chatserver.app import make_app
 from chatserver.chat import Chat
+from chatserver.handlers.base import Services
 from chatserver.handlers.identity import make_identity
 from chatserver.hub import Hub
 from chatserver.limits import TurnLimit
@@ -92,8 +93,10 @@ class Server:
         )
         self.streams = Streams(settings, self.metrics, on_close=self.hub.unsubscribe)
         self.identity = make_identity(settings)
+        services = Services(self.chat, self.reading, self.streams, self.metrics, self.identity, settings)
+        self.application = make_app(services)
         self.http = HTTPServer(
-            make_app(self.chat, self.reading, self.streams, self.metrics, self.identity, settings),
+            self.application,
             max_header_size=_HEADER_FACTOR * settings.max_header_bytes,
             chunk_size=_CHUNK_BYTES,
             body_timeout=settings.request_timeout_s,

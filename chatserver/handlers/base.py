@@ -8,7 +8,7 @@ import secrets
 import sys
 from asyncio import Future
 from collections.abc import AsyncIterator, Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from tornado.httputil import HTTPServerRequest
 from tornado.iostream import IOStream, StreamClosedError
@@ -32,9 +32,11 @@ from chatserver.handlers.access import client_address, cors_headers, host_is_all
 from chatserver.handlers.body import RequestBody
 from chatserver.handlers.identity import Identity
 from chatserver.handlers.problems import ProblemHandler
+from chatserver.metrics import Metrics
 from chatserver.reading import Reading
 from chatserver.records import Key
 from chatserver.settings import Settings
+from chatserver.streams import Streams
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,17 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z", re.ASCII)
 _KEY = re.compile(r"[\x21-\x7e]{1,255}\Z", re.ASCII)
 
 
+class Services(NamedTuple):
+    """The parts of a server that its handlers use."""
+
+    chat: Chat
+    reading: Reading
+    streams: Streams
+    metrics: Metrics
+    identity: Identity
+    settings: Settings
+
+
 @stream_request_body
 class BaseHandler(ProblemHandler):
     """A handler of this server."""
@@ -56,11 +69,9 @@ class BaseHandler(ProblemHandler):
     is_public: ClassVar[bool] = False
     """Whether the resource is the same for everybody, so that no credential is required."""
 
-    def initialize(self, chat: Chat, reading: Reading, identity: Identity, settings: Settings) -> None:
-        self.chat = chat
-        self.reading = reading
-        self.identity = identity
-        self.config = settings
+    def initialize(self, services: Services) -> None:
+        self.services = services
+        self.config = settings = services.settings
         self.log_fields = {}
         self.is_refused = False
         self.caller = Caller(None, None, ambient=True)
@@ -119,7 +130,7 @@ class BaseHandler(ProblemHandler):
         if not host_is_allowed(self.request.host_name, self.config.allowed_hosts, self.config.host):
             raise HostNotAllowed
         if not self.is_public and self.request.method != "OPTIONS":
-            self.caller = await self.identity.identify(self.request.headers, self.request.remote_ip or "")
+            self.caller = await self.services.identity.identify(self.request.headers, self.request.remote_ip or "")
             if self.caller.owner is not None:
                 self.log_fields["owner"] = self.caller.owner
         if (

@@ -51,7 +51,7 @@ class TurnHandler(BaseHandler):
     def common_headers(self) -> dict[str, str]:
         headers = super().common_headers()
         if self.get_status() in (202, QuotaExceeded.status):
-            headers |= rate_limit_headers(self.chat.quotas(self.caller.owner))
+            headers |= rate_limit_headers(self.services.chat.quotas(self.caller.owner))
         return headers
 
 
@@ -63,7 +63,7 @@ class ConversationsHandler(TurnHandler):
         """Send a message: 202 as soon as it is durably stored."""
         body = self.json_body("say")
         known = body.get("conversationId")
-        turn = await self.chat.say(
+        turn = await self.services.chat.say(
             self.caller.owner, known.lower() if known else None, body["input"], self.idempotency_key()
         )
         _accept(self, turn)
@@ -74,7 +74,7 @@ class ConversationsHandler(TurnHandler):
         query = self.query("list")
         limit = query.get("limit", 20)
         after = _parse_cursor(query["cursor"]) if "cursor" in query else None
-        found = await self.reading.summaries(self.caller.owner, limit + 1, after)
+        found = await self.services.reading.summaries(self.caller.owner, limit + 1, after)
         page: dict[str, Any] = {"conversations": [_summary(each) for each in found[:limit]]}
         if len(found) > limit:
             page["nextCursor"] = _cursor(found[limit - 1].place)
@@ -89,7 +89,7 @@ class ExportHandler(BaseHandler):
     @raises(DatabaseUnavailable)
     async def get(self) -> None:
         """Return all conversations of the caller, one a line."""
-        await self.send_chunks(_export(self.reading.export(self.caller.owner)), "application/x-ndjson")
+        await self.send_chunks(_export(self.services.reading.export(self.caller.owner)), "application/x-ndjson")
 
     head = get
 
@@ -103,7 +103,9 @@ class ConversationHandler(BaseHandler):
         conversation = self.key(conversation_id)
         query = self.query("history")
         before = query.get("before")
-        history = await self.reading.history(conversation, query.get("limit"), before.lower() if before else None)
+        history = await self.services.reading.history(
+            conversation, query.get("limit"), before.lower() if before else None
+        )
         await self.send_chunks(_history(conversation.id, history, paged=bool(query)))
 
     head = get
@@ -111,7 +113,7 @@ class ConversationHandler(BaseHandler):
     @raises(InvalidRequest, InvalidId, NotFound, DatabaseUnavailable)
     async def delete(self, conversation_id: str) -> None:
         """Delete the conversation."""
-        await self.chat.delete(self.key(conversation_id))
+        await self.services.chat.delete(self.key(conversation_id))
         self.set_status(204)
         self.finish()
 
@@ -124,7 +126,7 @@ class StopHandler(BaseHandler):
         """Stop the running reply."""
         conversation = self.key(conversation_id)
         self.json_body("empty")
-        reply_id = await self.chat.stop(conversation)
+        reply_id = await self.services.chat.stop(conversation)
         self.send_json({"status": "stopping", "messageId": reply_id} if reply_id else {"status": "idle"}, 202)
 
 
@@ -136,7 +138,7 @@ class RetryHandler(TurnHandler):
         """Answer the last user message again."""
         conversation = self.key(conversation_id)
         self.json_body("empty")
-        _accept(self, await self.chat.retry(conversation))
+        _accept(self, await self.services.chat.retry(conversation))
 
 
 def _accept(handler: BaseHandler, turn: Turn) -> None:

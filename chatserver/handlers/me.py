@@ -26,7 +26,7 @@ class MeHandler(BaseHandler):
     @raises(NotFound, DatabaseUnavailable)
     async def delete(self) -> None:
         """Delete all conversations of the caller."""
-        await self.chat.delete_all(self._name())
+        await self.services.chat.delete_all(self._name())
         self.set_status(204)
         self.finish()
 

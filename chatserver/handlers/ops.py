@@ -2,15 +2,11 @@
 
 import hmac
 
-from chatserver import metrics
 from chatserver.auth import find_credential
-from chatserver.chat import Chat
 from chatserver.errors import DatabaseUnavailable, Draining, InvalidToken, KeysUnavailable, NotFound, Unauthenticated
 from chatserver.handlers.base import BaseHandler
-from chatserver.handlers.identity import Identity
 from chatserver.handlers.problems import raises
-from chatserver.reading import Reading
-from chatserver.settings import Settings
+from chatserver.metrics import CONTENT_TYPE
 
 
 class HealthHandler(BaseHandler):
@@ -33,9 +29,9 @@ class ReadyHandler(BaseHandler):
     @raises(DatabaseUnavailable, Draining, KeysUnavailable)
     async def get(self) -> None:
         """The server accepts turns: MongoDB answers, the users' keys are known, and the server is not shutting down."""
-        if not self.identity.is_ready:
+        if not self.services.identity.is_ready:
             raise KeysUnavailable
-        await self.chat.ping()
+        await self.services.chat.ping()
         self.send_json({"status": "ready"})
 
     head = get
@@ -46,18 +42,12 @@ class MetricsHandler(BaseHandler):
 
     is_public = True
 
-    def initialize(  # type: ignore[override]
-        self, chat: Chat, reading: Reading, identity: Identity, settings: Settings, metrics: metrics.Metrics
-    ) -> None:
-        super().initialize(chat, reading, identity, settings)
-        self.metrics = metrics
-
     @raises(NotFound, Unauthenticated, InvalidToken)
     def get(self) -> None:
         """All metrics in Prometheus's text format."""
         self._check_token()
-        self.set_header("Content-Type", metrics.CONTENT_TYPE)
-        self.finish(self.metrics.render())
+        self.set_header("Content-Type", CONTENT_TYPE)
+        self.finish(self.services.metrics.render())
 
     head = get
 

@@ -1,12 +1,11 @@
 """The chat page and its files."""
 
 from pathlib import Path
-from typing import Any
 
 from tornado.web import StaticFileHandler
 
 from chatserver.errors import NotFound
-from chatserver.handlers.base import BaseHandler
+from chatserver.handlers.base import BaseHandler, Services
 
 WEB = Path(__file__).parent.parent / "web"
 PAGE_HEADERS = {
@@ -24,8 +23,8 @@ class PageHandler(BaseHandler, StaticFileHandler):
 
     is_public = True
 
-    def initialize(self, **kwargs: Any) -> None:  # type: ignore[override]
-        BaseHandler.initialize(self, **kwargs)
+    def initialize(self, services: Services) -> None:  # type: ignore[override]
+        BaseHandler.initialize(self, services)
         StaticFileHandler.initialize(self, str(WEB), default_filename="index.html")
 
     async def get(self, path: str, include_body: bool = True) -> None:

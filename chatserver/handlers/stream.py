@@ -14,14 +14,9 @@ client would send its next post into a closed connection. Nor may the response a
 from math import inf
 
 from chatserver import positions
-from chatserver.chat import Chat
 from chatserver.errors import ChatError, DatabaseUnavailable, Draining, InvalidId, InvalidRequest, TooManyStreams
 from chatserver.handlers.base import BaseHandler
-from chatserver.handlers.identity import Identity
 from chatserver.handlers.problems import raises
-from chatserver.reading import Reading
-from chatserver.settings import Settings
-from chatserver.streams import Streams
 from chatserver.wire import sse
 
 _HEAD = (
@@ -38,12 +33,6 @@ class StreamHandler(BaseHandler):
 
     # An open stream counts against the limits, also for a page that cannot read it.
     cross_site_methods = ("HEAD", "OPTIONS")
-
-    def initialize(  # type: ignore[override]
-        self, chat: Chat, reading: Reading, identity: Identity, settings: Settings, streams: Streams
-    ) -> None:
-        super().initialize(chat, reading, identity, settings)
-        self.streams = streams
 
     async def prepare(self) -> None:
         """Stream the conversation as soon as the headers are read: later, Tornado does not let go of the socket."""
@@ -70,7 +59,7 @@ class StreamHandler(BaseHandler):
         chunked = self.request.version == "HTTP/1.1"
         options = self.request.headers.get("Connection", "").lower().split(",")
         reusable = chunked and "close" not in (each.strip() for each in options)
-        connection = self.streams.open(
+        connection = self.services.streams.open(
             conversation,
             self.address,
             self._head(chunked=chunked, reusable=reusable),
@@ -83,9 +72,9 @@ class StreamHandler(BaseHandler):
         )
         try:
             if last_event_id and position is None:
-                self.reading.refuse(connection)
+                self.services.reading.refuse(connection)
             else:
-                await self.reading.subscribe(conversation, position, connection)
+                await self.services.reading.subscribe(conversation, position, connection)
             await connection.attach(self.detach())
         except BaseException:
             connection.release()

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from chatserver.app import make_app as make_routes
 from chatserver.errors import HostNotAllowed
 from chatserver.handlers.base import BaseHandler
 from chatserver.handlers.body import DISCARDED_BYTES
@@ -268,8 +267,8 @@ async def test_no_route_or_method_bypasses_the_base_of_all_handlers(app: App, mo
         raise HostNotAllowed
 
     monkeypatch.setattr(BaseHandler, "prepare", refuse)
-    table: Any = make_routes(app.chat, app.reading, app.streams, app.metrics, app.server.identity, app.settings)
-    patterns = [rule.matcher.regex.pattern for rule in table.wildcard_router.rules]
+    table: Any = app.server.application.wildcard_router
+    patterns = [rule.matcher.regex.pattern for rule in table.rules]
     paths = {re.sub(r"\([^)]*\)", ID, pattern.removesuffix("$")).replace("\\", "") for pattern in patterns}
     assert {"/chat", f"/chat/stream/{ID}", "/metrics", f"/web/{ID}"} <= paths
 

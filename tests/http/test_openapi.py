@@ -12,7 +12,6 @@ from openapi_spec_validator import validate
 from tornado.web import RequestHandler
 
 from chatserver import errors, schemas
-from chatserver.app import make_app as routes
 from chatserver.errors import ChatError, ReplyCode
 from chatserver.handlers.openapi import make_openapi, problem_codes
 from chatserver.records import INTERRUPTED
@@ -32,9 +31,8 @@ async def test_document_is_served_and_valid(app: App) -> None:
 
 
 async def test_every_route_and_method_is_in_it_and_nothing_else(app: App) -> None:
-    table = routes(app.chat, app.reading, app.streams, app.metrics, app.server.identity, app.settings)
     served = {}
-    for rule in table.wildcard_router.rules:
+    for rule in app.server.application.wildcard_router.rules:
         path = re.sub(r"\(\[\^/\]\*\)", "{conversationId}", _matcher(rule).regex.pattern.removesuffix("$"))
         methods = {
             name.lower()

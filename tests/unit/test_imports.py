@@ -86,7 +86,7 @@ ALLOWED: dict[str, list[str]] = {
         "chatserver.streams",
         "chatserver.wire",
     ],
-    "chatserver.app": [*BOTTOM, "chatserver.chat", "chatserver.handlers", "chatserver.reading", "chatserver.streams"],
+    "chatserver.app": ["chatserver.handlers"],
     "chatserver.server": [
         *BOTTOM,
         "chatserver.app",

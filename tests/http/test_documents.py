@@ -310,6 +310,10 @@ async def test_content_that_is_not_a_string_is_shown_as_json_and_not_continued(
     assert await app.client.history(conversation_id) == before
 
 
+def _has_only_arrays(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, list) for each in value)
+
+
 @pytest.mark.process
 async def test_fields_of_unexpected_types_break_no_conversation(app: App) -> None:
     """Each field is tried with each type; all documents of a field are in one list."""
@@ -333,7 +337,9 @@ async def test_fields_of_unexpected_types_break_no_conversation(app: App) -> Non
         ids = [ObjectId() for _ in ODD]
         documents = [{"_id": id_, "updatedAt": TIME, **shape(odd)} for id_, odd in zip(ids, ODD, strict=True)]
         app.database.conversations.insert_many(documents)
-        assert {str(each) for each in ids} <= set(await listed(app))
+        # The list leaves out a conversation whose `updatedAt` is an array without other values than arrays.
+        unlisted = {str(each["_id"]) for each in documents if _has_only_arrays(each["updatedAt"])}
+        assert {str(each) for each in ids} - unlisted <= set(await listed(app))
         names = [str(each) for each in ids] + [good["conversationId"]]
         records = await asyncio.gather(*(app.store.peek(Key(None, each)) for each in names))
         assert all(record is not None for record in records)

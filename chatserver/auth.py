@@ -14,7 +14,7 @@ from chatserver.settings import Settings
 _JWS = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+){2}")
 _OWNER = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,255}")
 _TYPES = ("jwt", "at+jwt")
-"""The values of `typ` that tokens of access have (RFC 7519, 5.1, and RFC 9068), in lower case."""
+"""The values of `typ` that access tokens have (RFC 7519, 5.1, and RFC 9068), in lower case."""
 _LATEST = 253_402_300_799.0
 """The last second of the year 9999: no later time fits into a date, or into a timer."""
 _REASONS: dict[type[jwt.PyJWTError], str] = {
@@ -29,13 +29,13 @@ class Caller(NamedTuple):
     """Who sends a request.
 
     :ivar owner: the owner of the caller's conversations; None only with AUTH=none
-    :ivar expires_at: when the credential expires, leeway included, in seconds since 1970; None: never
     :ivar ambient: whether a browser adds the credential by itself, so that a page of another site can use it
+    :ivar expires_at: when the credential expires, leeway included, in seconds since 1970
     """
 
     owner: str | None
-    expires_at: float | None
     ambient: bool
+    expires_at: float = math.inf
 
 
 class Credential(NamedTuple):
@@ -123,7 +123,7 @@ def verify(credential: Credential, keys: Iterable[jwt.PyJWK], settings: Settings
     expires_at = min(_time(claims, "exp") + settings.auth_leeway_s, _LATEST)
     if now >= expires_at:
         raise TokenExpired("expired")
-    return Caller(owner, expires_at, credential.ambient)
+    return Caller(owner, credential.ambient, expires_at)
 
 
 def _decode(token: str, keys: Iterable[jwt.PyJWK], settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -108,7 +108,6 @@ def leeway_granted_twice() -> None:
 
     def with_leeway(credential: Credential, keys: Any, settings: Settings, now: float) -> Caller:
         caller = verify(credential, keys, settings, now - settings.auth_leeway_s)
-        assert caller.expires_at is not None
         return caller._replace(expires_at=caller.expires_at + settings.auth_leeway_s)
 
     auth.verify = identity.verify = with_leeway  # type: ignore[attr-defined]

@@ -74,7 +74,7 @@ class BaseHandler(ProblemHandler):
         self.config = settings = services.settings
         self.log_fields = {}
         self.is_refused = False
-        self.caller = Caller(None, None, ambient=True)
+        self.caller = Caller(None, ambient=True)
         self._body = RequestBody(self.request.headers, settings.max_body_bytes)
         given = self.request.headers.get("X-Request-Id", "")
         self.request_id = given if _REQUEST_ID.match(given) else secrets.token_hex(16)

@@ -69,7 +69,7 @@ class NoIdentity:
         pass
 
     async def identify(self, headers: HTTPHeaders, peer: str) -> Caller:
-        return Caller(owner=None, expires_at=None, ambient=True)
+        return Caller(None, ambient=True)
 
 
 class TokenIdentity:
@@ -102,7 +102,7 @@ class TokenIdentity:
         # Not the token itself, which would be a secret in memory for longer than its request.
         digest = hashlib.sha256(credential.token.encode()).digest()
         known = self._verified.get(digest) if self._verified_with is self._keys.version else None
-        if known is None or known.expires_at is None or known.expires_at <= time.time():
+        if known is None or known.expires_at <= time.time():
             keys = await self._keys.find(key_id(credential.token))
             known = verify(credential, keys, self._settings, time.time())
             self._remember(digest, known)
@@ -139,4 +139,4 @@ class ProxyIdentity:
         if not is_one_of(peer, self._settings.trusted_proxies):
             raise NoForwardedUser("not from TRUSTED_PROXIES")
         owner = forwarded_owner(headers, self._settings.auth_proxy_header)
-        return Caller(owner, expires_at=None, ambient=True)
+        return Caller(owner, ambient=True)

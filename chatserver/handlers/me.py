@@ -1,6 +1,7 @@
 """The caller's name, and the deletion of everything that belongs to the caller."""
 
 from datetime import UTC, datetime
+from math import inf
 
 from chatserver.errors import ChatError, DatabaseUnavailable, NotFound
 from chatserver.handlers.base import BaseHandler
@@ -15,7 +16,7 @@ class MeHandler(BaseHandler):
     def get(self) -> None:
         """Return who the caller is."""
         value = {"owner": self._name()}
-        if self.caller.expires_at is not None:
+        if self.caller.expires_at < inf:
             value["expiresAt"] = iso(datetime.fromtimestamp(self.caller.expires_at, UTC))
         if self.config.auth_logout_url is not None:
             value["logoutUrl"] = self.config.auth_logout_url

@@ -11,8 +11,6 @@ client would send its next post into a closed connection. Nor may the response a
 `fetch()` would treat a lost connection as the end of the body.
 """
 
-from math import inf
-
 from chatserver import positions
 from chatserver.errors import ChatError, DatabaseUnavailable, Draining, InvalidId, InvalidRequest, TooManyStreams
 from chatserver.handlers.base import BaseHandler
@@ -67,7 +65,7 @@ class StreamHandler(BaseHandler):
             resumes=position is not None,
             chunked=chunked,
             until_done=query.get("until") == "done",
-            valid_until=inf if self.caller.expires_at is None else self.caller.expires_at,
+            valid_until=self.caller.expires_at,
             reusable=reusable,
         )
         try:

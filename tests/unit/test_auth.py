@@ -227,7 +227,7 @@ def test_token_is_accepted(token: str) -> None:
     caller = caller_of(token)
 
     assert caller.owner == "alice" and not caller.ambient
-    assert caller.expires_at is not None and NOW + 600 < caller.expires_at < 2**40
+    assert NOW + 600 < caller.expires_at < 2**40
 
 
 @pytest.mark.parametrize(("token", "reason"), REFUSED.values(), ids=REFUSED)
@@ -354,7 +354,7 @@ async def secret_caller(token: str, settings: Settings = BY_SECRET) -> Caller:
 async def test_each_of_the_secrets_verifies_tokens() -> None:
     for secret in SECRETS:
         token = jwt.encode({"sub": "alice", "exp": NOW + 1}, secret, "HS256", {"kid": "any"})
-        assert await secret_caller(token) == Caller("alice", NOW + 31.0, ambient=False)
+        assert await secret_caller(token) == Caller("alice", ambient=False, expires_at=NOW + 31.0)
 
 
 @pytest.mark.gen_test
@@ -386,7 +386,9 @@ async def test_signed_token_is_accepted_with_the_same_settings() -> None:
         auth_required_claims=(("a", "b"),),
     )
 
-    assert await secret_caller(sign("zoë", settings, NOW + 60), settings) == Caller("zoë", NOW + 90.0, ambient=False)
+    assert await secret_caller(sign("zoë", settings, NOW + 60), settings) == Caller(
+        "zoë", ambient=False, expires_at=NOW + 90.0
+    )
 
 
 # -- where the token is ----------------------------------------------------------------------------------------------
@@ -506,7 +508,7 @@ async def test_only_a_trusted_peer_names_the_owner(peer: str, trusted: bool) -> 
     request = headers((USER, "alice"), ("X-Forwarded-For", "127.0.0.1"), ("X-Real-Ip", "127.0.0.1"))
 
     if trusted:
-        assert await identity.identify(request, peer) == Caller("alice", None, ambient=True)
+        assert await identity.identify(request, peer) == Caller("alice", ambient=True)
     else:
         with pytest.raises(NoForwardedUser):
             await identity.identify(request, peer)
@@ -517,7 +519,7 @@ async def test_without_auth_all_callers_are_the_same() -> None:
     identity = make_identity(Settings())
 
     assert identity.is_ready
-    assert await identity.identify(headers(BEARER, (USER, "alice")), "10.0.0.1") == Caller(None, None, ambient=True)
+    assert await identity.identify(headers(BEARER, (USER, "alice")), "10.0.0.1") == Caller(None, ambient=True)
 
 
 @pytest.mark.gen_test

@@ -144,12 +144,6 @@ def _claims(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _key(text: str) -> str:
-    if not re.fullmatch("[!-~]+", text):
-        raise ValueError("not made of visible ASCII characters only")
-    return text
-
-
 def _path(text: str) -> Path:
     try:
         return Path(text).expanduser()
@@ -171,6 +165,8 @@ _PROXY_STREAM_MAX_AGE_S = 900.0
 """The default of `STREAM_MAX_AGE_S` with AUTH=proxy: a proxy checks a stream only when it opens."""
 _SECONDS = _decimal(0.05, 86_400)
 _COUNT = _whole(1, 10_000_000)
+_LIMIT = _whole(0, 10_000_000)  # 0: no limit
+_VISIBLE = _like("[!-~]+", "made of visible ASCII characters only")
 
 
 @dataclass(frozen=True)
@@ -200,7 +196,7 @@ class Settings:
     auth_proxy_header: str = _setting("X-Forwarded-User", _like("[A-Za-z0-9-]+", "letters, digits and hyphens only"))
     auth_login_url: str | None = _setting(None, _link)
     auth_logout_url: str | None = _setting(None, _link)
-    metrics_token: str | None = _setting(None, _key, secret=True)
+    metrics_token: str | None = _setting(None, _VISIBLE, secret=True)
 
     mongodb_uri: str | None = _setting(None, secret=True)
     chat_data_dir: Path = _setting(Path(".data"), _path)
@@ -212,7 +208,7 @@ class Settings:
     history_messages: int = _setting(50, _whole(1, 10_000))
     simulated_token_delay_ms: int = _setting(40, _whole(0, 60_000))
     simulated_tokens: int | None = _setting(None, _COUNT)
-    openai_api_key: str | None = _setting(None, _key, secret=True)
+    openai_api_key: str | None = _setting(None, _VISIBLE, secret=True)
     openai_model: str = _setting("gpt-4.1-mini")
     openai_base_url: str | None = _setting(None, _web_address)
     openai_system_prompt: str | None = _setting(None)
@@ -229,11 +225,11 @@ class Settings:
     max_connections: int | None = _setting(None, _COUNT)
     max_streams: int = _setting(10_000, _COUNT)
     max_streams_per_conversation: int = _setting(2_000, _COUNT)
-    max_streams_per_address: int = _setting(0, _whole(0, 10_000_000))
-    max_streams_per_owner: int = _setting(50, _whole(0, 10_000_000))
+    max_streams_per_address: int = _setting(0, _LIMIT)
+    max_streams_per_owner: int = _setting(50, _LIMIT)
     max_replies: int = _setting(1_000, _COUNT)
-    max_replies_per_owner: int = _setting(5, _whole(0, 10_000_000))
-    max_turns_per_minute: int = _setting(30, _whole(0, 10_000_000))
+    max_replies_per_owner: int = _setting(5, _LIMIT)
+    max_turns_per_minute: int = _setting(30, _LIMIT)
     keepalive_s: float = _setting(15.0, _decimal(1, 86_400))
     slow_client_timeout_s: float = _setting(30.0, _SECONDS)
     stream_max_age_s: float = _setting(0.0, _decimal(0, 604_800))
@@ -325,7 +321,7 @@ _CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
         "AUTH is 'proxy', but TRUSTED_PROXIES is not set: name the addresses of the proxies that may name the user",
     ),
 ]
-"""Combinations of settings that cannot work, and what the operator is told; `{0}` stands for the settings."""
+"""Combinations of settings that cannot work, each with its message; `{0}` stands for the settings."""
 
 
 def _read_file(dotenv: Path) -> dict[str, str | None]:

@@ -7,17 +7,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 MODULES = [*(ROOT / "chatserver").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
-WHOLE = {"Chat", "Reading", "Replies", "Server", "Streams", "make_app", "make_source"}
+WHOLE = {"Chat", "Reading", "Replies", "Server", "Services", "Streams", "make_app", "make_source"}
 ALONE = {"HTTPServer", "Hub", "Listener", "Metrics", "Mongod", "Store"}
 """Parts that a test may build without the rest."""
 BUILDERS = {
     "server.py": WHOLE | ALONE,
     "__main__.py": {"Mongod", "Server"},
     "apps.py": {"Server"},
+    "test_owners.py": {"Streams"},
+    "test_owners_property.py": {"WholeServer"},
     "test_positions_property.py": {"WholeServer"},
     "test_startup.py": {"make_source"},
-    "test_http.py": {"make_routes"},
-    "test_openapi.py": {"routes"},
 }
 
 

@@ -142,6 +142,7 @@ class Server:
             await self.replies.drain()
             await self.streams.close()
             await self.stop_replies()
+            await self.identity.close()
         finally:
             await self.store.close()
         # Last: the requests that waited for the store have been answered.
@@ -150,7 +151,6 @@ class Server:
     async def stop_replies(self) -> None:
         """Cancel the background tasks; running replies remain in the database as checkpointed."""
         await self.background.close()
-        await self.identity.close()
         await self.source.close()
 
     async def _measure_loop_lag(self) -> None:

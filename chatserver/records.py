@@ -24,7 +24,9 @@ INTERRUPTED = ReplyError(
 
 
 class Key(NamedTuple):
-    """Names a conversation: its owner, and its id. Under the same id, each owner has a conversation of his own.
+    """Names a conversation by its owner and its id. Keys of two owners with the same id are different conversations.
+
+    In the database at most one of them exists.
 
     :ivar owner: None for the conversations of a server without users
     """

@@ -2,7 +2,7 @@
 
 One document per conversation, in the collection `conversations` (`documents` also reads those of other applications):
 
-    { _id, createdAt, updatedAt,
+    { _id, owner?, createdAt, updatedAt,
       messages: [ { _id, role, content, createdAt, status?, error?: { code, message }, key? } ],
       reply?: { _id, createdAt, content, renewedAt } }
 

@@ -106,7 +106,7 @@ def _ceil(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def discount(counter: Counter[T], name: T) -> None:
+def decrement(counter: Counter[T], name: T) -> None:
     """Subtract one from a count, and remove it at 0, so that the counter has no more names than are in use."""
     counter[name] -= 1
     if not counter[name]:

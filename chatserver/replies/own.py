@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tornado.locks import Condition
 
-from chatserver.limits import discount
+from chatserver.limits import decrement
 from chatserver.replies.writer import Writer
 
 
@@ -24,7 +24,7 @@ class OwnReplies:
         self._starting: dict[str, asyncio.Event] = {}
         """Reply id -> set when its start is published, or known not to be stored."""
         self._owners: Counter[str | None] = Counter()
-        """Owner -> the number of his replies in the table."""
+        """Owner -> the number of the owner's replies in the table."""
         self._changed = Condition()
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class OwnReplies:
             yield
         finally:
             del self._starting[reply_id]
-            discount(self._owners, owner)
+            decrement(self._owners, owner)
             settled.set()
             self._changed.notify_all()
 
@@ -69,7 +69,7 @@ class OwnReplies:
     def remove(self, writer: Writer) -> None:
         """Remove a writer that has ended."""
         del self.writers[writer.reply.message_id]
-        discount(self._owners, writer.live.key.owner)
+        decrement(self._owners, writer.live.key.owner)
         self._changed.notify_all()
 
     async def idle_within(self, seconds: float) -> bool:

@@ -11,7 +11,7 @@ from math import inf
 from chatserver import tasks
 from chatserver.errors import Draining, TooManyStreams
 from chatserver.hub import for_each
-from chatserver.limits import discount
+from chatserver.limits import decrement
 from chatserver.metrics import Metrics
 from chatserver.records import Key
 from chatserver.settings import Settings
@@ -113,9 +113,9 @@ class Streams:
 
     def _closed(self, connection: Connection) -> None:
         conversation, address = self._open.pop(connection)
-        discount(self._conversations, conversation)
-        discount(self._addresses, address)
-        discount(self._owners, conversation.owner)
+        decrement(self._conversations, conversation)
+        decrement(self._addresses, address)
+        decrement(self._owners, conversation.owner)
         self._on_close(connection)
 
     async def run(self) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from chatserver.errors import QuotaExceeded
 from chatserver.handlers.ratelimit import rate_limit_headers
-from chatserver.limits import Quota, TurnLimit, discount
+from chatserver.limits import Quota, TurnLimit, decrement
 
 SECOND = 1_000_000_000
 MINUTE = 60 * SECOND
@@ -175,10 +175,10 @@ def test_owner_whose_allowance_stays_empty_keeps_others_in_memory_for_a_minute_o
 
 def test_count_forgets_a_name_at_zero() -> None:
     counter = Counter({"alice": 2})
-    discount(counter, "alice")
+    decrement(counter, "alice")
     assert counter == {"alice": 1}
 
-    discount(counter, "alice")
+    decrement(counter, "alice")
     assert len(counter) == 0
 
 

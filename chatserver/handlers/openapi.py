@@ -3,7 +3,7 @@
 Its schemas are the files that validate requests; its error codes are read from the handlers and from errors.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -95,6 +95,10 @@ def _description() -> str:
 def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the paths. `security` are the alternatives for an operation that needs a user."""
     conversation = _path_parameter("conversationId")
+
+    def checks(handler: type[BaseHandler], method: str) -> dict[str, Any]:
+        return {"errors": _errors(handler, method), "security": [] if handler.is_public else security}
+
     return {
         "/chat": {
             "post": _operation(
@@ -103,16 +107,14 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 {"202": _accepted("The message is stored, and its reply is running.")},
                 parameters=[_IDEMPOTENCY_KEY],
                 body="SayRequest",
-                errors=_errors(ConversationsHandler, "post"),
-                security=security,
+                **checks(ConversationsHandler, "post"),
             ),
             "get": _operation(
                 "listConversations",
                 "List the conversations, the latest activity first.",
                 {"200": _json("Conversations", "A page.")},
                 parameters=_query("list"),
-                errors=_errors(ConversationsHandler, "get"),
-                security=security,
+                **checks(ConversationsHandler, "get"),
             ),
         },
         "/chat/export": {
@@ -120,8 +122,7 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 "exportConversations",
                 "Read all conversations, each as `GET /chat/{conversationId}` returns it, on a line of its own.",
                 {"200": _ndjson("Conversation", "The conversations, in the order of their ids.")},
-                errors=_errors(ExportHandler, "get"),
-                security=security,
+                **checks(ExportHandler, "get"),
             ),
         },
         "/chat/{conversationId}": {
@@ -131,15 +132,13 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 "Read a conversation, including a running reply.",
                 {"200": _json("Conversation", "The whole conversation, or a page of it.")},
                 parameters=_query("history"),
-                errors=_errors(ConversationHandler, "get"),
-                security=security,
+                **checks(ConversationHandler, "get"),
             ),
             "delete": _operation(
                 "deleteConversation",
                 "Delete a conversation. Its running reply is ended first, and its streams end with `reset`.",
                 {"204": {"description": "Deleted.", "headers": _HEADERS}},
-                errors=_errors(ConversationHandler, "delete"),
-                security=security,
+                **checks(ConversationHandler, "delete"),
             ),
         },
         "/chat/stream/{conversationId}": {
@@ -149,8 +148,7 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 "Stream a conversation as Server-Sent Events from a position, until the client disconnects.",
                 {"200": _event_stream()},
                 parameters=[_LAST_EVENT_ID, *_query("stream")],
-                errors=_errors(StreamHandler, "get"),
-                security=security,
+                **checks(StreamHandler, "get"),
             ),
         },
         "/chat/{conversationId}/stop": {
@@ -161,8 +159,7 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 {"202": _json("Stopped", "The reply is being stopped, or none was running.")},
                 body="EmptyRequest",
                 body_required=False,
-                errors=_errors(StopHandler, "post"),
-                security=security,
+                **checks(StopHandler, "post"),
             ),
         },
         "/chat/{conversationId}/retry": {
@@ -173,8 +170,7 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 {"202": _accepted("The new reply is running, and the old one is superseded.")},
                 body="EmptyRequest",
                 body_required=False,
-                errors=_errors(RetryHandler, "post"),
-                security=security,
+                **checks(RetryHandler, "post"),
             ),
         },
         "/me": {
@@ -182,15 +178,13 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 "me",
                 "Who the caller is.",
                 {"200": _json("Me", "The caller.")},
-                errors=_errors(MeHandler, "get"),
-                security=security,
+                **checks(MeHandler, "get"),
             ),
             "delete": _operation(
                 "deleteAll",
                 "Delete all conversations of the caller. Running replies are ended, and streams end with `reset`.",
                 {"204": {"description": "All are deleted.", "headers": _HEADERS}},
-                errors=_errors(MeHandler, "delete"),
-                security=security,
+                **checks(MeHandler, "delete"),
             ),
         },
         "/healthz": {"get": _operation("health", "Liveness: the process is up.", {"200": _json("Health", "Up.")})},
@@ -199,7 +193,7 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 "ready",
                 "Readiness: the server accepts turns.",
                 {"200": _json("Health", "Ready.")},
-                errors=_errors(ReadyHandler, "get"),
+                **checks(ReadyHandler, "get"),
             )
         },
         "/metrics": {
@@ -207,7 +201,7 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 "metrics",
                 "Metrics for Prometheus. With METRICS_TOKEN set, it must be sent as a bearer token.",
                 {"200": _text("text/plain", "Metrics.")},
-                errors=_errors(MetricsHandler, "get"),
+                **checks(MetricsHandler, "get"),
             )
         },
         "/openapi.json": {
@@ -282,7 +276,7 @@ def _operation(
     parameters: Iterable[dict[str, Any]] = (),
     body: str | None = None,
     body_required: bool = True,
-    security: list[dict[str, Any]] | None = None,
+    security: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     operation: dict[str, Any] = {"operationId": name, "summary": summary, "parameters": [*parameters, _REQUEST_ID]}
     if body:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pymongo.database import Database as PyMongoDatabase
+from tornado.routing import PathMatches
 from tornado.testing import bind_unused_port
 
 from chatserver.server import Server
 from chatserver.settings import Settings
 from chatserver.sources import Prompt, Source
-from tests.clients import Client
+from tests.clients import Client, new_id
 
 
 @dataclass
@@ -92,6 +93,18 @@ class App:
     async def stop(self) -> None:
         await self.client.close()
         await self.server.stop()
+
+    @property
+    def paths(self) -> list[str]:
+        """A path of every route; the conversation in it, if any, is an unknown one."""
+        patterns = [
+            rule.matcher.regex.pattern.removesuffix("$")
+            for rule in self.server.application.wildcard_router.rules
+            if isinstance(rule.matcher, PathMatches)
+        ]
+        for group, value in {"([^/]*)": new_id(), "(.*)": "client.js", "()": "", "\\": ""}.items():
+            patterns = [each.replace(group, value) for each in patterns]
+        return patterns
 
     @property
     def subscribers(self) -> int:

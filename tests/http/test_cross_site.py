@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from tornado.routing import PathMatches
-from tornado.web import Application
 
 from chatserver.handlers.access import is_cross_site
 from chatserver.settings import Settings
@@ -87,16 +85,8 @@ def test_origin_may_act_for_a_user_that_the_browser_identifies_only_with_credent
 @pytest.mark.gen_test
 async def test_no_route_does_anything_for_a_page_of_another_site(make_app: MakeApp) -> None:
     app = await make_app(cors_origins=("https://friend.example",))
-    application = app.server.http.request_callback
-    assert isinstance(application, Application)
-    patterns = [
-        rule.matcher.regex.pattern.removesuffix("$")
-        for rule in application.wildcard_router.rules
-        if isinstance(rule.matcher, PathMatches)
-    ]
-    assert len(patterns) > 10
-    for pattern in [*patterns, "/nope"]:
-        path = pattern.replace("([^/]*)", new_id()).replace("(.*)", "app.js").replace("()", "").replace("\\", "")
+    assert len(app.paths) > 10
+    for path in [*app.paths, "/nope"]:
         is_stream = path.startswith("/chat/stream/")
         for method in ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"):
             response = await app.client.http.request(method, path, headers=EVIL)

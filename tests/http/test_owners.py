@@ -11,10 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-import jwt
 import pytest
-from tornado.routing import PathMatches
-from tornado.web import Application
 
 import chatserver.hub.delivery
 import chatserver.streams.connection
@@ -23,24 +20,15 @@ from tests.apps import App, MakeApp
 from tests.clients import Client, Event, RawStream, new_id, text_of
 from tests.http.test_http import assert_problem
 from tests.http.turns import document, gated, release
+from tests.users import SECRET, USERS, bearer, token
 
 pytestmark = pytest.mark.gen_test
 
-SECRET = "the secret of these tests, 32 bytes or more"
 METRICS_TOKEN = "the token of the metrics in these tests"
 COOKIE = "chat_token"
-JWT = {"auth": "jwt", "auth_secret": (SECRET,), "auth_cookie": COOKIE, "max_turns_per_minute": 0}
+JWT = {**USERS, "auth_cookie": COOKIE, "max_turns_per_minute": 0}
 PUBLIC = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/", "/web/client.js"}
 """The resources that are the same for everybody."""
-
-
-def token(owner: object, *, seconds: float = 600, **claims: object) -> str:
-    """Return a token that expires in a number of seconds."""
-    return jwt.encode({"sub": owner, "exp": time.time() + seconds, **claims}, SECRET, algorithm="HS256")
-
-
-def bearer(owner: object, **options: Any) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token(owner, **options)}"}
 
 
 class Person(Client):
@@ -95,25 +83,10 @@ def comparable_head(stream: RawStream) -> str:
 # -- credentials ---------------------------------------------------------------------------------------------------
 
 
-def paths(app: App) -> list[str]:
-    """Return a path of every route."""
-    application = app.server.http.request_callback
-    assert isinstance(application, Application)
-    patterns = [
-        rule.matcher.regex.pattern.removesuffix("$")
-        for rule in application.wildcard_router.rules
-        if isinstance(rule.matcher, PathMatches)
-    ]
-    values = {"([^/]*)": new_id(), "(.*)": "client.js", "()": "", "\\": ""}
-    for group, value in values.items():
-        patterns = [each.replace(group, value) for each in patterns]
-    return patterns
-
-
 async def test_every_route_but_the_public_ones_requires_a_credential(make_app: MakeApp) -> None:
     app = await make_app(**JWT)
-    assert set(paths(app)) >= PUBLIC
-    for path in paths(app):
+    assert set(app.paths) >= PUBLIC
+    for path in app.paths:
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"):
             response = await app.client.http.request(method, path)
             if path in PUBLIC:

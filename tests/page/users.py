@@ -1,23 +1,16 @@
 """Users of the page: a server with tokens in a cookie, and a browser profile that has one."""
 
 import re
-import time
 from typing import Any
 
-import jwt
 from playwright.sync_api import BrowserContext, Request
 
 from tests.browser import Site
+from tests.users import USERS, bearer, token
 
-SECRET = "a secret of at least 32 characters"
 COOKIE = "token"
-SETTINGS: dict[str, Any] = {"auth": "jwt", "auth_secret": (SECRET,), "auth_cookie": COOKIE, "auth_leeway_s": 0.0}
+SETTINGS: dict[str, Any] = {**USERS, "auth_cookie": COOKIE, "auth_leeway_s": 0.0}
 """The fields of `Settings` of a server that takes these users' tokens."""
-
-
-def token(owner: str, seconds: int = 600) -> str:
-    """Return a token of a user that is valid for a number of seconds."""
-    return jwt.encode({"sub": owner, "exp": int(time.time()) + seconds}, SECRET, "HS256")
 
 
 def problem(status: int, code: str, **members: str) -> dict[str, Any]:
@@ -35,7 +28,7 @@ class Users:
         self.asked: list[str] = []
         """The URLs of the requests to the API so far."""
         context.on("request", self._note)
-        site.app.client.http.headers["Authorization"] = f"Bearer {token('alice')}"
+        site.app.client.http.headers.update(bearer("alice"))
 
     def sign_in(self, owner: str, seconds: int = 600) -> None:
         """Set the cookie to a token of a user that is valid for a number of seconds."""

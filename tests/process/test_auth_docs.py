@@ -16,10 +16,10 @@ import pytest
 from chatserver.settings import read_settings
 from tests.apps import App, MakeApp
 from tests.processes import ROOT, Server
+from tests.users import SECRET, USERS
 
 AUTH = (ROOT / "docs" / "auth.md").read_text()
 README = (ROOT / "README.md").read_text().partition("## Users")[2].partition("\n## ")[0]
-SECRET = "of-32-characters-or-more-in-tests"
 
 
 def blocks(language: str, text: str = AUTH) -> list[str]:
@@ -99,7 +99,7 @@ async def token_of_express(folder: Path, *code: str) -> dict[str, Any]:
 @pytest.mark.needs("node")
 @pytest.mark.gen_test
 async def test_token_of_the_express_backend_is_accepted(make_app: MakeApp, tmp_path: Path) -> None:
-    app = await make_app(auth="jwt", auth_secret=(SECRET,))
+    app = await make_app(**USERS)
     answer = await token_of_express(tmp_path, blocks("js")[0])
 
     assert await owner_by(app, json.loads(answer["body"])["token"]) == "alice"
@@ -108,7 +108,7 @@ async def test_token_of_the_express_backend_is_accepted(make_app: MakeApp, tmp_p
 @pytest.mark.needs("node")
 @pytest.mark.gen_test
 async def test_cookie_of_the_express_backend_is_accepted(make_app: MakeApp, tmp_path: Path) -> None:
-    app = await make_app(auth="jwt", auth_secret=(SECRET,), auth_cookie="__Host-chat")
+    app = await make_app(**USERS, auth_cookie="__Host-chat")
     beginning = blocks("js")[0].partition("app.post")[0]
     [route] = [block for block in blocks("js") if "response.cookie" in block]
     answer = await token_of_express(tmp_path, beginning, route)
@@ -120,7 +120,7 @@ async def test_cookie_of_the_express_backend_is_accepted(make_app: MakeApp, tmp_
 
 @pytest.mark.gen_test
 async def test_token_of_the_python_backend_is_accepted(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = await make_app(auth="jwt", auth_secret=(SECRET,))
+    app = await make_app(**USERS)
     monkeypatch.setenv("AUTH_SECRET", SECRET)
     fastapi: Any = ModuleType("fastapi")  # a large package for a decorator
     fastapi.FastAPI = lambda: SimpleNamespace(post=lambda _: lambda route: route)

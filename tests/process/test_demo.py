@@ -8,7 +8,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -20,13 +19,11 @@ from tornado.httpserver import HTTPServer
 from tornado.testing import bind_unused_port
 from tornado.web import Application, RequestHandler
 
-from chatserver.auth import sign
-from chatserver.settings import Settings
 from tests.processes import ROOT, Server
 from tests.proxy import CuttingProxy
+from tests.users import SECRET, token
 
 PATIENCE_S = 30
-SECRET = "of-32-characters-or-more-in-tests"
 
 
 def served(folder: Path, replica_set: str, **settings: Any) -> Iterator[str]:
@@ -609,10 +606,6 @@ def with_users(tmp_path_factory: pytest.TempPathFactory, replica_set: str) -> It
     """The address of a server with users, of whom each may start two turns a minute."""
     folder = tmp_path_factory.mktemp("demo-users")
     yield from served(folder, replica_set, AUTH="jwt", AUTH_SECRET=SECRET, AUTH_LEEWAY_S=0, MAX_TURNS_PER_MINUTE=2)
-
-
-def token(owner: str, seconds: int = 600) -> str:
-    return sign(owner, Settings(auth="jwt", auth_secret=(SECRET,)), int(time.time()) + seconds)
 
 
 def run_demo(url: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

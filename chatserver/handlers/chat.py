@@ -54,6 +54,18 @@ class TurnHandler(BaseHandler):
             headers |= rate_limit_headers(self.services.chat.quotas(self.caller.owner))
         return headers
 
+    def accept(self, turn: Turn) -> None:
+        """Answer with a turn whose reply is running."""
+        self.log_fields |= {"conversation": turn.conversation.id, "reply": turn.reply_id}
+        value = {
+            "conversationId": turn.conversation.id,
+            "status": "streaming",
+            "messageId": turn.message_id,
+            "replyId": turn.reply_id,
+            "lastEventId": str(Position(turn.reply_id, 0)),
+        }
+        self.send_json(value, 202)
+
 
 class ConversationsHandler(TurnHandler):
     """`/chat`"""
@@ -66,7 +78,7 @@ class ConversationsHandler(TurnHandler):
         turn = await self.services.chat.say(
             self.caller.owner, known.lower() if known else None, body["input"], self.idempotency_key()
         )
-        _accept(self, turn)
+        self.accept(turn)
 
     @raises(InvalidRequest, DatabaseUnavailable)
     async def get(self) -> None:
@@ -138,19 +150,7 @@ class RetryHandler(TurnHandler):
         """Answer the last user message again."""
         conversation = self.key(conversation_id)
         self.json_body("empty")
-        _accept(self, await self.services.chat.retry(conversation))
-
-
-def _accept(handler: BaseHandler, turn: Turn) -> None:
-    handler.log_fields |= {"conversation": turn.conversation.id, "reply": turn.reply_id}
-    value = {
-        "conversationId": turn.conversation.id,
-        "status": "streaming",
-        "messageId": turn.message_id,
-        "replyId": turn.reply_id,
-        "lastEventId": str(Position(turn.reply_id, 0)),
-    }
-    handler.send_json(value, 202)
+        self.accept(await self.services.chat.retry(conversation))
 
 
 async def _history(conversation_id: str, history: History, *, paged: bool) -> AsyncIterator[bytes]:

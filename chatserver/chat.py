@@ -25,7 +25,7 @@ class Chat:
         self._replies = replies
         self._turn_limit = turn_limit
         self._attempts: WeakValueDictionary[tuple[Key, str], asyncio.Lock] = WeakValueDictionary()
-        """Conversation and idempotency key -> held by the one attempt with this key that is being made."""
+        """Conversation and idempotency key -> the lock that one attempt at a time holds, while there are attempts."""
 
     async def ping(self) -> None:
         """Check that new turns can be taken.

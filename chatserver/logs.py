@@ -1,4 +1,4 @@
-"""Logs: one line per event to stderr, readable or as JSON. They never hold the text of a message or a key."""
+"""Logs: one line per event to stderr, readable or as JSON. They never hold the text of a message, a key or a token."""
 
 import json
 import logging

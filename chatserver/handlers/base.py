@@ -67,7 +67,7 @@ class BaseHandler(ProblemHandler):
     cross_site_methods: ClassVar[Collection[str]] = ("GET", "HEAD", "OPTIONS")
     """The methods that pages of any site may use: without CORS they cannot read the answer, and nothing changes."""
     is_public: ClassVar[bool] = False
-    """Whether the resource is the same for everybody, so that no credential is required."""
+    """Whether the resource is the same for all users, so that none has to be identified."""
 
     def initialize(self, services: Services) -> None:
         self.services = services

@@ -129,7 +129,7 @@ def test_server_without_a_free_file_waits_and_says_so_once_a_second(
     accepted = connect(server)
     assert accepted.ask()[0] == 200
     # The client that builds the indexes closes its files soon after.
-    until(lambda: "built the index updatedAt" in server.output)
+    until(lambda: "built the index owner_1__id_1 " in server.output)
     files: set[int] = set()
     while files != (files := files_of(server)):
         time.sleep(0.3)

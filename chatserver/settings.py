@@ -92,11 +92,11 @@ def _web_address(text: str) -> str:
 def is_secure_address(text: str) -> bool:
     """Return whether nobody on the network can read or change what an address answers: https, or http to loopback.
 
-    An address with a user name, a password, a query or a fragment is not accepted.
+    An address with a user name, a password or a fragment is not accepted.
     """
     try:
         url = urlsplit(text)
-        valid = bool(url.hostname) and url.port != 0 and not re.search(r"[?#@\s]", text)
+        valid = bool(url.hostname) and url.port != 0 and not re.search(r"[#@\s]", text)
     except ValueError:
         return False
     return valid and (url.scheme == "https" or (url.scheme == "http" and _is_loopback(url.hostname or "")))
@@ -104,8 +104,14 @@ def is_secure_address(text: str) -> bool:
 
 def _secure_address(text: str) -> str:
     if not is_secure_address(text):
-        raise ValueError("not an https:// address without query (http:// is allowed to loopback addresses only)")
+        raise ValueError("not an https:// address (http:// is allowed to loopback addresses only)")
     return text
+
+
+def _issuer(text: str) -> str:
+    if "?" in text:  # OpenID Connect Discovery, 3
+        raise ValueError("not an issuer, whose address has no query")
+    return _secure_address(text)
 
 
 def _is_loopback(host: str) -> bool:
@@ -115,7 +121,12 @@ def _is_loopback(host: str) -> bool:
 
 
 def _link(text: str) -> str:
-    return text if re.fullmatch("/(?!/)[!-~]*", text) else _web_address(text)
+    if re.fullmatch("/(?!/)[!-~]*", text):
+        return text
+    try:
+        return _web_address(text)
+    except ValueError:
+        raise ValueError("not an address that begins with http://, https:// or /") from None
 
 
 def _like(pattern: str, what: str) -> Callable[[str], str]:
@@ -186,7 +197,7 @@ class Settings:
 
     auth: str = _setting("none", _choice("none", "jwt", "proxy"))
     auth_secret: tuple[str, ...] = _setting((), _secrets, secret=True)
-    auth_issuer: str | None = _setting(None, _secure_address)
+    auth_issuer: str | None = _setting(None, _issuer)
     auth_jwks_url: str | None = _setting(None, _secure_address)
     auth_audience: str | None = _setting(None)
     auth_required_claims: tuple[tuple[str, str], ...] = _setting((), _claims)
@@ -319,6 +330,10 @@ _CONFLICTS: list[tuple[Callable[[Settings], bool], str]] = [
     (
         lambda s: s.auth == "proxy" and not s.trusted_proxies,
         "AUTH is 'proxy', but TRUSTED_PROXIES is not set: name the addresses of the proxies that may name the user",
+    ),
+    (
+        lambda s: s.auth == "proxy" and any(ipaddress.ip_network(each).prefixlen == 0 for each in s.trusted_proxies),
+        "AUTH is 'proxy', but TRUSTED_PROXIES has all addresses: every client could name any user",
     ),
 ]
 """Combinations of settings that cannot work, each with its message; `{0}` stands for the settings."""

@@ -61,6 +61,8 @@ def test_auth_must_be_set_elsewhere(variables: dict[str, str], reason: str) -> N
             "AUTH_COOKIE is set, but CORS_ORIGINS is '*'",
         ),
         ({"AUTH": "proxy"}, "AUTH is 'proxy', but TRUSTED_PROXIES is not set"),
+        ({"AUTH": "proxy", "TRUSTED_PROXIES": "10.0.0.1, 0.0.0.0/0"}, "every client could name any user"),
+        ({"AUTH": "proxy", "TRUSTED_PROXIES": "::/0"}, "every client could name any user"),
     ],
 )
 def test_combination_that_cannot_work_is_refused(variables: dict[str, str], names: str) -> None:
@@ -77,6 +79,7 @@ def test_combination_that_cannot_work_is_refused(variables: dict[str, str], name
         {**ISSUER, "AUTH_REQUIRED_CLAIMS": "azp=web"},
         {**ISSUER, "AUTH_AUDIENCE": "chat", "AUTH_JWKS_URL": "https://login.example.com/keys"},
         {"AUTH": "jwt", "AUTH_JWKS_URL": "http://[::1]:8080/keys", "AUTH_AUDIENCE": "chat", "HOST": "0.0.0.0"},
+        {"AUTH": "jwt", "AUTH_JWKS_URL": "https://login.example.com/keys?p=policy", "AUTH_AUDIENCE": "chat"},
         {"AUTH": "proxy", "TRUSTED_PROXIES": "10.0.0.0/8", "AUTH_PROXY_HEADER": "X-Remote-User"},
     ],
 )

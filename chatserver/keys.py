@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jwt
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError
+from tornado.iostream import UnsatisfiableReadError
 
 from chatserver import tasks
 from chatserver.errors import InvalidToken, KeysUnavailable
@@ -220,7 +221,8 @@ class IssuerKeys:
         request.add_done_callback(lambda done: done.exception())
         try:
             answer = await asyncio.shield(request)
-        except (HTTPClientError, OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
+        # UnicodeError: an invalid host name; UnsatisfiableReadError: the head of the answer is too large.
+        except (HTTPClientError, OSError, UnicodeError, UnsatisfiableReadError) as error:
             raise _FetchError(f"{url}: {error}") from None
         try:
             document = json.loads(answer.body)
@@ -251,7 +253,7 @@ def usable_key(jwk: object) -> jwt.PyJWK | None:
     try:
         key = jwt.PyJWK(jwk)
         key.Algorithm.prepare_key(key.key)  # the curve may not fit the algorithm
-    except (jwt.PyJWTError, TypeError):
+    except (jwt.PyJWTError, TypeError, KeyError):  # KeyError: a symmetric key without `k`
         return None
     if key.algorithm_name not in ALGORITHMS or key.Algorithm.check_key_length(key.key) is not None:
         return None

@@ -374,6 +374,21 @@ async def test_endless_answer_is_aborted_at_its_limit(make_keys: MakeKeys, head:
 
 
 @pytest.mark.gen_test
+@pytest.mark.expects_log(f"{OUTAGE}: .* not found within")
+async def test_endless_head_of_an_answer_is_an_outage(make_keys: MakeKeys) -> None:
+    async def send(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nX: ")
+        while True:
+            writer.write(b"x" * 0x8000)
+            await writer.drain()
+
+    async with raw_server(send) as url:
+        with pytest.raises(KeysUnavailable):
+            await make_keys(url, timeout_s=10).find("1")
+
+
+@pytest.mark.gen_test
 @pytest.mark.expects_log(f"{OUTAGE}: .* does not answer with JSON")
 async def test_compressed_answer_is_not_decompressed(issuer: Issuer, make_keys: MakeKeys) -> None:
     issuer.body = gzip.compress(json.dumps({"keys": [JWK]}).encode())
@@ -409,6 +424,7 @@ UNUSABLE = {
     "for encryption": {**JWK, "use": "enc"},
     "symmetric": {"kty": "oct", "k": "a" * 43, "alg": "HS256", "kid": "1"},
     "symmetric without alg": {"kty": "oct", "k": "a" * 43, "kid": "1"},
+    "symmetric without k": {"kty": "oct", "kid": "1"},
     "private": {**JWK, **json.loads(jwt.get_algorithm_by_name("RS256").to_jwk(RSA))},
     "unknown curve": {"kty": "EC", "crv": "P-192", "x": "AAAA", "y": "AAAA", "kid": "1"},
     "curve that is not supported": jwk_of(ec.generate_private_key(ec.SECP256K1())),
@@ -469,7 +485,7 @@ jwk_members = st.one_of(
     st.integers(),
     st.text(),
     st.lists(st.text(), max_size=2),
-    st.sampled_from(["P-256", "EC", "OKP"]),
+    st.sampled_from(["P-256", "EC", "OKP", "oct"]),
 )
 
 

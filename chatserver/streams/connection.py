@@ -86,7 +86,10 @@ class Connection(asyncio.Protocol):
     # -- the subscriber ------------------------------------------------------------------------------------------
 
     def replay(self, data: bytes, then: Callable[[], None] | None = None) -> None:
-        if not self.ending:
+        if time() >= self.valid_until:
+            # It has expired while MongoDB was read. Not `finish`: the client lacks at least this data.
+            self.disconnect()
+        elif not self.ending:
             self.ready = False
             self._backlog += self._wrap(data)
             self._on_replayed = then

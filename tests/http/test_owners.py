@@ -16,8 +16,10 @@ import pytest
 import chatserver.hub.delivery
 import chatserver.streams.connection
 from chatserver.handlers.base import BaseHandler
-from tests.apps import App, MakeApp
+from chatserver.records import PAGE_SIZE, Record
+from tests.apps import App, Database, MakeApp
 from tests.clients import Client, Event, RawStream, new_id, text_of
+from tests.http.conftest import insert
 from tests.http.test_http import assert_problem
 from tests.http.turns import document, gated, release
 from tests.users import SECRET, USERS, bearer, token
@@ -443,6 +445,37 @@ async def test_stream_that_has_expired_while_the_machine_slept_gets_no_token(
         assert b"after" in later[1] and b"event: done" in later[1]
         for each in streams:
             each.close()
+        await app.until_idle()
+
+
+@pytest.mark.parametrize("pages", [0, 1])
+async def test_stream_that_expires_during_its_replay_gets_no_further_page(
+    make_app: MakeApp, database: Database, monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
+    app = await make_app(**JWT)
+    # The timer of the streams would end it as well, but up to a second later.
+    monkeypatch.setattr(app.streams, "tick", lambda: None)
+    read, now = app.store.read, time.time
+    reads = 0
+
+    async def read_until_expired(*arguments: Any, **options: Any) -> Record | None:
+        nonlocal reads
+        record = await read(*arguments, **options)
+        if reads == pages:
+            monkeypatch.setattr(chatserver.streams.connection, "time", lambda: now() + 3600)
+        reads += 1
+        return record
+
+    async with people(app) as (alice, _):
+        (conversation_id,) = insert(database, "alice", 1, "x" * 3 * PAGE_SIZE)
+        database.conversations.update_one({"owner": "alice"}, {"$set": {"messages.0.role": "assistant"}})
+        monkeypatch.setattr(app.store, "read", read_until_expired)
+        stream = await alice.open(conversation_id, f"{conversation_id}-0")
+        received = await read_available(stream)
+
+        assert received.endswith(b"END") and not stream.reader.ended
+        assert received.count(b"x" * PAGE_SIZE) == pages and reads == pages + 1
+        stream.close()
         await app.until_idle()
 
 

@@ -135,6 +135,8 @@ class IssuerKeys:
         background.spawn(tasks.repeat(self._keep_fresh))
 
     async def close(self) -> None:
+        # Fetch nothing from now on: requests are still answered while the server stops.
+        self._fetched_at = float("inf")
         if self._http is not None:
             self._http.close()
 

@@ -245,6 +245,20 @@ async def test_flood_of_unknown_key_ids_causes_one_fetch_in_a_period(issuer: Iss
 
 
 @pytest.mark.gen_test
+async def test_unknown_key_id_causes_no_fetch_once_the_keys_are_closed(issuer: Issuer) -> None:
+    keys, background = IssuerKeys(issuer=None, url=issuer.url, retry_s=0), Tasks()
+    keys.start(background)
+    assert await _find(keys) == "1"
+    await background.close()
+    await keys.close()
+
+    with pytest.raises(InvalidToken):
+        await keys.find("unknown")
+
+    assert issuer.asked == 1
+
+
+@pytest.mark.gen_test
 async def test_simultaneous_unknown_key_ids_cause_one_fetch(issuer: Issuer, make_keys: MakeKeys) -> None:
     keys = make_keys(issuer.url, retry_s=0)
     await _find(keys)

@@ -116,6 +116,8 @@ class BaseHandler(ProblemHandler):
         if _head_bytes(self.request) > self.config.max_header_bytes:
             raise HeadersTooLarge
         self._body.check_length()
+        if self.is_public:
+            self._body.discard()  # no method of these reads one
         try:
             await self._admit()
         except ChatError as refusal:
@@ -151,6 +153,7 @@ class BaseHandler(ProblemHandler):
         assert self.request.method is not None
         setattr(self, self.request.method.lower(), answer)
         self.is_refused = True
+        self._body.discard()
 
     def data_received(self, chunk: bytes) -> None:
         try:

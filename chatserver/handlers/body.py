@@ -26,6 +26,7 @@ class RequestBody:
     def __init__(self, headers: HTTPHeaders, max_bytes: int) -> None:
         self._headers = headers
         self._max_bytes = max_bytes
+        self._is_kept = True
         self._content = bytearray()
         self._size = 0
 
@@ -39,16 +40,20 @@ class RequestBody:
         if length.isascii() and length.isdigit() and (len(length) > 18 or int(length) > self._max_read_bytes):
             raise PayloadTooLarge
 
+    def discard(self) -> None:
+        """Keep nothing of the body, which nobody will read: the request may come from a client without a credential."""
+        self._is_kept = False
+
     def add(self, chunk: bytes) -> None:
         """Take the next chunk.
 
         :raises PayloadTooLarge: if no more of the body is read; a chunked body does not announce its size
         """
         self._size += len(chunk)
-        if self._size <= self._max_bytes:
-            self._content += chunk
-        elif self._size > self._max_read_bytes:
+        if self._size > self._max_read_bytes:
             raise PayloadTooLarge
+        if self._is_kept and self._size <= self._max_bytes:
+            self._content += chunk
 
     def json(self, schema: str, max_input_chars: int) -> Any:
         """Return the value of the whole body.

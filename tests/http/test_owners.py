@@ -7,6 +7,7 @@ import logging
 import random
 import re
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -150,6 +151,29 @@ async def test_token_is_taken_from_the_header_or_the_cookie_only(make_app: MakeA
     form = await app.client.http.post("/chat", data={"access_token": alice, "input": "hi"})
     assert form.status_code == 401
     await app.until_idle()
+
+
+@pytest.mark.parametrize(("path", "status"), [("/chat", 401), ("/healthz", 405), ("/unknown", 404)])
+async def test_body_of_a_request_without_a_credential_is_not_kept(make_app: MakeApp, path: str, status: int) -> None:
+    app = await make_app(max_input_chars=2_000_000, **JWT)
+    parts = [b"x" * 65_536] * 320
+
+    async def body() -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    # The first request imports modules, which take more memory.
+    await app.client.post("hi")
+    tracemalloc.start()
+    try:
+        headers = {"Content-Length": str(sum(map(len, parts)))}
+        response = await app.client.http.post(path, content=body(), headers=headers)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert response.status_code == status
+    assert peak < 5_000_000
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import secrets
 import sys
 from asyncio import Future
 from collections.abc import AsyncIterator, Collection
+from time import time
 from typing import Any, ClassVar, NamedTuple
 
 from tornado.httputil import HTTPServerRequest
@@ -26,6 +27,7 @@ from chatserver.errors import (
     InvalidRequest,
     NotFound,
     PayloadTooLarge,
+    TokenExpired,
     TooManyConnections,
 )
 from chatserver.handlers.access import client_address, cors_headers, host_is_allowed, is_cross_site
@@ -225,7 +227,7 @@ class BaseHandler(ProblemHandler):
         """Send a text while it is produced: whole if it is short, else in chunks, as fast as the client reads.
 
         A failure after the first chunk aborts the connection, since an orderly end would make the answer seem complete.
-        So does a client that has not taken a chunk within `SLOW_CLIENT_TIMEOUT_S`.
+        So does a client that has not taken a chunk within `SLOW_CLIENT_TIMEOUT_S`, or whose credential expires.
         """
         self.set_header("Content-Type", media_type)
         self.set_header("Cache-Control", "no-store")
@@ -262,9 +264,13 @@ class BaseHandler(ProblemHandler):
     async def _send_chunk(self) -> None:
         """Send the buffered bytes, and wait until the kernel has taken them.
 
+        :raises TokenExpired: if the caller's credential has expired since the request; a client that reads slowly would
+            receive even what is written much later
         :raises TimeoutError: if that takes longer than `SLOW_CLIENT_TIMEOUT_S`
         :raises StreamClosedError: if the connection is closed
         """
+        if self.caller.expires_at is not None and time() >= self.caller.expires_at:
+            raise TokenExpired("expired")
         if self.request.version == "HTTP/1.0":
             # Without it Tornado does not announce keep-alive: only the end of the connection ends the answer.
             self.request.headers.pop("Connection", None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import pytest
 from bson import ObjectId
 
+import chatserver.handlers.base
 from chatserver.errors import NoSuchConversation
 from chatserver.reading import History, Part
 from chatserver.records import Key
@@ -20,7 +22,7 @@ from tests.http.test_http import assert_problem
 from tests.http.test_long_conversations import until_level
 from tests.http.turns import gated
 from tests.processes import Server
-from tests.users import USERS
+from tests.users import USERS, bearer
 
 pytestmark = pytest.mark.gen_test
 
@@ -99,6 +101,24 @@ async def test_each_conversation_comes_once_while_others_begin_continue_and_end(
     assert len(exported) == len(set(exported))
     assert set(ids) - set(exported) == deleted
     assert app.database.conversations.count_documents({}) == 251
+
+
+@pytest.mark.parametrize("path", ["/chat/export", "/chat/{}"])
+async def test_long_answer_is_aborted_when_the_token_expires(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    app = await make_app(**USERS)
+    conversation_id = insert_long(app.database, "alice", 150)
+    headers = f"Authorization: {bearer('alice')['Authorization']}\r\n"
+    raw = await RawStream(app.port, path.format(conversation_id), headers=headers).open()
+    received = len(await raw.reader.read(1000))
+    now = time.time
+    monkeypatch.setattr(chatserver.handlers.base, "time", lambda: now() + 3600)
+    while data := await raw.reader.read(1 << 20):
+        received += len(data)
+
+    assert not raw.reader.ended and received < 15_000_000
+    raw.close()
 
 
 async def test_deletion_in_the_middle_of_a_line_aborts_the_connection(app: App) -> None:

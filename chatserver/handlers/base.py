@@ -269,7 +269,7 @@ class BaseHandler(ProblemHandler):
         :raises TimeoutError: if that takes longer than `SLOW_CLIENT_TIMEOUT_S`
         :raises StreamClosedError: if the connection is closed
         """
-        if self.caller.expires_at is not None and time() >= self.caller.expires_at:
+        if time() >= self.caller.expires_at:
             raise TokenExpired("expired")
         if self.request.version == "HTTP/1.0":
             # Without it Tornado does not announce keep-alive: only the end of the connection ends the answer.

@@ -217,6 +217,7 @@ class IssuerKeys:
         :raises _FetchError: if there is none
         """
         assert self._http is not None
+        shown = url.partition("?")[0]  # the query may have a key of the provider's API
         request = self._http.fetch(url)
         # If this task is cancelled, the request continues, since Tornado logs an error if a cancelled one fails. Then
         # nothing else retrieves its exception.
@@ -225,13 +226,13 @@ class IssuerKeys:
             answer = await asyncio.shield(request)
         # UnicodeError: an invalid host name; UnsatisfiableReadError: the head of the answer is too large.
         except (HTTPClientError, OSError, UnicodeError, UnsatisfiableReadError) as error:
-            raise _FetchError(f"{url}: {error}") from None
+            raise _FetchError(f"{shown}: {error}") from None
         try:
             document = json.loads(answer.body)
         except (ValueError, RecursionError):
-            raise _FetchError(f"{url} does not answer with JSON") from None
+            raise _FetchError(f"{shown} does not answer with JSON") from None
         if not isinstance(document, dict):
-            raise _FetchError(f"{url} does not answer with a JSON object")
+            raise _FetchError(f"{shown} does not answer with a JSON object")
         return document
 
 

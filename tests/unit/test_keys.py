@@ -223,6 +223,20 @@ async def test_port_that_nobody_listens_on_is_an_outage(make_keys: MakeKeys) -> 
 
 
 @pytest.mark.gen_test
+@pytest.mark.parametrize(("status", "body"), [(500, ""), (200, "{"), (200, "[]")])
+@pytest.mark.expects_log(OUTAGE)
+async def test_query_of_the_address_is_not_logged(
+    issuer: Issuer, make_keys: MakeKeys, caplog: pytest.LogCaptureFixture, status: int, body: str
+) -> None:
+    issuer.status, issuer.body = status, body
+
+    with pytest.raises(KeysUnavailable):
+        await make_keys(f"{issuer.url}?apikey=secret").find("1")
+
+    assert issuer.url in caplog.text and "secret" not in caplog.text
+
+
+@pytest.mark.gen_test
 async def test_new_key_is_found_by_the_first_token_that_names_it(issuer: Issuer, make_keys: MakeKeys) -> None:
     keys = make_keys(issuer.url, retry_s=0)
     await _find(keys)

@@ -92,11 +92,12 @@ def _web_address(text: str) -> str:
 def is_secure_address(text: str) -> bool:
     """Return whether nobody on the network can read or change what an address answers: https, or http to loopback.
 
-    An address with a user name, a password or a fragment is not accepted.
+    An address with a user name, a password or a fragment is not accepted, nor one with characters that a URL cannot
+    have: an issuer chooses the address of its keys, and a control character would reach the operator's terminal.
     """
     try:
         url = urlsplit(text)
-        valid = bool(url.hostname) and url.port != 0 and not re.search(r"[#@\s]", text)
+        valid = bool(url.hostname) and url.port != 0 and not re.search("[#@]|[^!-~]", text)
     except ValueError:
         return False
     return valid and (url.scheme == "https" or (url.scheme == "http" and _is_loopback(url.hostname or "")))

@@ -548,6 +548,7 @@ async def test_address_of_the_keys_is_discovered(issuer: Issuer, make_keys: Make
         ({"issuer": None}, "the issuer calls itself 'None'"),
         ({"jwks_uri": "http://keys.example.com/"}, "the issuer's jwks_uri is not an https:// address"),
         ({"jwks_uri": "file:///etc/passwd"}, "the issuer's jwks_uri is not an https:// address"),
+        ({"jwks_uri": "https://keys.example.com/\x1b[2J"}, "the issuer's jwks_uri is not an https:// address"),
         ({"jwks_uri": ["x"]}, "the issuer's jwks_uri is not an https:// address"),
     ],
 )

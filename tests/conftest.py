@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import hypothesis
 import pymongo
 import pytest
 from tornado.ioloop import IOLoop
@@ -38,6 +39,9 @@ NODE_PACKAGES = Path(__file__).parent / "node" / "node_modules" / "installed.jso
 """Written by scripts/test after it has installed all the packages."""
 
 
+# Neither may depend on how busy the machine is.
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("busy")
 # A background job ignores SIGINT, and every program under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -527,7 +527,9 @@ async def test_client_that_goes_away_leaves_nothing_behind(make_app: MakeApp) ->
     await app.until(indexes_are_built)
     tasks = our_tasks()
     answer = await app.client.say("hi")
-    streams = [await RawStream(app.port, f"/chat/stream/{answer['conversationId']}").open() for _ in range(10)]
+    # With a position: on a busy machine the reply may end before all of them are open.
+    path = f"/chat/stream/{answer['conversationId']}?lastEventId={answer['lastEventId']}"
+    streams = [await RawStream(app.port, path).open() for _ in range(10)]
     for stream in streams:
         await stream.reader.readuntil(b"event: token")
         stream.writer.transport.abort()

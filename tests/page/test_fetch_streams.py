@@ -93,7 +93,8 @@ async def test_connection_cut_at_every_byte_loses_and_repeats_nothing(client: Pa
         proxy.cut_by(lambda: After(next(offsets, 10**9)))
         seen = await run("follow.mjs", client, url, conversation_id, whole.passed, 2)
 
-        assert proxy.cuts == whole.passed > 500
+        # Not the number of cuts: a client that has all it waits for may close its connection first.
+        assert next(offsets, None) is None and whole.passed > 500
     stored = (await app.client.history(conversation_id))["messages"]
     assert len(stored) == 4
     messages = [{name: each[name] for name in ("id", "content", "status")} for each in stored]

@@ -15,7 +15,9 @@ from bson.raw_bson import RawBSONDocument
 from chatserver.records import Key
 from tests.apps import App, MakeApp, Script
 from tests.clients import Transcript
+from tests.http.test_http import assert_problem
 from tests.processes import ROOT
+from tests.users import USERS, bearer
 
 pytestmark = pytest.mark.gen_test
 
@@ -391,24 +393,46 @@ async def test_write_that_mongodb_rejects_is_an_internal_error_and_not_an_outage
     assert 'chatserver_store_errors_total{operation="begin"}' not in metrics
 
 
+VARIANTS = ["plain", "timestamps", "timesOfMessages", "withoutIds", "withoutAnything"]
+"""The models of `mongoose.mjs`."""
+
+
+async def mongoose(app: App, action: str, ids: dict[str, str]) -> dict[str, Any]:
+    """Run `mongoose.mjs` on a server's database; return what it prints."""
+    process = await asyncio.create_subprocess_exec(
+        "node", MONGOOSE, app.database.uri, action, json.dumps(ids), stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await asyncio.wait_for(process.communicate(), 50)
+    answers: dict[str, Any] = json.loads(out)
+    return answers
+
+
+@pytest.mark.needs("node")
+async def test_mongoose_models_keep_the_owner_and_create_conversations_of_nobody(make_app: MakeApp) -> None:
+    app = await make_app(source=Script("an answer"), **USERS)
+    app.client.http.headers.update(bearer("alice"))
+    ids = {each: (await app.client.turn("Hello"))[0]["conversationId"] for each in VARIANTS}
+
+    written = await mongoose(app, "write", ids)
+
+    for id_ in ids.values():
+        shown = (await app.client.history(id_))["messages"]
+        assert [each["content"] for each in shown] == ["Hello", "an answer", "from Mongoose", "indeed"]
+        stored = app.database.conversations.find_one({"_id": ObjectId(id_)})
+        assert stored is not None and stored["owner"] == "alice"
+    assert set(await listed(app)) == set(ids.values())
+    for each in written.values():
+        assert_problem(await app.client.http.get(f"/chat/{each['created']}"), 404, "not_found")
+
+
 @pytest.mark.needs("node")
 async def test_mongoose_models_read_write_and_share_the_collection(make_app: MakeApp) -> None:
     source = Script("an answer")
     app = await make_app(source=source)
-
-    async def mongoose(action: str, ids: dict[str, str]) -> dict[str, Any]:
-        process = await asyncio.create_subprocess_exec(
-            "node", MONGOOSE, app.database.uri, action, json.dumps(ids), stdout=asyncio.subprocess.PIPE
-        )
-        out, _ = await asyncio.wait_for(process.communicate(), 50)
-        answers: dict[str, Any] = json.loads(out)
-        return answers
-
-    variants = ["plain", "timestamps", "timesOfMessages", "withoutIds", "withoutAnything"]
-    ids = {each: (await app.client.turn("Hello"))[0]["conversationId"] for each in variants}
+    ids = {each: (await app.client.turn("Hello"))[0]["conversationId"] for each in VARIANTS}
     hello = [["user", "Hello"], ["assistant", "an answer"]]
     more = [["user", "from Mongoose"], ["assistant", "indeed"]]
-    written = await mongoose("write", ids)
+    written = await mongoose(app, "write", ids)
     for name, id_ in ids.items():
         assert written[name]["seen"] == hello
         shown = (await app.client.history(id_))["messages"]
@@ -423,7 +447,7 @@ async def test_mongoose_models_read_write_and_share_the_collection(make_app: Mak
     assert set(await listed(app)) == {*ids.values(), *(each["created"] for each in written.values())}
 
     onward = [["user", "and on"], ["assistant", "an answer"]]
-    again = await mongoose("read", ids)
+    again = await mongoose(app, "read", ids)
     assert all(each["seen"] == hello + more + onward for each in again.values())
-    created = await mongoose("read", {name: each["created"] for name, each in written.items()})
+    created = await mongoose(app, "read", {name: each["created"] for name, each in written.items()})
     assert all(each["seen"] == [["system", "Be kind."], ["user", "created"], *onward] for each in created.values())

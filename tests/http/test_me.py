@@ -160,6 +160,7 @@ async def test_replies_of_this_server_end_at_once(make_app: MakeApp, client_of: 
     assert app.database.conversations.count_documents({}) == 0
 
 
+@pytest.mark.process
 async def test_ten_thousand_conversations_are_deleted_in_bounded_calls(users_app: App, client_of: ClientOf) -> None:
     insert(users_app.database, "alice", 10_000)
 

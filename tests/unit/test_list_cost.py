@@ -14,7 +14,7 @@ from chatserver.store import Store, client_options, new_id
 from tests.apps import Database
 from tests.unit.test_store import Commands
 
-pytestmark = pytest.mark.gen_test
+pytestmark = [pytest.mark.gen_test, pytest.mark.process]
 
 LIMIT = 21
 MOST = LIMIT + 6

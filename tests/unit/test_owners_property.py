@@ -367,7 +367,7 @@ async def run(database: Database, logs: pytest.LogCaptureFixture, seeds: range, 
 
 @pytest.mark.expects_log("could not be stored")
 async def test_no_owner_learns_of_the_other(database: Database, caplog: pytest.LogCaptureFixture) -> None:
-    await run(database, caplog, range(5), steps=80)
+    await run(database, caplog, range(4), steps=80)
 
 
 @pytest.mark.soak

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import hypothesis
 import pymongo
 import pytest
 from tornado.ioloop import IOLoop
@@ -39,9 +38,6 @@ NODE_PACKAGES = Path(__file__).parent / "node" / "node_modules" / "installed.jso
 """Written by scripts/test after it has installed all the packages."""
 
 
-# Neither may depend on how busy the machine is.
-hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("busy")
 # A background job ignores SIGINT, and every program under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -83,6 +79,11 @@ def select(items: list[pytest.Item], last_lane: str) -> list[pytest.Item]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Here, since pytest's plugin must import it first. Neither check may depend on how busy the machine is.
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
     if not hasattr(config, "workerinput"):
         # The workers inherit it.
         os.environ[LOCKS] = tempfile.mkdtemp(prefix="chatserver-tests-")

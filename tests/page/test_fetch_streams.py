@@ -77,7 +77,8 @@ class Counter(After):
 
 @pytest.mark.gen_test(timeout=60)
 async def test_connection_cut_at_every_byte_loses_and_repeats_nothing(client: Path, make_app: MakeApp) -> None:
-    app = await make_app(source=Script("Ça va ", "bien 😀"))
+    # A thousand streams open at once.
+    app = await make_app(source=Script("Ça va ", "bien 😀"), database_timeout_s=30.0)
     conversation_id = new_id()
     for text in ("Où\u2028êtes-vous ?", "😀"):
         await app.client.turn(text, conversation_id)

@@ -109,15 +109,18 @@ def test_page_of_the_readme(
     proxy = make_proxy(site)
     (tmp_path / "index.html").write_text(html[1].replace("127.0.0.1:3000", f"127.0.0.1:{proxy.port}"))
     log, box, trouble = page.locator("#log"), page.locator("#say"), page.locator("#trouble")
+    streams: list[Route] = []
+    page.route("**/chat/stream/**", lambda route: streams.append(route), times=1)
     page.goto(f"{file_server}/")
-    site.until(lambda: site.open_streams() == 1)
 
-    # A long line is wrapped.
+    # The first message is stored before the stream is open, and shown.
     box.fill("x" * 400)
     page.keyboard.press("Enter")
+    expect(box).to_have_value("")
+    streams.pop().continue_()
     site.say(2)
     expect(log).to_have_text(f"user: {'x' * 400}\nassistant: {said(2)}")
-    expect(box).to_have_value("")
+    # A long line is wrapped.
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     # A refused or unsent message stays in the box, and the reason is shown.
     box.fill("y" * 401)

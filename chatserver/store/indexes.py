@@ -8,6 +8,7 @@ MongoDB continues a build whose client has disconnected, and the next start find
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from time import monotonic
 from typing import Any
 
@@ -29,6 +30,7 @@ _EXISTS_OTHERWISE = {85, 86}
 _OPTIONS: dict[str, Any] = {"timeoutMS": None, "socketTimeoutMS": None, "appname": "chatserver indexes"}
 """Without the limits of time that the URI may set for ordinary calls."""
 _CLOSE_S = 1.0
+_CANCEL_AGAIN_S = 0.1
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
 
 
@@ -44,7 +46,7 @@ async def build(uri: str, database: str) -> None:
         try:
             client: pymongo.AsyncMongoClient[dict[str, Any]] = pymongo.AsyncMongoClient(uri, **_OPTIONS)
             try:
-                await _build(client.get_default_database(database)["conversations"])
+                await _cancellable(_build(client.get_default_database(database)["conversations"]))
             finally:
                 await _close(client)
             return
@@ -58,6 +60,20 @@ async def build(uri: str, database: str) -> None:
             logger.exception("the indexes could not be built; next try in %g s", wait_s)
         await asyncio.sleep(wait_s)
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+async def _cancellable(work: Coroutine[Any, Any, None]) -> None:
+    """Run calls of PyMongo as a task that is cancelled until it ends.
+
+    PyMongo waits with `asyncio.wait_for`, which before Python 3.12 loses a cancellation that comes as its result does.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    finally:
+        while not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=_CANCEL_AGAIN_S)
 
 
 async def _close(client: Any) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -99,6 +99,28 @@ async def test_cancelled_build_returns_at_once(faulty_database: Database, after_
         building.cancel()
         await asyncio.wait({building}, timeout=3)
         assert building.cancelled()
+
+
+@pytest.mark.gen_test
+async def test_cancellation_that_the_driver_loses_is_repeated(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[str] = []
+
+    async def lose_the_first(_: Any) -> None:
+        with suppress(asyncio.CancelledError):
+            waits.append("first")
+            await asyncio.sleep(60)
+        waits.append("second")
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(indexes, "_build", lose_the_first)
+    building = asyncio.create_task(indexes.build(database.uri, "unused"))
+    while not waits:
+        await asyncio.sleep(0.001)
+    building.cancel()
+    await asyncio.wait({building}, timeout=3)
+    assert building.cancelled() and waits == ["first", "second"]
 
 
 @pytest.mark.gen_test

@@ -5,7 +5,6 @@ Every command takes a `Condition`, and only the functions here make one: here a 
 
 import logging
 from collections.abc import Iterable, Sequence
-from datetime import UTC
 from typing import Any, NewType
 
 from bson import ObjectId
@@ -75,9 +74,8 @@ class Conversations:
         self.collection = client.get_default_database(DEFAULT_DATABASE).get_collection(
             "conversations",
             # One date or text of another application that Python cannot hold must not make a whole batch unreadable.
+            # Dates are without a time zone: the driver takes 1.4 us for each that has one. See `documents.time_of`.
             codec_options=CodecOptions(
-                tz_aware=True,
-                tzinfo=UTC,
                 datetime_conversion=DatetimeConversion.DATETIME_AUTO,
                 unicode_decode_error_handler="replace",
             ),

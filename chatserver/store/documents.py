@@ -69,10 +69,13 @@ def derived_index(conversation: ObjectId, message_id: str) -> int | None:
 
 
 def time_of(*candidates: object) -> datetime:
-    """Return the first time among values: a date, or the one in an ObjectId if that is plausible; else the epoch."""
+    """Return the first time among values: a date, or the one in an ObjectId if that is plausible; else the epoch.
+
+    :param candidates: dates without a time zone are in UTC, as BSON's are
+    """
     for each in candidates:
         if isinstance(each, datetime):
-            return each
+            return each.replace(tzinfo=UTC)
         if isinstance(each, ObjectId) and _EARLIEST_ID <= each.generation_time <= datetime.now(UTC):
             return each.generation_time
     return _UNKNOWN
@@ -97,7 +100,9 @@ def message(value: object, document: Document, index: int) -> Message:
     stored = value if isinstance(value, dict) else {"content": value}
     get = stored.get
     id_, role, content, time, status = get("_id"), get("role"), get("content"), get("createdAt"), get("status")
-    if not isinstance(time, datetime):
+    if isinstance(time, datetime):
+        time = time.replace(tzinfo=UTC)
+    else:
         time = time_of(document.get("createdAt"), id_, document["_id"], document.get("updatedAt"))
     return Message(
         str(id_) if isinstance(id_, ObjectId) else message_id(document["_id"], index, id_),

@@ -3,7 +3,14 @@
 from tornado.web import Application
 
 from chatserver.handlers.base import NoSuchRoute, Services
-from chatserver.handlers.chat import ConversationHandler, ConversationsHandler, ExportHandler, RetryHandler, StopHandler
+from chatserver.handlers.chat import (
+    ConversationHandler,
+    ConversationsHandler,
+    ExportHandler,
+    HeadHandler,
+    RetryHandler,
+    StopHandler,
+)
 from chatserver.handlers.docs import DocsHandler, OpenAPIHandler
 from chatserver.handlers.me import MeHandler
 from chatserver.handlers.ops import HealthHandler, MetricsHandler, ReadyHandler
@@ -23,6 +30,7 @@ def make_app(services: Services) -> Application:
             (r"/chat/([^/]*)", ConversationHandler, common),
             (r"/chat/([^/]*)/stop", StopHandler, common),
             (r"/chat/([^/]*)/retry", RetryHandler, common),
+            (r"/chat/([^/]*)/head", HeadHandler, common),
             (r"/me", MeHandler, common),
             (r"/healthz", HealthHandler, common),
             (r"/readyz", ReadyHandler, common),

@@ -1,15 +1,17 @@
-"""The use cases that change conversations: say, retry, stop, delete."""
+"""The use cases that change conversations: say, retry, stop, show, rename, delete."""
 
 import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from weakref import WeakValueDictionary
 
 from chatserver import positions, store
+from chatserver.branches import Parent
 from chatserver.errors import Draining, IdTaken, KeyReused, NoSuchConversation
 from chatserver.hub import Hub, LiveConversation, LiveReply
 from chatserver.limits import Quota, TurnLimit
-from chatserver.records import Key, Turn
+from chatserver.records import Key, Summary, Turn
 from chatserver.replies import NewTurn, Replies, Retry
 from chatserver.store import Store
 
@@ -41,51 +43,106 @@ class Chat:
         quotas = (self._turn_limit.quota(owner), self._replies.quota(owner))
         return [quota for quota in quotas if quota is not None]
 
-    async def say(self, owner: str | None, conversation_id: str | None, text: str, key: str | None = None) -> Turn:
+    async def say(
+        self,
+        owner: str | None,
+        conversation_id: str | None,
+        text: str,
+        key: str | None = None,
+        parent: Parent | None = None,
+    ) -> Turn:
         """Store a user's message and start the reply; return the turn, or the first one with the same idempotency key.
 
         Only a new turn counts against the owner's limit of turns; then it counts also if it is refused.
 
         :param conversation_id: None for a new conversation; an unknown one is created
+        :param parent: the message that this one continues; None for the head
         :raises ReplyInProgress, ConversationFull, UnsupportedConversation, KeyReused, Draining, TooManyReplies,
             QuotaExceeded: and nothing is stored
-        :raises NotFound: if the id is taken by a conversation of another owner
+        :raises NotFound: if the id is taken by a conversation of another owner, or the parent does not exist
         :raises DatabaseUnavailable: and the message may be stored nevertheless; a repetition with the key is safe
         """
-        if key is None:
-            return await self._say(owner, conversation_id, text, None)
-        conversation_id = conversation_id or store.id_for_key(owner, key)
-        # One attempt at a time: otherwise the limit might refuse a repetition whose turn is being stored.
-        attempt = self._attempts.setdefault((Key(owner, conversation_id), key), asyncio.Lock())
-        async with attempt:
-            return await self._say(owner, conversation_id, text, key)
-
-    async def _say(self, owner: str | None, conversation_id: str | None, text: str, key: str | None) -> Turn:
-        is_new = conversation_id is None
+        is_new = conversation_id is None and key is None
+        if conversation_id is None and key is not None:
+            conversation_id = store.id_for_key(owner, key)
         while True:
             turn = Turn(Key(owner, conversation_id or store.new_id()), store.new_id(), store.new_id())
-            if key is not None and (first := await self._store.find_by_key(turn.conversation, key, text)) is not None:
+            try:
+                return await self._start(NewTurn(turn, text, key, parent, is_new))
+            except IdTaken:
+                continue
+
+    async def retry(self, conversation: Key, message_id: str | None = None, key: str | None = None) -> Turn:
+        """Start a new reply beside an existing one; return the turn, or the first one with the same idempotency key.
+
+        It counts against the owner's limit of turns as `say` does.
+
+        :param message_id: the existing reply; None for the last one of the active path
+        :raises NotFound, NotAReply, NothingToRetry: and nothing is stored
+        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, KeyReused, Draining, TooManyReplies,
+            QuotaExceeded: as `say`
+        :raises DatabaseUnavailable: and the new reply may run nevertheless; a repetition with the key is safe
+        """
+        return await self._start(Retry(conversation, store.new_id(), message_id, key))
+
+    async def _start(self, turn: NewTurn | Retry) -> Turn:
+        if turn.key is None:
+            return await self._start_once(turn)
+        # One attempt at a time: otherwise the limit might refuse a repetition whose turn is being stored.
+        attempt = self._attempts.setdefault((turn.conversation, turn.key), asyncio.Lock())
+        async with attempt:
+            return await self._start_once(turn)
+
+    async def _start_once(self, turn: NewTurn | Retry) -> Turn:
+        owner = turn.conversation.owner
+        while True:
+            if (first := await self._find(turn)) is not None:
                 return first
             self._turn_limit.take(owner)
             try:
-                return await self._replies.start_turn(NewTurn(turn, text, key, is_new))
-            except (KeyReused, IdTaken):
-                # After `KeyReused`, another attempt with this key was stored since the search: find it, or start again
-                # if its conversation has been deleted. After `IdTaken`, choose another id.
+                return await self._replies.start_turn(turn)
+            except IdTaken:
+                self._turn_limit.give_back(owner)
+                raise
+            except KeyReused:
+                # Another attempt with this key was stored since the search: find it, or start again if its conversation
+                # has been deleted.
                 self._turn_limit.give_back(owner)
 
-    async def retry(self, conversation: Key) -> Turn:
-        """Start a new reply in place of a stopped, failed or interrupted last one; return the turn.
+    async def _find(self, turn: NewTurn | Retry) -> Turn | None:
+        """Return the turn that was started with the same idempotency key, or None.
 
-        It counts against the owner's limit of turns, also if it is refused for another reason.
-
-        :raises NotFound, NothingToRetry: and nothing is stored
-        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, Draining, TooManyReplies, QuotaExceeded: as
-            `say`
-        :raises DatabaseUnavailable: and the new reply may run nevertheless
+        :raises KeyReused: if it was another one
         """
-        self._turn_limit.take(conversation.owner)
-        return await self._replies.start_turn(Retry(conversation, store.new_id()))
+        if turn.key is None:
+            return None
+        if isinstance(turn, Retry):
+            return await self._store.find_retry(turn.conversation, turn.key, turn.message_id)
+        return await self._store.find_by_key(turn.conversation, turn.key, turn.text, turn.parent)
+
+    async def show(self, conversation: Key, message_id: str) -> str:
+        """Show another branch: the one through a message. Return the id of the message at its end.
+
+        :raises NotFound: if the conversation or the message does not exist
+        :raises ReplyInProgress, UnsupportedConversation: and nothing is changed
+        """
+        alignment = self._replies.alignment
+        with self._hub.hold(conversation) as live:
+            head = await alignment.unblocked(live, partial(self._store.show, conversation, message_id))
+            await alignment.refresh(live)
+        return head
+
+    async def rename(self, conversation: Key, title: str | None) -> Summary:
+        """Set the title of a conversation, None for the automatic one; return the conversation as in the list.
+
+        :raises NotFound: if the conversation does not exist
+        """
+        with self._hub.hold(conversation) as live:
+            summary = await self._store.rename(conversation, title)
+            if summary is None:
+                raise NoSuchConversation
+            await self._replies.alignment.refresh(live)
+        return summary
 
     async def stop(self, conversation: Key) -> str | None:
         """Stop the running reply, keeping its text; return its id, or None if no reply runs or it is ending by itself.

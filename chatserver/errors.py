@@ -14,11 +14,13 @@ Exception
     │   └── TokenExpired       401 token_expired           (WWW-Authenticate)
     ├── CrossSite              403 cross_site
     ├── NotFound               404 not_found
-    │   └── NoSuchConversation the same to programs
+    │   ├── NoSuchConversation the same to programs
+    │   └── NoSuchMessage      the same to programs
     ├── MethodNotAllowed       405 method_not_allowed
     ├── ReplyInProgress        409 reply_in_progress
     ├── ConversationFull       409 conversation_full
     ├── NothingToRetry         409 nothing_to_retry
+    ├── NotAReply              409 not_a_reply
     ├── UnsupportedConversation 409 unsupported_conversation
     ├── PayloadTooLarge        413 payload_too_large
     ├── UnsupportedMediaType   415 unsupported_media_type
@@ -221,11 +223,15 @@ class NotFound(ChatError):
     title = "Not found"
     default_detail = "No such path."
     code = "not_found"
-    when = "there is no such conversation, or no such path"
+    when = "there is no such conversation, no such message in it, or no such path"
 
 
 class NoSuchConversation(NotFound):
     default_detail = "There is no conversation with this id."
+
+
+class NoSuchMessage(NotFound):
+    default_detail = "The conversation has no message with this id."
 
 
 class MethodNotAllowed(ChatError):
@@ -255,9 +261,17 @@ class ConversationFull(ChatError):
 class NothingToRetry(ChatError):
     status = 409
     title = "Nothing to retry"
-    default_detail = "Only a stopped, failed or interrupted reply at the end of a conversation can be retried."
+    default_detail = "There is no reply to a user's message that could be retried."
     code = "nothing_to_retry"
-    when = "the last message is not a stopped, failed or interrupted reply"
+    when = "the visible conversation has no reply, or the reply answers no user's message"
+
+
+class NotAReply(ChatError):
+    status = 409
+    title = "Not a reply"
+    default_detail = "Only replies can be retried. To change a user's message, post the new one with its parentId."
+    code = "not_a_reply"
+    when = "the message to retry is not a reply"
 
 
 class UnsupportedConversation(ChatError):

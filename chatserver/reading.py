@@ -7,11 +7,12 @@ from functools import partial
 from typing import NamedTuple
 
 from chatserver import positions
+from chatserver.branches import Tree
 from chatserver.errors import DatabaseUnavailable, NoSuchConversation, NotFound
 from chatserver.hub import Hub, LiveConversation, Subscriber
 from chatserver.metrics import Metrics
 from chatserver.positions import Position
-from chatserver.records import PAGE_SIZE, Before, Key, Message, Newest, Place, Record, Span, Summary
+from chatserver.records import PAGE_SIZE, All, Before, Key, Message, Newest, Place, Record, Span, Summary, View
 from chatserver.replies import Alignment
 from chatserver.settings import Settings
 from chatserver.store import Store
@@ -26,14 +27,16 @@ class History:
     """A conversation, including a running reply as its last message, with the status "streaming".
 
     `streaming` is whether a reply runs, even if it is not among the messages; `has_more` is whether older messages were
-    left out. `parts` yields the messages, in at least one part. Later parts are read on demand, which raises
-    `NoSuchConversation` if the conversation has been deleted.
+    left out; `tree` is None if no branches were found. `parts` yields the messages, in at least one part. Later parts
+    are read on demand, which raises `NoSuchConversation` if the conversation has been deleted.
     """
 
     created_at: datetime
     updated_at: datetime
     streaming: bool
     has_more: bool
+    view: View
+    tree: Tree | None
     parts: AsyncIterator["Part"]
 
 
@@ -75,14 +78,19 @@ class Reading:
         self._keepalive_s = settings.keepalive_s
         self._resets = metrics.counter("chatserver_resets_total", "Streams whose position was unknown.")
 
-    async def history(self, conversation: Key, limit: int | None = None, before: str | None = None) -> History:
-        """Return a conversation with all its messages, or the newest `limit` of them.
+    async def history(
+        self, conversation: Key, limit: int | None = None, before: str | None = None, *, all_branches: bool = False
+    ) -> History:
+        """Return a conversation with all messages of the active path, or the newest `limit` of them.
 
-        :param before: the id of a message: only the messages before it
+        :param before: the id of a message: only the messages before it, on the path to it
+        :param all_branches: whether to return all messages of all branches instead, in the order of the array
         :raises NotFound: if the conversation does not exist, or does not contain the message `before`
         """
         with self._hub.hold(conversation) as live:
             span: Span = Newest(limit) if before is None else Before(before, limit)
+            if all_branches:
+                span = All(with_tree=True)
             record = await self._alignment.read(live, span)
             # No await from here on: the stored messages and the running reply's text must be consistent. Stored
             # messages do not change, so most of them can be read later.
@@ -90,22 +98,32 @@ class Reading:
                 raise NoSuchConversation
             if not record.found:
                 raise NotFound("The parameter before names no message of this conversation.")
-            running = None
+            running, end = None, None
+            if before is None:
+                end = positions.after(record.last_id, conversation.id)
             if (reply := record.reply) is not None and before is None:
                 content = reply.content
                 if live.reply is not None and live.reply.message_id == reply.id:
                     content = max(content, live.reply.content, key=len)
                 running = Message(reply.id, "assistant", content, reply.created_at, "streaming")
+                end = Position(reply.id, len(content))
             return History(
                 created_at=record.created_at,
                 updated_at=record.updated_at,
                 streaming=reply is not None,
                 has_more=record.older > 0,
-                parts=self._parts(conversation, record, running),
+                view=record.view,
+                tree=record.tree,
+                parts=self._parts(conversation, record, running, end),
             )
 
-    async def _parts(self, conversation: Key, record: Record, running: Message | None) -> AsyncIterator[Part]:
-        """Yield the messages of a record, all later messages, and the running reply."""
+    async def _parts(
+        self, conversation: Key, record: Record, running: Message | None, end: Position | None
+    ) -> AsyncIterator[Part]:
+        """Yield the messages of a record, all later messages, and the running reply.
+
+        :param end: the position at the end; None for that of the last message
+        """
         created_at, continues = record.created_at, False
         position = positions.start(conversation.id)
         while True:
@@ -114,7 +132,7 @@ class Reading:
             if record.messages:
                 last = record.messages[-1]
                 position = Position(last.id, rest.chars if rest is not None and breaks_off else None)
-            yield Part(record.messages, position, continues, breaks_off)
+            yield Part(record.messages, end or position, continues, breaks_off)
             if rest is None:
                 break
             continues = breaks_off
@@ -125,9 +143,9 @@ class Reading:
         if running is not None:
             chars = len(running.content)
             for begin in range(0, chars or 1, PAGE_SIZE):
-                end = min(begin + PAGE_SIZE, chars)
-                part = replace(running, content=running.content[begin:end])
-                yield Part([part], Position(running.id, end), continues=begin > 0, breaks_off=end < chars)
+                until = min(begin + PAGE_SIZE, chars)
+                part = replace(running, content=running.content[begin:until])
+                yield Part([part], end or position, continues=begin > 0, breaks_off=until < chars)
 
     async def summaries(self, owner: str | None, limit: int, after: Place | None = None) -> Sequence[Summary]:
         """Return up to `limit` conversations of an owner that follow a place in the list (None: from its start)."""
@@ -143,22 +161,26 @@ class Reading:
         while conversations := await self._store.keys(owner, _EXPORTED_AT_ONCE, last):
             for conversation in conversations:
                 try:
-                    history = await self.history(conversation)
+                    history = await self.history(conversation, all_branches=True)
                 except NoSuchConversation:
                     continue
                 yield conversation, history
             last = conversations[-1]
 
-    async def subscribe(self, conversation: Key, position: Position | None, subscriber: Subscriber) -> None:
+    async def subscribe(
+        self, conversation: Key, position: Position | None, subscriber: Subscriber, *, continues: bool = False
+    ) -> None:
         """Replay everything after a position to a subscriber, then keep it subscribed.
 
         :param position: None for the start of the running reply, or the conversation's end if no reply runs. An unknown
             position is answered by `reset`
+        :param continues: whether the subscriber was sent everything before the position in this stream
         """
         with self._hub.hold(conversation) as live:
             record = None
+            outdated = position is not None and live.is_outdated_at(position)
             # A conversation without a running reply here may have continued on another server.
-            if not _is_live(live, position) or (live.reply is None and not self._sole_server):
+            if not _is_live(live, position) or outdated or (live.reply is None and not self._sole_server):
                 span = None if position is None else span_after(position, conversation.id)
                 try:
                     record = await self._alignment.read(live, span, divided="replies")
@@ -170,15 +192,28 @@ class Reading:
                 return
             # No await from here on: the replay ends exactly at the cursor, so that no text is lost or repeated.
             at = position or _default_position(live) or positions.start(conversation.id)
-            page = Page([], at)
-            if not live.covers(at):
-                found = page_after(at, record, subscriber.format, until_done=subscriber.until_done) if record else None
-                if found is None:
+            stream_format, has_branches = subscriber.format, live.has_branches
+            # Another branch may be shown since another server has ended the reply: only the database knows.
+            outdated = record is not None and live.is_outdated_at(at)
+            if live.covers(at) and not outdated:
+                head = live.head_at(at, at.message_id)
+                page = Page(at, head, head)
+            else:
+                found = page_after(at, record, stream_format, until_done=subscriber.until_done) if record else None
+                if record is None or found is None:
                     self.refuse(subscriber)
                     return
-                page = found
+                page, has_branches = found, has_branches or record.view.has_branches or record.tree is not None
             then = partial(self._replay_next, conversation, page.position, subscriber) if page.more else None
-            self._hub.replay(subscriber, subscriber.format.opening(at, self._keepalive_s), page.frames, then)
+            frames = page.frames
+            if not page.more and not page.ends and (head := live.head_at(page.position, page.head)) != page.head:
+                frames = [*frames, stream_format.head_frame(head)]
+            # In the middle of a stream, the head would name a reply whose id the client may not know yet.
+            if has_branches and not (continues and page.first_head == at.message_id):
+                frames = [stream_format.head_frame(page.first_head), *frames]
+            if live.title is not None:
+                frames = [stream_format.title_frame(live.title), *frames]
+            self._hub.replay(subscriber, stream_format.opening(at, self._keepalive_s), frames, then)
             if page.ends:
                 subscriber.end()
             elif not page.more:
@@ -195,7 +230,7 @@ class Reading:
 
     async def _continue(self, conversation: Key, position: Position, subscriber: Subscriber) -> None:
         try:
-            await self.subscribe(conversation, position, subscriber)
+            await self.subscribe(conversation, position, subscriber, continues=True)
         except DatabaseUnavailable:
             subscriber.disconnect()
         except Exception:

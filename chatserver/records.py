@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, NamedTuple
 
+from chatserver.branches import Parent, Tree
 from chatserver.errors import ReplyCode
 
 Status = Literal["complete", "stopped", "failed", "interrupted", "superseded", "streaming"]
@@ -35,9 +36,25 @@ class Key(NamedTuple):
     id: str
 
 
+class View(NamedTuple):
+    """What clients see of a conversation, apart from the text of its messages.
+
+    :ivar head: the id of the message at the end of the active path, running replies left out; None without messages
+    :ivar has_branches: whether its streams open with the head
+    :ivar title: as chosen by a user; None for the automatic one
+    """
+
+    head: str | None
+    has_branches: bool = False
+    title: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A stored message, or a running reply."""
+    """A stored message, or a running reply.
+
+    `parent` and `key` (the idempotency key of a retry) are those of a reply that is to be stored with them.
+    """
 
     id: str
     role: str
@@ -46,11 +63,13 @@ class Message:
     created_at: datetime
     status: Status = "complete"
     error: ReplyError | None = None
+    parent: Parent | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StoredReply:
-    """A running reply as checkpointed."""
+    """A running reply as checkpointed. `parent` is None if it continues the last message of the array."""
 
     id: str
     content: str
@@ -58,6 +77,8 @@ class StoredReply:
     renewed_at: object
     """The lease's date as MongoDB has it; None if there is none."""
     expired: bool
+    parent: Parent | None = None
+    key: str | None = None
 
 
 PAGE_SIZE = 128 * 1024
@@ -67,23 +88,35 @@ message that is read in part is always the last of its page."""
 
 
 class Newest(NamedTuple):
-    """The newest messages, a running reply counted as one of them; without a `limit`, all."""
+    """The newest messages of the active path, a running reply counted as one of them; without a `limit`, all."""
 
     limit: int | None = None
 
 
 class Before(NamedTuple):
-    """The newest messages before one, which may be the running reply; without a `limit`, all of them."""
+    """The newest messages on the path to one, which may be the running reply; without a `limit`, all of them."""
 
     message_id: str
     limit: int | None = None
 
 
 class After(NamedTuple):
-    """A message without its first `chars` code points and the messages after it; without `chars`, only the latter."""
+    """A message without its first `chars` code points and the messages after it; without `chars`, only the latter.
+
+    In the order of the array, of all branches.
+    """
 
     message_id: str
     chars: int | None
+
+
+class All(NamedTuple):
+    """All messages of all branches, in the order of the array.
+
+    :ivar with_tree: whether the record must have the tree, even if there are no branches
+    """
+
+    with_tree: bool = False
 
 
 class Between(NamedTuple):
@@ -94,7 +127,16 @@ class Between(NamedTuple):
     chars: int = 0
 
 
-Span = Newest | Before | After | Between
+class Along(NamedTuple):
+    """The messages with some indexes, without the first `chars` code points of the first one."""
+
+    indexes: Sequence[int]
+    chars: int = 0
+
+
+Rest = Between | Along
+"""What remains to be read of a span."""
+Span = Newest | Before | After | All | Rest
 """Which messages of a conversation to read."""
 
 
@@ -105,7 +147,8 @@ class Record:
     `older` is the number of messages before `messages`. `following` is the rest of the requested messages; if it has
     `chars`, the last message of `messages` is a part that ends there. `length` is the whole length in code points of a
     last message that is read in part. `last_id` is the id of the conversation's last message, even if that is not in
-    `messages`. `found` is whether the message that the request names exists.
+    `messages`. `found` is whether the message that the request names exists. `tree` has the parents of all messages and
+    of a running reply; None if each message continues the one before it, as far as was read, or if no read needs it.
     """
 
     created_at: datetime
@@ -114,9 +157,11 @@ class Record:
     reply: StoredReply | None
     last_id: str | None
     older: int
+    view: View
     found: bool = True
-    following: Between | None = None
+    following: Rest | None = None
     length: int | None = None
+    tree: Tree | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +177,10 @@ class Turn:
 class StartedTurn:
     """A turn that is stored and whose reply is to be written.
 
-    `new_message` is the user's message, None at a retry; `messages` are the newest ones, the last being the
-    user's; `number` counts the user's messages; `previous_id` is the message right before this turn, if any;
-    `reply_room` is how many bytes the reply may have.
+    `new_message` is the user's message, None at a retry; `messages` are the newest ones of the active path, the last
+    being the user's; `number` counts the user's messages on it; `previous_id` is the message right before this turn in
+    the array, if any; `reply_room` is how many bytes the reply may have; `parent` and `key` are the reply's; `title` is
+    the one that a user chose for the conversation.
     """
 
     turn: Turn
@@ -144,6 +190,9 @@ class StartedTurn:
     previous_id: str | None
     created_at: datetime
     reply_room: int
+    parent: Parent | None = None
+    key: str | None = None
+    title: str | None = None
 
 
 class Place(NamedTuple):
@@ -161,10 +210,12 @@ class Place(NamedTuple):
 class Summary:
     """A conversation in the list.
 
-    `beginning` is the beginning of its first user message; `is_truncated` is whether the message is longer.
+    `title` is the one that a user chose, or None. `beginning` is the beginning of the active path's first user message;
+    `is_truncated` is whether the message is longer. `message_count` counts the messages of all branches.
     """
 
     id: str
+    title: str | None
     beginning: str
     is_truncated: bool
     created_at: datetime

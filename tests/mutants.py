@@ -12,6 +12,7 @@ from tornado.httputil import HTTPHeaders
 
 from chatserver import auth, store
 from chatserver.auth import Caller, Credential
+from chatserver.branches import Tree
 from chatserver.errors import NoForwardedUser, Unauthenticated
 from chatserver.handlers import base, identity
 from chatserver.handlers.identity import TokenIdentity
@@ -19,7 +20,7 @@ from chatserver.hub import Hub, LiveConversation
 from chatserver.records import Key
 from chatserver.settings import Settings
 from chatserver.store.collection import Condition, Conversations
-from chatserver.store.turns import Turns
+from chatserver.store.turns import State, Turns
 from chatserver.streams import Connection, Streams
 
 BELOW_HTTP, HTTP = "tests/unit/test_owners.py", "tests/http/test_owners.py"
@@ -69,23 +70,22 @@ def conversation_created_without_its_owner() -> None:
 
     async def without_owner(
         self: Conversations, condition: Condition, change: Mapping[str, Any], *, upsert: bool = False
-    ) -> None:
+    ) -> bool:
         if upsert:
             condition = Condition({name: value for name, value in condition.items() if name != "owner"})
-        await update_one(self, condition, change, upsert=upsert)
+        return await update_one(self, condition, change, upsert=upsert)
 
     Conversations.update_one = without_owner  # type: ignore[method-assign]
 
 
 def conflict_for_the_id_of_another_owner() -> None:
     """A post to another owner's id is refused with 409 instead of 404."""
-    reject = Turns._reject
+    examine = Turns._examine
 
-    async def always_known(self: Turns, *arguments: Any) -> bool:
-        await reject(self, *arguments)
-        return True
+    async def always_known(self: Turns, *arguments: Any) -> State:
+        return await examine(self, *arguments) or State(Tree([]), None)
 
-    Turns._reject = always_known  # type: ignore[assignment, method-assign]
+    Turns._examine = always_known  # type: ignore[assignment, method-assign]
 
 
 def cookie_after_a_bad_header() -> None:

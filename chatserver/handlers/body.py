@@ -58,12 +58,12 @@ class RequestBody:
     def json(self, schema: str, max_input_chars: int) -> Any:
         """Return the value of the whole body.
 
-        :param schema: the name of its schema; with `empty`, the body may be missing
+        :param schema: the name of its schema; with `empty` and `retry`, the body may be missing
         :raises PayloadTooLarge, UnsupportedMediaType, InvalidRequest: with the reason
         """
         if self._size > self._max_bytes:
             raise PayloadTooLarge
-        if schema == "empty" and not self._content:
+        if schema in ("empty", "retry") and not self._content:
             return {}
         self._check_type()
         value = _parse_json(bytes(self._content))

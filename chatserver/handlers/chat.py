@@ -1,11 +1,13 @@
 """Conversations over HTTP: JSON in, a use case, JSON out."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import regex
 
+from chatserver.branches import Parent, Tree
 from chatserver.errors import (
     ConversationFull,
     DatabaseUnavailable,
@@ -14,6 +16,7 @@ from chatserver.errors import (
     InvalidRequest,
     KeyReused,
     NoSuchConversation,
+    NotAReply,
     NotFound,
     NothingToRetry,
     QuotaExceeded,
@@ -70,13 +73,14 @@ class TurnHandler(BaseHandler):
 class ConversationsHandler(TurnHandler):
     """`/chat`"""
 
-    @raises(*BODY_ERRORS, *_TURN_ERRORS, KeyReused)
+    @raises(*BODY_ERRORS, *_TURN_ERRORS, NotFound, KeyReused)
     async def post(self) -> None:
         """Send a message: 202 as soon as it is durably stored."""
         body = self.json_body("say")
         known = body.get("conversationId")
+        parent = Parent(_lower(body["parentId"])) if "parentId" in body else None
         turn = await self.services.chat.say(
-            self.caller.owner, known.lower() if known else None, body["input"], self.idempotency_key()
+            self.caller.owner, _lower(known), body["input"], self.idempotency_key(), parent
         )
         self.accept(turn)
 
@@ -114,13 +118,21 @@ class ConversationHandler(BaseHandler):
         """Return the history, including a running reply."""
         conversation = self.key(conversation_id)
         query = self.query("history")
-        before = query.get("before")
-        history = await self.services.reading.history(
-            conversation, query.get("limit"), before.lower() if before else None
-        )
-        await self.send_chunks(_history(conversation.id, history, paged=bool(query)))
+        before, limit, all_branches = _lower(query.get("before")), query.get("limit"), query.get("branches") == "all"
+        paged = before is not None or limit is not None
+        if paged and all_branches:
+            raise InvalidRequest("The parameter branches cannot be combined with limit or before.")
+        history = await self.services.reading.history(conversation, limit, before, all_branches=all_branches)
+        await self.send_chunks(_history(conversation.id, history, paged=paged, all_branches=all_branches))
 
     head = get
+
+    @raises(InvalidId, *BODY_ERRORS, NotFound, DatabaseUnavailable)
+    async def patch(self, conversation_id: str) -> None:
+        """Rename the conversation."""
+        conversation = self.key(conversation_id)
+        body = self.json_body("rename")
+        self.send_json(_summary(await self.services.chat.rename(conversation, body["title"])))
 
     @raises(InvalidRequest, InvalidId, NotFound, DatabaseUnavailable)
     async def delete(self, conversation_id: str) -> None:
@@ -145,26 +157,48 @@ class StopHandler(BaseHandler):
 class RetryHandler(TurnHandler):
     """`/chat/:conversationId/retry`"""
 
-    @raises(InvalidId, *BODY_ERRORS, *_TURN_ERRORS, NotFound, NothingToRetry)
+    @raises(InvalidId, *BODY_ERRORS, *_TURN_ERRORS, NotFound, NotAReply, NothingToRetry, KeyReused)
     async def post(self, conversation_id: str) -> None:
-        """Answer the last user message again."""
+        """Answer a user's message again, beside an existing reply."""
         conversation = self.key(conversation_id)
-        self.json_body("empty")
-        self.accept(await self.services.chat.retry(conversation))
+        message_id = _lower(self.json_body("retry").get("messageId"))
+        self.accept(await self.services.chat.retry(conversation, message_id, self.idempotency_key()))
 
 
-async def _history(conversation_id: str, history: History, *, paged: bool) -> AsyncIterator[bytes]:
+class HeadHandler(BaseHandler):
+    """`/chat/:conversationId/head`"""
+
+    @raises(InvalidId, *BODY_ERRORS, NotFound, ReplyInProgress, UnsupportedConversation, DatabaseUnavailable)
+    async def put(self, conversation_id: str) -> None:
+        """Show another branch."""
+        conversation = self.key(conversation_id)
+        message_id = self.json_body("head")["messageId"].lower()
+        head = await self.services.chat.show(conversation, message_id)
+        self.send_json({"conversationId": conversation.id, "messageId": head})
+
+
+def _lower(id_: str | None) -> str | None:
+    return None if id_ is None else id_.lower()
+
+
+async def _history(conversation_id: str, history: History, *, paged: bool, all_branches: bool) -> AsyncIterator[bytes]:
     """Yield a history's JSON text, part by part."""
-    head = {
+    tree = history.tree
+    head: dict[str, Any] = {
         "conversationId": conversation_id,
         "createdAt": iso(history.created_at),
         "updatedAt": iso(history.updated_at),
         "status": "streaming" if history.streaming else "idle",
     }
+    if history.view.title is not None:
+        head["title"] = history.view.title
+    if all_branches and tree is not None:
+        head["head"] = tree.head
     yield f'{_encode(head)[:-1]}, "messages": ['.encode()
     position, separator = None, ""
+    render = partial(_message, tree=tree, all_branches=all_branches)
     async for part in history.parts:
-        yield _part(part, separator)
+        yield _part(part, separator, render)
         position = part.position
         separator = ", " if part.messages else separator
     tail: dict[str, Any] = {"lastEventId": str(position)}
@@ -180,18 +214,18 @@ async def _export(conversations: AsyncIterator[tuple[Key, History]]) -> AsyncIte
     """
     async for conversation, history in conversations:
         try:
-            async for text in _history(conversation.id, history, paged=False):
+            async for text in _history(conversation.id, history, paged=False, all_branches=True):
                 yield text
         except NoSuchConversation:
             raise DatabaseUnavailable("A conversation was deleted while it was being exported. Try again.") from None
 
 
-def _part(part: Part, separator: str) -> bytes:
+def _part(part: Part, separator: str, render: Callable[[Message], dict[str, Any]]) -> bytes:
     """Return the JSON text of some messages.
 
     :param separator: precedes the part, unless it continues a message
     """
-    texts = [_encode(_message(each)) for each in part.messages]
+    texts = [_encode(render(each)) for each in part.messages]
     # Neither delimiter occurs in the text of a message, where quotation marks are escaped.
     if part.continues:
         separator, texts[0] = "", texts[0].partition('"content": "')[2]
@@ -200,7 +234,12 @@ def _part(part: Part, separator: str) -> bytes:
     return f"{separator if texts else ''}{', '.join(texts)}".encode()
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _message(message: Message, tree: Tree | None, *, all_branches: bool) -> dict[str, Any]:
+    """Return a message as JSON.
+
+    :param tree: None if no message has siblings
+    :param all_branches: whether it is one of all branches, and must tell its parent instead of its siblings
+    """
     value: dict[str, Any] = {
         "id": message.id,
         "role": message.role,
@@ -210,13 +249,17 @@ def _message(message: Message) -> dict[str, Any]:
     }
     if message.error is not None:
         value["error"] = message.error._asdict()
+    if tree is not None and all_branches:
+        value["parentId"] = tree.parent(message.id)
+    elif tree is not None and len(siblings := tree.siblings(message.id)) > 1:
+        value["siblings"] = siblings
     return value
 
 
 def _summary(summary: Summary) -> dict[str, Any]:
     return {
         "conversationId": summary.id,
-        "title": _title(summary.beginning, summary.is_truncated),
+        "title": summary.title or _title(summary.beginning, summary.is_truncated),
         "createdAt": iso(summary.created_at),
         "updatedAt": iso(summary.updated_at),
         "messageCount": summary.message_count,

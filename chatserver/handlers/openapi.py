@@ -23,6 +23,7 @@ from chatserver.handlers.chat import (
     ConversationHandler,
     ConversationsHandler,
     ExportHandler,
+    HeadHandler,
     RetryHandler,
     StopHandler,
 )
@@ -33,8 +34,11 @@ from chatserver.handlers.stream import StreamHandler
 from chatserver.schemas import Schema, load
 from chatserver.settings import Settings
 
-_REQUESTS = ("say", "empty")
-_ANSWERS = ("accepted", "message", "conversation", "conversations", "stopped", "me", "health", "problem", "events")
+_REQUESTS = ("say", "retry", "head", "rename", "empty")
+_ANSWERS = (
+    *("accepted", "message", "conversation", "summary", "conversations", "shown", "stopped"),
+    *("me", "health", "problem", "events"),
+)
 
 
 def problem_codes() -> dict[str, tuple[int, str]]:
@@ -120,7 +124,8 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
         "/chat/export": {
             "get": _operation(
                 "exportConversations",
-                "Read all conversations, each as `GET /chat/{conversationId}` returns it, on a line of its own.",
+                "Read all conversations, each as `GET /chat/{conversationId}?branches=all` returns it, on a line of "
+                "its own.",
                 {"200": _ndjson("Conversation", "The conversations, in the order of their ids.")},
                 **checks(ExportHandler, "get"),
             ),
@@ -133,6 +138,13 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
                 {"200": _json("Conversation", "The whole conversation, or a page of it.")},
                 parameters=_query("history"),
                 **checks(ConversationHandler, "get"),
+            ),
+            "patch": _operation(
+                "rename",
+                "Rename a conversation. Its streams receive a `title`.",
+                {"200": _json("Summary", "The conversation, as in the list.")},
+                body="RenameRequest",
+                **checks(ConversationHandler, "patch"),
             ),
             "delete": _operation(
                 "deleteConversation",
@@ -166,11 +178,22 @@ def _paths(security: list[dict[str, Any]]) -> dict[str, Any]:
             "parameters": [conversation],
             "post": _operation(
                 "retry",
-                "Answer the last message again, if its reply was stopped, failed or interrupted.",
-                {"202": _accepted("The new reply is running, and the old one is superseded.")},
-                body="EmptyRequest",
+                "Answer a user's message again, beside an existing reply.",
+                {"202": _accepted("The new reply is running. The existing one is kept as its sibling.")},
+                parameters=[_IDEMPOTENCY_KEY],
+                body="RetryRequest",
                 body_required=False,
                 **checks(RetryHandler, "post"),
+            ),
+        },
+        "/chat/{conversationId}/head": {
+            "parameters": [conversation],
+            "put": _operation(
+                "show",
+                "Show another branch: the one through a message. Streams receive a `head`.",
+                {"200": _json("Shown", "The branch is shown.")},
+                body="HeadRequest",
+                **checks(HeadHandler, "put"),
             ),
         },
         "/me": {

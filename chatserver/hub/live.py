@@ -7,9 +7,11 @@ from datetime import datetime
 from sys import maxsize
 from typing import Protocol, TypeVar
 
+from chatserver import positions
+from chatserver.branches import Parent
 from chatserver.hub.log import LiveReply, Log
 from chatserver.positions import Position
-from chatserver.records import Key, Message
+from chatserver.records import Key, Message, View
 from chatserver.wire import Format, sse
 
 logger = logging.getLogger(__name__)
@@ -108,11 +110,13 @@ class LiveConversation:
         "_counts",
         "_log",
         "_schedule",
+        "has_branches",
         "holders",
         "is_dirty",
         "key",
         "reply",
         "subscribers",
+        "title",
         "version",
     )
 
@@ -121,7 +125,11 @@ class LiveConversation:
         self.subscribers: set[Subscriber] = set()
         self.reply: LiveReply | None = None
         self.version = 0
-        """Incremented whenever a turn starts or ends, so that a reader of the database can detect an old result."""
+        """Incremented with every change but new text, so that a reader of the database can detect an old result."""
+        self.has_branches = False
+        """Whether streams open with the head."""
+        self.title: str | None = None
+        """The title that a user chose, if any; streams open with it."""
         self.holders = 0
         self.is_dirty = False
         """Whether it waits to be delivered."""
@@ -153,36 +161,63 @@ class LiveConversation:
 
     # -- publishing ----------------------------------------------------------------------------------------------
 
-    def adopt(self, position: Position) -> None:
-        """Set the position to the database's, while no reply runs here.
+    def adopt(self, position: Position, view: View) -> None:
+        """Set the position and the view to the database's, while no reply runs here. Publish another head or title.
 
         Subscribers at another position missed turns of another server: they are disconnected, and resume from the
         database.
         """
-        if self.position == position:
-            return
-        if self.position is not None:
-            self.disconnect()
-        self._drop(position)
+        self.has_branches = view.has_branches
+        if self.position != position:
+            if self.position is not None:
+                self.disconnect()
+            self._drop(position)
+            self._log.head = view.head
+        elif self._log.head != view.head:
+            self._log.append_head(view.head)
+            self._mark_dirty()
+            self.version += 1
+        self.rename(view.title)
 
-    def open_turn(self, previous: Position, message: Message | None, reply_id: str, created_at: datetime) -> None:
+    def rename(self, title: str | None) -> None:
+        """Publish the title that a user chose (None for the automatic one), if it is another one."""
+        if title != self.title:
+            self.title = title
+            self._log.append_title(title)
+            self._mark_dirty()
+            self.version += 1
+
+    def open_turn(
+        self,
+        previous: Position,
+        message: Message | None,
+        reply_id: str,
+        created_at: datetime,
+        parent: Parent | None = None,
+    ) -> None:
         """Publish a user's message (None at a retry) and start its reply.
 
         :param previous: the position right before, as stored
+        :param parent: the message that the first of them continues; None for the one before it
         """
+        before = None if previous == positions.start(self.key.id) else previous.message_id
+        parent_id = before if parent is None else parent.id
         if self.reply is not None or self.position != previous:
             if self.position is not None:
                 self.disconnect()
             self.reply = None
             self._drop(previous)
+            self._log.head = parent_id
         else:
             self._log.drop_ended_turns()
             self._disconnect_slow()
         self.version += 1
+        self.has_branches = self.has_branches or parent is not None
         if message is not None:
-            self._log.append_message(message, delivered=not self.is_dirty)
+            self._log.append_message(message, parent_id, delivered=not self.is_dirty)
+            parent_id = message.id
         self.reply = LiveReply(reply_id, created_at)
-        self._log.open_reply(self.reply)
+        self._log.open_reply(self.reply, parent_id)
         self._mark_dirty()
 
     def append(self, text: str, size: int) -> None:
@@ -207,7 +242,7 @@ class LiveConversation:
 
     def reset(self) -> None:
         """Send every subscriber a `reset`, because its position is no longer known, and end its stream."""
-        self.reply = None
+        self.reply, self.has_branches, self.title = None, False, None
         for_each(self.all_subscribers, self._reset_one)
         self._drop(None)
 
@@ -251,6 +286,18 @@ class LiveConversation:
         if self.reply is not None and self.reply.message_id == position.message_id:
             return True
         return self._log.locate(position) is not None
+
+    def is_outdated_at(self, position: Position) -> bool:
+        """Return whether a position is the end of the reply that still runs here: another server has ended it."""
+        return self.reply is not None and position == Position(self.reply.message_id, None)
+
+    def head_at(self, position: Position, otherwise: str | None) -> str | None:
+        """Return the message at the end of the visible conversation at a position.
+
+        :param otherwise: what to return if the position is not in the log, or not yet
+        """
+        point = self._log.locate(position)
+        return otherwise if point is None else point.head
 
     def subscribe(self, subscriber: Subscriber, position: Position) -> None:
         """Deliver to a subscriber everything after a position, from now on.

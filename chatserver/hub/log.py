@@ -43,9 +43,13 @@ class LiveReply:
 
 
 class ResumePoint(NamedTuple):
-    """Where a position lies in a log: the offset to continue from, after sending `before` (the rest of a frame)."""
+    """Where a position lies in a log: the offset to continue from, after sending `before` (the rest of a frame).
+
+    `head` is the message at the end of the visible conversation there.
+    """
 
     offset: int
+    head: str | None
     before: bytes = b""
 
 
@@ -68,6 +72,7 @@ class _Entry:
     """A message in the log: the offsets of its frames, and its reply (None: another message)."""
 
     message_id: str
+    parent_id: str | None
     begin: int
     reply: LiveReply | None
     end: int | None = None
@@ -90,7 +95,7 @@ class Log:
     """
 
     # As in `LiveConversation`.
-    __slots__ = ("_data", "_entries", "_tail", "base", "end", "format", "piece")
+    __slots__ = ("_data", "_entries", "_tail", "base", "end", "format", "head", "piece")
 
     def __init__(self, stream_format: Format) -> None:
         self.format = stream_format
@@ -99,6 +104,8 @@ class Log:
         self.end = 0
         """Always `base` plus the bytes kept; each delivery reads it several times."""
         self.piece = _NO_PIECE
+        self.head: str | None = None
+        """The message at the end of the visible conversation, after all frames."""
         self._tail: Position | None = None
         """The position at `base`."""
         self._data = bytearray()
@@ -118,15 +125,31 @@ class Log:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def append_message(self, message: Message, *, delivered: bool) -> None:
+    def append_head(self, message_id: str | None) -> None:
+        """Append that the visible conversation ends at a message, or before the first one."""
+        self.head = message_id
+        self._append_frame(self.format.head_frame(message_id), delivered=False)
+
+    def append_title(self, title: str | None) -> None:
+        """Append the title that a user chose; None for the automatic one."""
+        self._append_frame(self.format.title_frame(title), delivered=False)
+
+    def append_message(self, message: Message, parent_id: str | None, *, delivered: bool) -> None:
         """Append a whole message that is not a reply; see `append` for `delivered`."""
-        self._entries.append(_Entry(message.id, self.end, None))
+        self._open(message.id, parent_id, None)
         self.append(self.format.message_frame(message), 0, delivered)
         self._entries[-1].end = self.end
 
-    def open_reply(self, reply: LiveReply) -> None:
+    def open_reply(self, reply: LiveReply, parent_id: str | None) -> None:
         """Assign the next frames to a reply."""
-        self._entries.append(_Entry(reply.message_id, self.end, reply))
+        self._open(reply.message_id, parent_id, reply)
+
+    def _open(self, message_id: str, parent_id: str | None, reply: LiveReply | None) -> None:
+        """Assign the next frames to a message, after a head if it does not continue the visible conversation."""
+        if parent_id != self.head:
+            self.append_head(parent_id)
+        self._entries.append(_Entry(message_id, parent_id, self.end, reply))
+        self.head = message_id
 
     def close_reply(self, message: Message, *, delivered: bool) -> None:
         """Append the end of the running reply, as stored; see `append` for `delivered`."""
@@ -141,40 +164,56 @@ class Log:
         :param chars: the code points of the reply up to the end of this frame
         :param delivered: whether every frame before was delivered
         """
+        self._append_frame(frame, delivered)
+        entry = self._entries[-1]
+        entry.char_ends.append(chars)
+        entry.byte_ends.append(self.end)
+
+    def _append_frame(self, frame: bytes, delivered: bool) -> None:
         begin = self.end
         self._data += frame
         self.end = end = begin + len(frame)
-        entry = self._entries[-1]
-        entry.char_ends.append(chars)
-        entry.byte_ends.append(end)
         # When all is delivered, every up-to-date cursor is at this frame's start, so it is the next piece.
         self.piece = Piece(begin, end, frame, 1, chunked.chunk(frame)) if delivered else _NO_PIECE
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     def locate(self, position: Position) -> ResumePoint | None:
-        """Return where a position lies in the log; None if it does not, or not yet."""
+        """Return where a position lies in the log; None if it does not, or not yet.
+
+        A stream that starts there opens with the head and the title: their frames before the next message are skipped.
+        """
         if position == self._tail:
-            return ResumePoint(self.base)
-        for entry in self._entries:
+            return self._before(0)
+        for index, entry in enumerate(self._entries):
             if entry.message_id != position.message_id:
                 continue
             if position.chars is None:
-                return None if entry.end is None else ResumePoint(entry.end)
+                return None if entry.end is None else self._before(index + 1)
+            if position.chars == 0:
+                return self._before(index)
             if entry.reply is None:
-                return ResumePoint(entry.begin) if position.chars == 0 else None
+                return None
             if position.chars > entry.reply.chars and not entry.failed:
                 # Not yet written; or the reply has ended with less text than this client saw: `done` would be wrong.
                 return None
             return self._locate_in_reply(entry, entry.reply, min(position.chars, entry.reply.chars))
         return None
 
+    def _before(self, index: int) -> ResumePoint:
+        """Return the point right before a message, which is given by its index, or at the end of the log."""
+        if index == len(self._entries):
+            return ResumePoint(self.end, self.head)
+        return ResumePoint(self._entries[index].begin, self._entries[index].parent_id)
+
     def _locate_in_reply(self, entry: _Entry, reply: LiveReply, chars: int) -> ResumePoint:
         index = bisect_left(entry.char_ends, chars)
         offset, end = entry.byte_ends[index], entry.char_ends[index]
         if end == chars:
-            return ResumePoint(offset)
-        return ResumePoint(offset, self.format.token_frame(reply.message_id, end, reply.content[chars:end]))
+            return ResumePoint(offset, reply.message_id)
+        return ResumePoint(
+            offset, reply.message_id, self.format.token_frame(reply.message_id, end, reply.content[chars:end])
+        )
 
     def end_of_reply_after(self, offset: int) -> int | None:
         """Return the offset at the end of the first reply that ends after an offset; None if none has."""

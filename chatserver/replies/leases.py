@@ -99,7 +99,7 @@ class Leases:
         :param reply: as read; its `renewed_at` is compared
         :return: whether this call stored it
         """
-        message = Message(reply.id, "assistant", reply.content, reply.created_at, *ending)
+        message = Message(reply.id, "assistant", reply.content, reply.created_at, *ending, reply.parent, reply.key)
         if await self._store.finish(conversation, message, if_renewed_at=reply.renewed_at) is not message:
             return False
         logger.info("reply stored as %s", ending.status, extra={"conversation": conversation.id, "reply": reply.id})

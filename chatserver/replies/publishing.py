@@ -6,9 +6,11 @@ from chatserver.records import Message, StartedTurn
 
 
 def publish_start(live: LiveConversation, started: StartedTurn) -> LiveReply:
-    """Publish the user's message of a turn, if it is new, and open the reply; return the reply."""
+    """Publish the user's message of a turn, if it is new, and the title; open the reply and return it."""
     previous = positions.after(started.previous_id, live.key.id)
-    live.open_turn(previous, started.new_message, started.turn.reply_id, started.created_at)
+    parent = started.parent if started.new_message is None else started.new_message.parent
+    live.open_turn(previous, started.new_message, started.turn.reply_id, started.created_at, parent)
+    live.rename(started.title)
     assert live.reply is not None
     return live.reply
 

@@ -2,9 +2,11 @@
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 
 from chatserver import tasks
-from chatserver.errors import DatabaseUnavailable, ReplyInProgress
+from chatserver.branches import Parent
+from chatserver.errors import DatabaseUnavailable
 from chatserver.hub import LiveConversation
 from chatserver.records import Key, StartedTurn, Turn
 from chatserver.replies.alignment import Alignment
@@ -19,12 +21,14 @@ _PAUSE_S = 0.5
 class NewTurn:
     """A turn that begins with a user's message.
 
+    :ivar parent: the message that it continues; None for the head
     :ivar is_new: whether the conversation's id is fresh, so that the conversation need not be searched for
     """
 
     turn: Turn
     text: str
     key: str | None
+    parent: Parent | None
     is_new: bool
 
     @property
@@ -38,10 +42,15 @@ class NewTurn:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """A turn that replaces the last reply, which was stopped, failed or interrupted, by a new one."""
+    """A turn that is a new reply beside an existing one.
+
+    :ivar message_id: the existing reply; None for the last one of the active path
+    """
 
     conversation: Key
     reply_id: str
+    message_id: str | None
+    key: str | None
 
 
 class Starter:
@@ -57,19 +66,12 @@ class Starter:
         :raises OutcomeUnknown: if MongoDB stopped answering in the middle; see `settle`
         :raises ChatError: as `Store.start_turn` or `Store.start_retry`, and nothing is stored
         """
-        try:
-            return await self._write(turn)
-        except ReplyInProgress:
-            # Reading ends a reply whose lease has expired.
-            record = await self._alignment.read(live)
-            if record is not None and record.reply is not None:
-                raise
-            return await self._write(turn)
+        return await self._alignment.unblocked(live, partial(self._write, turn))
 
     async def _write(self, turn: NewTurn | Retry) -> StartedTurn:
         if isinstance(turn, Retry):
-            return await self._store.start_retry(turn.conversation, turn.reply_id)
-        return await self._store.start_turn(turn.turn, turn.text, turn.key, new=turn.is_new)
+            return await self._store.start_retry(turn.conversation, turn.reply_id, turn.message_id, turn.key)
+        return await self._store.start_turn(turn.turn, turn.text, turn.key, parent=turn.parent, new=turn.is_new)
 
     async def settle(self, turn: NewTurn | Retry) -> StartedTurn | None:
         """Find out, once MongoDB answers, whether a start with an unknown outcome was stored; return it, or None."""

@@ -137,7 +137,8 @@ class Writer:
         live, reply = self.live, self.reply
         ending = await self._generate()
         self.stage = Stage.STORING
-        message = Message(reply.message_id, "assistant", reply.content, reply.created_at, *ending)
+        origin = (self._started.parent, self._started.key)
+        message = Message(reply.message_id, "assistant", reply.content, reply.created_at, *ending, *origin)
         stored = await self._finish(message)
         if live.reply is reply:
             publishing.publish_end(self._hub, live, reply, stored)

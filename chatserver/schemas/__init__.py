@@ -71,7 +71,7 @@ def _fields(error: ValidationError) -> list[FieldError]:
                 if name not in known
             ]
         case "type":
-            detail = f"must be of type {limit}"
+            detail = f"must be of type {limit if type(limit) is str else ' or '.join(limit)}"
         case "maxLength":
             detail = f"must have at most {limit} characters"
         case "pattern" if limit.startswith("[^\\s"):
@@ -82,8 +82,10 @@ def _fields(error: ValidationError) -> list[FieldError]:
             detail = "must be the nextCursor of a page of this list"
         case "pattern":
             detail = f"must match {limit}"
-        case "not":
+        case "not" if limit["pattern"] == "\\u0000":
             detail = "must not contain a NUL character"
+        case "not":
+            detail = "must be one line without control characters"
         case "minimum":
             detail = f"must be at least {limit}"
         case "maximum":

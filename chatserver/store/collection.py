@@ -91,9 +91,9 @@ class Conversations:
         """Return the driver's cursor over documents."""
         return self.collection.find(condition, projection)
 
-    async def update_one(self, condition: Condition, change: Document, *, upsert: bool = False) -> None:
-        """Change one document, or insert it if none matches and `upsert` is set."""
-        await self.collection.update_one(condition, change, upsert=upsert)
+    async def update_one(self, condition: Condition, change: Document, *, upsert: bool = False) -> bool:
+        """Change one document, or insert it if none matches and `upsert` is set; return whether one matched."""
+        return bool((await self.collection.update_one(condition, change, upsert=upsert)).matched_count)
 
     async def find_changed(self, condition: Condition, change: Document, projection: Document) -> Any:
         """Change one document and return its new state; None if none matches."""

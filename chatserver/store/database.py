@@ -1,6 +1,7 @@
 """One database: its client, the guard around its calls, and the settings that the queries need."""
 
 import inspect
+from functools import partial
 from typing import Any
 
 from pymongo.errors import ConfigurationError, OperationFailure
@@ -44,7 +45,8 @@ class Database:
         self._is_expired = expressions.is_expired(lease_ms)
         self._overview = {**expressions.OVERVIEW, "expired": self._is_expired}
         """Projects the fields of a `Record`, except the messages."""
-        self._turn_projection = expressions.turn(history, history_chars)
+        self._turn_along = partial(expressions.turn, history, history_chars)
+        self._turn_projection = self._turn_along()
         """Projects the fields that a new turn needs; `prompt.messages` ends with the user's message."""
 
     async def prepare(self) -> None:

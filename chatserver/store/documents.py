@@ -18,7 +18,8 @@ from typing import Any, get_args
 from bson import ObjectId, json_util
 from bson.datetime_ms import DatetimeMS
 
-from chatserver.records import Key, Message, Place, Record, ReplyError, Status, StoredReply, Summary
+from chatserver.branches import Node, Parent, Tree
+from chatserver.records import Key, Message, Place, Record, ReplyError, Status, StoredReply, Summary, View
 
 Document = Mapping[str, Any]
 
@@ -97,7 +98,7 @@ def message(value: object, document: Document, index: int) -> Message:
 
     :param document: the conversation's; its `_id` and its times
     """
-    stored = value if isinstance(value, dict) else {"content": value}
+    stored = _fields(value)
     get = stored.get
     id_, role, content, time, status = get("_id"), get("role"), get("content"), get("createdAt"), get("status")
     if isinstance(time, datetime):
@@ -112,7 +113,13 @@ def message(value: object, document: Document, index: int) -> Message:
         time,
         "complete" if status is None else _status(status),
         _error(get("error")) if "error" in stored else None,
+        _parent(stored["parent"]) if "parent" in stored else None,
     )
+
+
+def _fields(message: object) -> Document:
+    """Return the fields of an element of `messages`; one that is no document counts as a message's content."""
+    return message if isinstance(message, dict) else {"content": message}
 
 
 def _status(value: object) -> Status:
@@ -143,24 +150,72 @@ def reply(document: Document, *, expired: bool) -> StoredReply | None:
         time_of(stored.get("createdAt"), stored["_id"]),
         stored.get("renewedAt"),
         expired,
+        _parent(stored["parent"]) if "parent" in stored else None,
+        retry_key if type(retry_key := stored.get("key")) is str else None,
     )
 
 
-def record(document: Document, *, older: int) -> Record:
+def _parent(value: object) -> Parent | None:
+    """Return a stored parent; None if another application stored a value that cannot be one."""
+    return Parent(None if value is None else str(value)) if value is None or isinstance(value, ObjectId) else None
+
+
+def tree(document: Document) -> Tree:
+    """Return the tree of a conversation, a running reply included.
+
+    :param document: with the fields of `expressions.WITH_TREE`; `tree` may be the messages themselves
+    """
+    nodes = [
+        Node(
+            message_id(document["_id"], index, each.get("_id")),
+            role if type(role := each.get("role")) is str else "unknown",
+            _parent(each["parent"]) if "parent" in each else None,
+            each.get("status") == "superseded",
+        )
+        for index, each in enumerate(_fields(value) for value in document["tree"])
+    ]
+    running = reply(document, expired=False)
+    if running is None:
+        return Tree(nodes, _head(document))
+    return Tree([*nodes, Node(running.id, "assistant", running.parent)])
+
+
+def _head(document: Document) -> str | None:
+    """Return the id of the stored head; None if there is none, or if messages were stored after it."""
+    match document.get("head"):
+        case {"_id": ObjectId() as id_, "length": length} if length == document["count"]:
+            return str(id_)
+    return None
+
+
+def stored_head(message_id: ObjectId, length: int) -> Document:
+    """Return the head as it is stored: a message, and the length of the array for which it is the head."""
+    return {"_id": message_id, "length": length}
+
+
+def title(document: Document) -> str | None:
+    """Return the title that a user chose; None if there is none, or not a text of one line."""
+    value = document.get("title")
+    return value if type(value) is str and value.strip() and len(value.splitlines()) == 1 else None
+
+
+def record(document: Document, indexes: Sequence[int]) -> Record:
     """Return a conversation.
 
     :param document: with the fields of `expressions.OVERVIEW`, `expired`, and if need be `messages` and `at`
-    :param older: the index of the first message in `messages`
+    :param indexes: of `messages`
     """
     messages = document.get("messages")
     count = document["count"]
+    last_id = message_id(document["_id"], count - 1, document.get("last")) if count else None
     return Record(
         created_at=time_of(document.get("createdAt"), document["_id"], document.get("updatedAt")),
         updated_at=time_of(document.get("updatedAt"), document.get("createdAt"), document["_id"]),
-        messages=[message(each, document, index) for index, each in enumerate(_list(messages), older)],
+        messages=[message(each, document, index) for index, each in zip(indexes, _list(messages), strict=True)],
         reply=reply(document, expired=bool(document["expired"])),
-        last_id=message_id(document["_id"], count - 1, document.get("last")) if count else None,
-        older=older,
+        last_id=last_id,
+        older=0,
+        view=View(_head(document) or last_id, has_branches=document.get("head") is not None, title=title(document)),
         found=document.get("at", 0) >= 0,
     )
 
@@ -170,7 +225,7 @@ def _list(value: object) -> Sequence[object]:
 
 
 def summary(document: Document) -> Summary:
-    """Return a conversation in the list, from the fields of `expressions.SUMMARY`."""
+    """Return a conversation in the list, from the fields of `expressions.summary`."""
     updated_at = document.get("updatedAt")
     match updated_at:
         case datetime():
@@ -183,6 +238,7 @@ def summary(document: Document) -> Summary:
     beginning = document["beginning"]
     return Summary(
         id=str(document["_id"]),
+        title=title(document),
         beginning=beginning[:BEGINNING_CHARS],
         is_truncated=len(beginning) > BEGINNING_CHARS,
         created_at=time_of(document.get("createdAt"), document["_id"], updated_at),

@@ -3,6 +3,7 @@
 MongoDB evaluates a string that begins with `$` as a path, so text from a client always goes through `literal`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from bson import ObjectId
@@ -13,13 +14,6 @@ SIZE: Document = {"$bsonSize": {"message": "$$this"}}
 """The bytes of the message `$$this`."""
 MESSAGES: Document = {"$cond": [{"$isArray": "$messages"}, "$messages", []]}
 COUNT: Document = {"$size": MESSAGES}
-PROMPT: Document = {
-    "$filter": {
-        "input": MESSAGES,
-        "cond": {"$and": [{"$in": ["$$this.role", ["user", "assistant"]]}, {"$ne": ["$$this.status", "superseded"]}]},
-    }
-}
-"""The messages that may be part of a prompt."""
 IS_SUPPORTED: Document = {
     "$and": [
         {"$in": [{"$type": "$messages"}, ["array", "missing"]]},
@@ -27,47 +21,92 @@ IS_SUPPORTED: Document = {
     ]
 }
 """Whether a turn can be appended: a prompt can contain text only."""
-USER_TURNS: Document = {"$size": {"$filter": {"input": MESSAGES, "cond": {"$eq": ["$$this.role", "user"]}}}}
+HAS_BRANCHES: Document = {"$ne": [{"$ifNull": ["$head", None]}, None]}
+"""Whether chatserver has stored branches. Those of other origins are found where they are read; see `is_branching`."""
+TREE: Document = {
+    "$map": {
+        "input": MESSAGES,
+        "in": {"_id": "$$this._id", "role": "$$this.role", "parent": "$$this.parent", "status": "$$this.status"},
+    }
+}
+"""What `documents.tree` needs of each message."""
+WITH_TREE: Document = {
+    "head": 1,
+    "reply._id": 1,
+    "reply.parent": 1,
+    "reply.key": 1,
+    "count": COUNT,
+    "tree": TREE,
+}
+"""The fields that `documents.tree` needs, and the running reply's key."""
 _LAST_ID: Document = {"$let": {"vars": {"last": {"$last": MESSAGES}}, "in": "$$last._id"}}
-OVERVIEW: Document = {"owner": 1, "createdAt": 1, "updatedAt": 1, "reply": 1, "count": COUNT, "last": _LAST_ID}
-"""The fields that `documents.record` and `documents.key` need, except `messages` and `expired`."""
-SUMMARY: Document = {
+OVERVIEW: Document = {
+    "owner": 1,
     "createdAt": 1,
     "updatedAt": 1,
-    "reply._id": 1,
+    "title": 1,
+    "head": 1,
+    "reply": 1,
     "count": COUNT,
-    "beginning": {
-        "$let": {
-            "vars": {
-                "first": {
-                    "$ifNull": [
-                        {
-                            "$first": {
-                                "$filter": {
-                                    "input": {"$slice": [MESSAGES, 10]},
-                                    "cond": {"$eq": ["$$this.role", "user"]},
-                                }
-                            }
-                        },
-                        {"$first": MESSAGES},
-                    ]
-                }
-            },
-            "in": {
-                "$cond": [
-                    {"$eq": [{"$type": "$$first.content"}, "string"]},
-                    {"$substrCP": ["$$first.content", 0, BEGINNING_CHARS + 1]},
-                    "",
-                ]
-            },
-        }
-    },
+    "last": _LAST_ID,
 }
+"""The fields that `documents.record` and `documents.key` need, except `messages` and `expired`."""
 
 
-def literal(text: str) -> Document:
-    """Return the expression for a text, which may begin with `$`."""
-    return {"$literal": text}
+def summary(messages: Any) -> Document:
+    """Return the projection of the fields that `documents.summary` needs.
+
+    :param messages: the messages of the active path; at least the first ten
+    """
+    users = {"$filter": {"input": {"$slice": [messages, 10]}, "cond": {"$eq": ["$$this.role", "user"]}}}
+    beginning = {
+        "$cond": [
+            {"$eq": [{"$type": "$$first.content"}, "string"]},
+            {"$substrCP": ["$$first.content", 0, BEGINNING_CHARS + 1]},
+            "",
+        ]
+    }
+    return {
+        "createdAt": 1,
+        "updatedAt": 1,
+        "title": 1,
+        "head": 1,
+        "reply._id": 1,
+        "reply.parent": 1,
+        "count": COUNT,
+        "tree": {"$cond": [HAS_BRANCHES, TREE, None]},
+        "beginning": let({"first": {"$ifNull": [{"$first": users}, {"$first": messages}]}}, result=beginning),
+    }
+
+
+def along(indexes: Any) -> Any:
+    """Return the expression for the messages with some indexes."""
+    chosen = {"$map": {"input": indexes, "in": {"$arrayElemAt": ["$$all", "$$this"]}}}
+    return let({"all": MESSAGES}, result=chosen)
+
+
+def is_branching(begin: Any, count: Any) -> Document:
+    """Return the expression for whether some messages, or the one before them, are not simply a part of the path.
+
+    That is, whether one is superseded or has a stored parent.
+
+    :param begin: the index of the first one
+    """
+    from_ = {"$max": [0, {"$subtract": [begin, 1]}]}
+    has_parent = {"$in": [{"$type": "$$this.parent"}, ["objectId", "null"]]}
+    branches = {"$or": [{"$eq": ["$$this.status", "superseded"]}, has_parent]}
+    window = {"$slice": [MESSAGES, from_, {"$add": [count, 1]}]}
+    return {"$anyElementTrue": [{"$map": {"input": window, "in": branches}}]}
+
+
+def literal(value: str | None) -> Document:
+    """Return the expression for a value; a text may begin with `$`."""
+    return {"$literal": value}
+
+
+def index_of_key(key: str) -> Document:
+    """Return the expression for the index of the message with an idempotency key, -1 if there is none."""
+    return {"$indexOfArray": [{"$map": {"input": MESSAGES, "in": {"$ifNull": ["$$this.key", None]}}}, literal(key)]}
 
 
 def index_of(conversation: ObjectId, message_id: str) -> Document:
@@ -117,19 +156,20 @@ def last_ids(count: int) -> Document:
     return {"$map": {"input": {"$slice": [MESSAGES, -count]}, "in": {"$ifNull": ["$$this._id", None]}}}
 
 
-def question_index(prompt: str) -> Document:
+def _question_index(prompt: str, indexes: Any) -> Document:
     """Return the expression for the index of the last user message if its `_id` is no ObjectId, else null.
 
-    :param prompt: the variable that holds `PROMPT`
+    :param prompt: the variable that holds the messages that may be part of a prompt
+    :param indexes: of the active path
     """
     is_users = {
         "$eq": [{"$let": {"vars": {"message": {"$arrayElemAt": [MESSAGES, "$$this"]}}, "in": "$$message.role"}}, "user"]
     }
-    indexes = {"$filter": {"input": {"$range": [0, COUNT]}, "cond": is_users}}
+    users = {"$filter": {"input": indexes, "cond": is_users}}
     return {
         "$let": {
             "vars": {"question": {"$last": prompt}},
-            "in": {"$cond": [{"$eq": [{"$type": "$$question._id"}, "objectId"]}, None, {"$max": indexes}]},
+            "in": {"$cond": [{"$eq": [{"$type": "$$question._id"}, "objectId"]}, None, {"$max": users}]},
         }
     }
 
@@ -182,27 +222,36 @@ def is_expired(lease_ms: int) -> Document:
     }
 
 
-def turn(history: int, history_chars: int) -> Document:
+def turn(history: int, history_chars: int, path: Sequence[int] | None = None) -> Document:
     """Return the projection of the fields that a new turn needs, instead of the whole document.
 
     :param history: how many of the newest messages
     :param history_chars: messages before these newest code points may be left out
+    :param path: the indexes of the active path; None if the conversation has no branches
     """
+    indexes = {"$range": [0, COUNT]} if path is None else list(path)
+    messages = MESSAGES if path is None else along(indexes)
+    in_prompt: Any = [{"$in": ["$$this.role", ["user", "assistant"]]}]
+    if path is None:
+        in_prompt.append({"$ne": ["$$this.status", "superseded"]})
+    prompt = {"$filter": {"input": messages, "cond": {"$and": in_prompt}}}
     return {
+        "title": 1,
+        "head": 1,
         "reply._id": 1,
         "reply.createdAt": 1,
+        "reply.parent": 1,
+        "reply.key": 1,
         "size": {"$bsonSize": "$$ROOT"},
-        "turns": USER_TURNS,
+        "turns": {"$size": {"$filter": {"input": messages, "cond": {"$eq": ["$$this.role", "user"]}}}},
         "count": COUNT,
         "last": last_ids(2),
-        "prompt": {
-            "$let": {
-                "vars": {"prompt": PROMPT},
-                "in": {
-                    # 4 bytes are the most that a code point takes.
-                    "messages": newest_within({"$slice": ["$$prompt", -history]}, 4 * history_chars),
-                    "question_index": question_index("$$prompt"),
-                },
-            }
-        },
+        "prompt": let(
+            {"prompt": prompt},
+            result={
+                # 4 bytes are the most that a code point takes.
+                "messages": newest_within({"$slice": ["$$prompt", -history]}, 4 * history_chars),
+                "question_index": _question_index("$$prompt", indexes),
+            },
+        ),
     }

@@ -1,13 +1,25 @@
 """Pages of a conversation: the expression that selects one, and the record made of it; pure."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from bson import ObjectId
 
-from chatserver.records import PAGE_SIZE, After, Before, Between, Newest, Record, Span
+from chatserver.branches import Tree
+from chatserver.records import PAGE_SIZE, After, Along, Before, Between, Newest, Record, Rest, Span
 from chatserver.store.documents import Document, record
-from chatserver.store.expressions import COUNT, MESSAGES, SIZE, fitting, index_of, let
+from chatserver.store.expressions import (
+    COUNT,
+    MESSAGES,
+    SIZE,
+    TREE,
+    along,
+    fitting,
+    index_of,
+    is_branching,
+    let,
+)
 
 Divided = Literal["all", "replies", "none"]
 """Which messages of a page may be read in parts if they are long."""
@@ -15,8 +27,15 @@ PAGE_MESSAGES = 2000
 """The most messages in one page; see `records.PAGE_SIZE`."""
 
 
-def page(conversation: ObjectId, span: Span, divided: Divided) -> Any:
-    """Return the expression for the first messages of a span, which `record_with_page` reads."""
+def page(conversation: ObjectId, span: Span, divided: Divided, has_branches: Any) -> Any:
+    """Return the expression for the first messages of a span, which `record_with_page` reads.
+
+    They are chosen as if there were no branches; see `page_along_path`. The tree is included if its value is needed:
+    if messages follow, apart from one that is read in part.
+
+    :param has_branches: an expression; True for a tree in any case
+    """
+    messages: Any = MESSAGES
     at: Any = 0
     begin: Any = 0
     end: Any = COUNT
@@ -35,10 +54,13 @@ def page(conversation: ObjectId, span: Span, divided: Divided) -> Any:
             begin = {"$add": ["$$at", 1]} if chars is None else "$$at"
         case Between():
             begin, end = span.begin, span.end
+        case Along(indexes):
+            # No more indexes than messages of a page are sent.
+            messages, end = along(indexes[:PAGE_MESSAGES]), len(indexes)
     skipped = _chars(span)
     most = 1 if skipped else PAGE_MESSAGES
     number = {"$max": [0, {"$min": [most, {"$subtract": ["$$end", "$$begin"]}]}]}
-    candidates = {"$cond": [{"$gt": ["$$count", 0]}, {"$slice": [MESSAGES, "$$begin", "$$count"]}, []]}
+    candidates = {"$cond": [{"$gt": ["$$count", 0]}, {"$slice": [messages, "$$begin", "$$count"]}, []]}
 
     def is_divided(message: str) -> Any:
         is_text = {"$eq": [{"$type": f"{message}.content"}, "string"]}
@@ -48,6 +70,12 @@ def page(conversation: ObjectId, span: Span, divided: Divided) -> Any:
         return {"$and": [is_text, is_long, divided == "all" or {"$eq": [f"{message}.role", "assistant"]}]}
 
     part = {"$substrCP": ["$$this.content", skipped, PAGE_SIZE]}
+    tree: Any = TREE
+    if isinstance(span, Rest):
+        tree = None
+    elif has_branches is not True:
+        follows = {"$gt": [{"$subtract": ["$$end", "$$begin"]}, 1 if skipped else 0]}
+        tree = {"$cond": [{"$and": [has_branches, follows]}, TREE, None]}
     return let(
         {"at": at},
         {"begin": {"$max": [0, begin]}, "end": {"$cond": [{"$lt": ["$$at", 0]}, 0, end]}},
@@ -59,6 +87,8 @@ def page(conversation: ObjectId, span: Span, divided: Divided) -> Any:
             "begin": "$$begin",
             "end": "$$end",
             "found": {"$gte": ["$$at", 0]},
+            "tree": tree,
+            "branching": False if isinstance(span, Rest) else is_branching("$$begin", "$$count"),
             "messages": {
                 "$map": {
                     "input": "$$chosen",
@@ -70,6 +100,51 @@ def page(conversation: ObjectId, span: Span, divided: Divided) -> Any:
     )
 
 
+def is_along_path(span: Span) -> bool:
+    """Return whether a span follows the active path, or else the array."""
+    return isinstance(span, Newest | Before)
+
+
+def page_along_path() -> Any:
+    """Return the expression for the tree, whose elements are the messages themselves in a document that fits one read.
+
+    The path is computed in Python; `chosen` takes its messages, and in a longer document a second query reads them.
+    """
+    fits = {"$lte": [{"$bsonSize": "$$ROOT"}, PAGE_SIZE]}
+    return {"tree": {"$cond": [fits, MESSAGES, TREE]}, "has_messages": fits, "branching": True}
+
+
+def along_path(span: Span, tree: Tree, stored: int) -> tuple[int, Sequence[int] | None]:
+    """Return how many messages of the path come before a span that follows it, and the indexes of the span's messages.
+
+    :param tree: a running reply included
+    :param stored: the number of stored messages
+    :return: None instead of the indexes if the message that the span names does not exist
+    """
+    assert isinstance(span, Newest | Before)
+    if isinstance(span, Newest):
+        path = tree.path(tree.head)
+    elif span.message_id in tree:
+        path = tree.path(span.message_id)[:-1]
+    else:
+        return 0, None
+    begin = 0 if span.limit is None else max(0, len(path) - span.limit)
+    return begin, [index for index in path[begin:] if index < stored]
+
+
+def chosen(page: Document, indexes: Sequence[int] | None) -> Document | None:
+    """Return the page of some messages, from that of `page_along_path`; None if it does not have the messages.
+
+    :param indexes: None if they do not exist
+    """
+    if indexes is None:
+        return {"begin": 0, "end": 0, "found": False, "messages": [], "length": None}
+    if not page["has_messages"]:
+        return None
+    messages = [page["tree"][index] for index in indexes]
+    return {"begin": 0, "end": len(messages), "found": True, "messages": messages, "length": None}
+
+
 def record_with_page(document: Document, span: Span) -> Record:
     """Return a conversation with the first messages of a span.
 
@@ -78,15 +153,19 @@ def record_with_page(document: Document, span: Span) -> Record:
     """
     page = document["page"]
     begin, end, length = page["begin"], page["end"], page["length"]
-    at = 0 if page["found"] else -1
-    found = record({**document, "messages": page["messages"], "at": at}, older=begin)
-    read = begin + len(found.messages)
-    following = Between(read, end) if read < end else None
+    read = begin + len(page["messages"])
+    indexes = span.indexes if isinstance(span, Along) else range(end)
+    found = record({**document, "messages": page["messages"], "at": 0 if page["found"] else -1}, indexes[begin:read])
+    following = _rest(span, read, end) if read < end else None
     if length is not None and (chars := _chars(span) + len(found.messages[-1].content)) < length:
-        following = Between(read - 1, end, chars)
-    return replace(found, following=following, length=length)
+        following = _rest(span, read - 1, end, chars)
+    return replace(found, older=begin, following=following, length=length)
+
+
+def _rest(span: Span, begin: int, end: int, chars: int = 0) -> Rest:
+    return Along(span.indexes[begin:], chars) if isinstance(span, Along) else Between(begin, end, chars)
 
 
 def _chars(span: Span) -> int:
     """Return how many code points of its first message a span leaves out."""
-    return (span.chars or 0) if isinstance(span, After | Between) else 0
+    return (span.chars or 0) if isinstance(span, After | Rest) else 0

@@ -1,29 +1,18 @@
 """Reading conversations, and deleting them."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from bson import ObjectId
-from bson.datetime_ms import DatetimeMS
 
-from chatserver.errors import DatabaseRefused
-from chatserver.records import Key, Place, Record, Span, Summary
+from chatserver.records import All, Along, Key, Record, Span
 from chatserver.store import documents, expressions, pages
 from chatserver.store.batcher import Batcher
-from chatserver.store.collection import Condition, one, owned, several
+from chatserver.store.collection import one, owned, several
 from chatserver.store.database import Database
-from chatserver.store.documents import Document
 from chatserver.store.pages import Divided
-
-_BY_ACTIVITY = [("updatedAt", -1), ("_id", -1)]
-_OTHER_TYPES = [
-    *("minKey", "double", "string", "object", "binData", "undefined", "objectId", "bool", "regex", "dbPointer"),
-    *("javascript", "symbol", "javascriptWithScope", "int", "timestamp", "long", "decimal", "maxKey"),
-]
-"""All BSON types but date, null and array, which MongoDB would not search by the index: an array is indexed, and
-matched, by its elements."""
 
 
 class Reading(Database):
@@ -43,10 +32,43 @@ class Reading(Database):
         :param span: which messages
         :param divided: which of them are read in parts if they are long
         """
-        projection = {**self._overview, "page": pages.page(ObjectId(conversation.id), span, divided)}
         async with self.guard.call("read"):
-            document = await self.conversations.find_one(one(conversation), projection)
-        return pages.record_with_page(document, span) if document else None
+            needs_tree = isinstance(span, All) and span.with_tree
+            has_branches: Any = True if needs_tree else expressions.HAS_BRANCHES
+            document = await self._read(conversation, span, divided, has_branches)
+            if document and document.get("head") is None and not needs_tree and document["page"]["branching"]:
+                # Branches of version 1, or of another application.
+                document = await self._read(conversation, span, divided, has_branches=True)
+            if document is None:
+                return None
+            page = document["page"]
+            if page.get("tree") is None:
+                return pages.record_with_page(document, span)
+            tree = documents.tree({**document, "tree": page["tree"]})
+            if not pages.is_along_path(span):
+                return replace(pages.record_with_page(document, span), tree=tree)
+            older, path = pages.along_path(span, tree, document["count"])
+            page = pages.chosen(page, path)
+            if page is None:
+                assert path is not None
+                rest = await self._read(conversation, Along(path), divided, has_branches=False)
+                if rest is None or rest.get("createdAt") != document.get("createdAt"):
+                    return None
+                page = rest["page"]
+        found = pages.record_with_page({**document, "page": page}, Along(path or []))
+        return replace(found, older=older, tree=tree)
+
+    async def _read(
+        self, conversation: Key, span: Span, divided: Divided, has_branches: Any
+    ) -> Mapping[str, Any] | None:
+        """Return the document with the page of a span, which has the tree if that is needed.
+
+        If it has branches, and the span follows the path, the page is as `pages.page_along_path` makes it.
+        """
+        page = pages.page(ObjectId(conversation.id), span, divided, has_branches)
+        if pages.is_along_path(span):
+            page = {"$cond": [has_branches, pages.page_along_path(), page]}
+        return await self.conversations.find_one(one(conversation), {**self._overview, "page": page})
 
     async def peek(self, conversation: Key) -> Record | None:
         """Return a conversation (None if unknown) without its messages: its last message's id and its running reply.
@@ -58,58 +80,8 @@ class Reading(Database):
     async def _peek_all(self, conversations: Sequence[Key]) -> Sequence[Record | None]:
         async with self.guard.call("peek"):
             found = await self.conversations.find(several(conversations), self._overview).to_list(None)
-        records = {documents.key(each): documents.record(each, older=each["count"]) for each in found}
+        records = {documents.key(each): documents.record(each, ()) for each in found}
         return [records.get(each) for each in conversations]
-
-    async def summaries(self, owner: str | None, limit: int, after: Place | None) -> Sequence[Summary]:
-        """Return up to `limit` conversations of an owner that follow a place in the list (None: from its beginning)."""
-        try:
-            found = await self._list(owner, limit, after, expressions.SUMMARY)
-        except DatabaseRefused:
-            # One has text that is not UTF-8, which `$substrCP` rejects. Only that conversation has no title.
-            found = await self._list(owner, limit, after, {**expressions.SUMMARY, "beginning": expressions.literal("")})
-            for each in found:
-                with suppress(DatabaseRefused):
-                    async with self.guard.call("list"):
-                        titled = await self.conversations.find_one(
-                            one(Key(owner, str(each["_id"]))), expressions.SUMMARY
-                        )
-                    each.update(titled or {})
-        return [documents.summary(each) for each in found]
-
-    async def _list(
-        self, owner: str | None, limit: int, after: Place | None, projection: Document
-    ) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        # All queries in one call: while the process shuts down, no second call may begin.
-        async with self.guard.call("list"):
-            for condition in _dated_after(after):
-                if len(found) < limit:
-                    found += await self._find(owned(owner, condition), projection, _BY_ACTIVITY, limit - len(found))
-            if len(found) < limit:
-                undated, odd = [
-                    await self._find(owned(owner, condition), projection, order, limit - len(found))
-                    for condition, order in _undated_after(after)
-                ]
-                by_id = {each["_id"]: each for each in [*undated, *odd]}
-                found += sorted(by_id.values(), key=lambda each: each["_id"], reverse=True)[: limit - len(found)]
-        return found
-
-    async def _find(
-        self, condition: Condition, projection: Document, order: Sequence[tuple[str, int]], limit: int
-    ) -> list[dict[str, Any]]:
-        cursor = self.conversations.find(condition, projection)
-        return list(await cursor.sort(order).limit(limit).to_list(limit))
-
-    async def keys(self, owner: str | None, limit: int, after: Key | None = None) -> Sequence[Key]:
-        """Return up to `limit` conversations of an owner, in the order of their ids, which never changes.
-
-        :param after: only those that follow this one
-        """
-        condition = owned(owner, {} if after is None else {"_id": {"$gt": ObjectId(after.id)}})
-        async with self.guard.call("keys"):
-            found = await self._find(condition, {"_id": 1}, [("_id", 1)], limit)
-        return [Key(owner, str(each["_id"])) for each in found]
 
     async def delete(self, conversation: Key) -> bool:
         """Delete a conversation; return whether there was one."""
@@ -121,31 +93,3 @@ class Reading(Database):
         ids = [ObjectId(each.id) for each in conversations]
         async with self.guard.call("delete_all"):
             await self.conversations.delete_many(owned(owner, {"_id": {"$in": ids}}))
-
-
-# Each condition is one range of the index of the list: with `$or` or `$not`, MongoDB would also look at conversations
-# that are not in the page.
-
-
-def _dated_after(place: Place | None) -> Sequence[Document]:
-    """Return conditions, in order, for the conversations with a date in `updatedAt` that follow a place in the list."""
-    if place is None:
-        return [{"updatedAt": {"$type": "date"}}]
-    if place.updated_ms is None:
-        return []
-    time = DatetimeMS(place.updated_ms)
-    return [{"updatedAt": time, "_id": {"$lt": ObjectId(place.id)}}, {"updatedAt": {"$lt": time}}]
-
-
-def _undated_after(place: Place | None) -> Sequence[tuple[Document, Sequence[tuple[str, int]]]]:
-    """Return two conditions, each with its order, for the conversations without a date that follow a place in the list.
-
-    The first is for those with nothing in `updatedAt`, the second for those with a value of another type.
-    """
-    no_date: Document = {"$not": {"$type": "date"}}
-    following: Document = {"_id": {"$lt": ObjectId(place.id)}} if place is not None and place.updated_ms is None else {}
-    return [
-        # In the order of the index, which is the order of the ids here, no other index is considered.
-        ({"updatedAt": {"$eq": None, **no_date}, **following}, _BY_ACTIVITY),
-        ({"updatedAt": {"$type": _OTHER_TYPES, **no_date}, **following}, [("_id", -1)]),
-    ]

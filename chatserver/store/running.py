@@ -64,6 +64,10 @@ class RunningReplies(Database):
             stored["status"] = message.status
         if message.error is not None:
             stored["error"] = message.error._asdict()
+        if message.parent is not None:
+            stored["parent"] = message.parent.id and ObjectId(message.parent.id)
+        if message.key is not None:
+            stored["key"] = message.key
         running: dict[str, Any] = {"reply._id": stored["_id"]}
         if if_renewed_at is not None:
             running["reply.renewedAt"] = if_renewed_at

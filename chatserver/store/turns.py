@@ -1,24 +1,31 @@
-"""The first write of a turn, its start: a user's message, or a retry, and the mark that a reply runs."""
+"""The first write of a turn, its start: a user's message, or a retry, and the mark that a reply runs.
 
+In a conversation without branches, a message has no `parent`, and there is no `head`: each message continues the one
+before it. A turn that continues another message first reads the tree. Its write holds only while the array has the same
+length, so that the tree is still the same.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from bson import ObjectId
 from pymongo.errors import AutoReconnect, DuplicateKeyError, OperationFailure, ServerSelectionTimeoutError
 
+from chatserver.branches import Parent, Tree
 from chatserver.errors import (
     ConversationFull,
     IdTaken,
     KeyReused,
     NoSuchConversation,
-    NothingToRetry,
+    NoSuchMessage,
     ReplyInProgress,
     UnsupportedConversation,
 )
 from chatserver.records import Key, Message, StartedTurn, Turn
 from chatserver.store import documents, expressions
-from chatserver.store.collection import one
+from chatserver.store.collection import Condition, one
 from chatserver.store.database import Database
 from chatserver.store.documents import Document
 
@@ -26,166 +33,201 @@ DOCUMENT_BYTES = 16 * 1024 * 1024
 """MongoDB's limit for one document."""
 REPLY_ROOM = 1024 * 1024
 """Bytes kept free for a reply: a turn that would leave less is rejected."""
-_MARGIN = 4096
+MARGIN = 4096
 """Bytes for the fields around two messages, for an error and for the document's own fields."""
-_RETRIED = ("stopped", "failed", "interrupted")
-_NO_REPLY = {"reply": {"$exists": False}}
+NO_REPLY = {"reply": {"$exists": False}}
+
+
+class State(NamedTuple):
+    """A conversation in which a turn can start.
+
+    :ivar head: the stored head, in any form; None if there is none: the conversation has no branches
+    """
+
+    tree: Tree
+    head: object
+
+    @property
+    def length(self) -> int:
+        """The length of the array."""
+        return len(self.tree.nodes)
+
+
+class Expected(NamedTuple):
+    """The state of a conversation that a turn's write requires, and the path that the turn continues.
+
+    :ivar head: the stored head; None if it must be absent
+    :ivar length: the length of the array; None for any
+    :ivar path: the indexes of the path, a new user's message included; None in a conversation without branches
+    """
+
+    head: object = None
+    length: int | None = None
+    path: Sequence[int] | None = None
+
+
+_NO_BRANCHES = Expected()
 
 
 class Turns(Database):
     """Starts turns. Each start is one atomic write, which holds only while no reply runs."""
 
-    async def start_turn(self, turn: Turn, content: str, key: str | None, *, new: bool = False) -> StartedTurn:
+    async def start_turn(
+        self, turn: Turn, content: str, key: str | None, *, parent: Parent | None = None, new: bool = False
+    ) -> StartedTurn:
         """Store a user's message, and that a reply to it runs.
 
+        :param parent: the message that this one continues; None for the head
         :param new: whether the conversation's id is fresh, so that the conversation need not be searched for
         :raises ReplyInProgress, ConversationFull: and nothing is stored
         :raises NoSuchConversation: if the id is taken by a conversation of another owner
+        :raises NoSuchMessage: if the parent does not exist
         :raises IdTaken: if `new` is set, and the id is taken
         :raises KeyReused: if a message with this key exists already; see `find_by_key`
         :raises UnsupportedConversation: if another application stored values that a turn cannot follow
         :raises OutcomeUnknown: if the database stopped answering in the middle; see `find_started`
         """
-        time = documents.now()
+        conversation, time = turn.conversation, documents.now()
         message = {"_id": ObjectId(turn.message_id), "role": "user", "content": content, "createdAt": time}
-        absent: dict[str, Any] = dict(_NO_REPLY)
+        absent: dict[str, Any] = dict(NO_REPLY)
         if key is not None:
             message["key"] = key
             absent["messages.key"] = {"$ne": key}
-        update = {
-            "$push": {"messages": message},
-            "$setOnInsert": {"createdAt": time},
-            **_start_reply(turn.reply_id, time),
-        }
-        needed = len(content.encode()) + _MARGIN + REPLY_ROOM
+        update = {**start_reply(turn.reply_id, time), "$push": {"messages": message}}
+        needed = len(content.encode()) + MARGIN + REPLY_ROOM
         async with self.guard.call("begin", write=True):
             for _ in range(3):
-                if not new and (started := await self._insert_turn(turn.conversation, absent, update, needed)):
+                state = None
+                if parent is not None:
+                    state = await self._examine(conversation, key, needed)
+                elif not new and (started := await self._insert_turn(conversation, absent, update, needed)):
                     return started
-                try:
-                    unknown = one(turn.conversation, {"messages": {"$exists": False}, **_NO_REPLY})
-                    await self.conversations.update_one(unknown, update, upsert=True)
-                except DuplicateKeyError:
-                    if new:
-                        raise IdTaken from None
-                    is_known = await self._reject(turn.conversation, key, needed)
-                    continue
-                first = Message(turn.message_id, "user", content, time)
-                return StartedTurn(
-                    turn=turn,
-                    new_message=first,
-                    messages=[first],
-                    number=1,
-                    previous_id=None,
-                    created_at=time,
-                    reply_room=DOCUMENT_BYTES - len(content.encode()) - 2 * _MARGIN,
-                )
+                if state is None:
+                    if parent is not None and parent.id is not None:
+                        raise NoSuchMessage
+                    try:
+                        unknown = one(conversation, {"messages": {"$exists": False}, **NO_REPLY})
+                        first = {**update, "$setOnInsert": {"createdAt": time}}
+                        await self.conversations.update_one(unknown, first, upsert=True)
+                    except DuplicateKeyError:
+                        if new:
+                            raise IdTaken from None
+                        state = await self._examine(conversation, key, needed)
+                    else:
+                        return _first_turn(turn, content, time)
+                if state is not None:
+                    target = state.tree.head if parent is None else parent.id
+                    if started := await self._continue(state, target, turn, message, absent, needed):
+                        return started
             # The id of an unknown conversation is taken if the conversation is another owner's.
-            raise ReplyInProgress if is_known else NoSuchConversation
+            raise NoSuchConversation if state is None else ReplyInProgress
 
-    async def start_retry(self, conversation: Key, reply_id: str) -> StartedTurn:
-        """Supersede a stopped, failed or interrupted reply at the conversation's end by a new one.
+    async def _continue(
+        self, state: State, target: str | None, turn: Turn, message: Document, absent: Document, needed: int
+    ) -> StartedTurn | None:
+        """Store a user's message after another message; return None if the conversation has changed.
 
-        :raises NoSuchConversation, NothingToRetry: and nothing is stored
-        :raises ReplyInProgress, ConversationFull, UnsupportedConversation, OutcomeUnknown: as `start_turn`
+        :param target: the id of the message that the new one continues; None for a first message
         """
-        needed = _MARGIN + REPLY_ROOM
-        async with self.guard.call("begin", write=True):
-            document = await self.conversations.find_one(
-                one(conversation),
-                {
-                    "reply._id": 1,
-                    "count": expressions.COUNT,
-                    "last": {"$last": expressions.MESSAGES},
-                    "prompt": {"$map": {"input": {"$slice": [expressions.PROMPT, -2]}, "in": {"role": "$$this.role"}}},
-                    "supported": expressions.IS_SUPPORTED,
-                },
-            )
-            if document is None:
-                raise NoSuchConversation
-            if documents.reply(document, expired=False) is not None:
-                raise ReplyInProgress
-            if document["count"] == 0:
-                raise NothingToRetry
-            if not document["supported"]:
-                raise UnsupportedConversation
-            last = document["last"]
-            is_answer = [each["role"] for each in document["prompt"]] == ["user", "assistant"]
-            if last.get("role") != "assistant" or last.get("status") not in _RETRIED or not is_answer:
-                raise NothingToRetry
-            at = f"messages.{document['count'] - 1}"
-            retryable = {**_NO_REPLY, f"{at}.status": last["status"]}
-            update = _start_reply(reply_id, documents.now())
-            update["$set"][f"{at}.status"] = "superseded"
-            still_last = {"$eq": [expressions.COUNT, document["count"]]}
-            if started := await self._insert_turn(conversation, retryable, update, needed, still_last):
-                return started
-            await self._reject(conversation, None, needed)
-            raise ReplyInProgress
+        tree, length = state.tree, state.length
+        if target is not None and target not in tree:
+            raise NoSuchMessage
+        expected = Expected(state.head, length)
+        update = start_reply(turn.reply_id, message["createdAt"])
+        if state.head is not None or target != tree.next_parent or target != (tree.nodes[-1].id if length else None):
+            expected = expected._replace(path=[*tree.path(target), length])
+            update = start_reply(turn.reply_id, message["createdAt"], Parent(turn.message_id), length=length + 2)
+            message = {**message, "parent": target and ObjectId(target)}
+        push = {"$push": {"messages": message}}
+        return await self._insert_turn(turn.conversation, absent, {**update, **push}, needed, expected)
 
     async def find_started(self, conversation: Key, reply_id: str) -> StartedTurn | None:
         """Return a turn whose start had an unknown outcome, if it was stored and its reply still runs."""
         async with self.guard.call("find_begun"):
-            running = one(conversation, {"reply._id": ObjectId(reply_id)})
-            document = await self.conversations.find_one(running, self._turn_projection)
+            return await self._find_turn(conversation, {"reply._id": ObjectId(reply_id)})
+
+    async def _find_turn(self, conversation: Key, also: Document) -> StartedTurn | None:
+        """Return the turn whose reply runs, if the conversation meets some conditions."""
+        document = await self.conversations.find_one(one(conversation, also), self._turn_projection)
+        if document is None or not _has_branches(document):
+            return _started_turn(conversation, document) if document else None
+        # The path of a reply that runs does not change.
+        running = one(conversation, {"reply._id": document["reply"]["_id"]})
+        found = await self.conversations.find_one(running, expressions.WITH_TREE)
+        if found is None:
+            return None
+        tree = documents.tree(found)
+        document = await self.conversations.find_one(running, self._turn_along(tree.path(tree.head)[:-1]))
         return _started_turn(conversation, document) if document else None
 
-    async def find_by_key(self, conversation: Key, key: str, content: str) -> Turn | None:
+    async def find_by_key(self, conversation: Key, key: str, content: str, parent: Parent | None = None) -> Turn | None:
         """Return the turn that was started with an idempotency key, or None.
 
-        :raises KeyReused: if it was started with another content
+        :param parent: the message that it continues; None if that need not be compared
+        :raises KeyReused: if it has another content or parent, or the key was used for a retry
         """
-        keys = {"$map": {"input": expressions.MESSAGES, "in": {"$ifNull": ["$$this.key", None]}}}
-        at = {"$indexOfArray": [keys, expressions.literal(key)]}
+        at = expressions.index_of_key(key)
+        projection = {"at": at, "messages": expressions.messages_from(at, count=2), "reply._id": 1}
+        if parent is not None:
+            projection |= expressions.WITH_TREE
         async with self.guard.call("find_keyed"):
-            document = await self.conversations.find_one(
-                one(conversation, {"messages.key": key}),
-                {"at": at, "messages": expressions.messages_from(at, count=2), "reply._id": 1},
-            )
+            document = await self.conversations.find_one(with_key(conversation, key), projection)
         if document is None:
             return None
+        if document["at"] < 0:
+            raise KeyReused
         question, *replies = (
             documents.message(each, document, index) for index, each in enumerate(document["messages"], document["at"])
         )
         reply = replies[0] if replies else documents.reply(document, expired=False)
-        if question.content != content or reply is None:
+        if question.role != "user" or question.content != content or reply is None:
+            raise KeyReused
+        if parent is not None and documents.tree(document).parent(question.id) != parent.id:
             raise KeyReused
         return Turn(conversation, question.id, reply.id)
 
     async def _insert_turn(
-        self, conversation: Key, also: Document, update: Document, needed: int, *also_true: Document
+        self, conversation: Key, also: Document, update: Document, needed: int, expected: Expected = _NO_BRANCHES
     ) -> StartedTurn | None:
         """Update a conversation if it has room for `needed` bytes and meets the other conditions, else return None."""
-        fits = {"$lte": [{"$bsonSize": "$$ROOT"}, DOCUMENT_BYTES - needed]}
-        condition = one(conversation, {**also, "$expr": {"$and": [fits, expressions.IS_SUPPORTED, *also_true]}})
-        document = await self.conversations.find_changed(condition, update, self._turn_projection)
-        if document is not None and "last" not in document:
-            # The driver repeated the write after a disconnect, and MongoDB answered with the image of the first one,
-            # to which it does not apply the projection.
-            try:
-                document = await self.conversations.find_one(one(conversation), self._turn_projection)
-            except (ServerSelectionTimeoutError, OperationFailure) as error:
-                raise AutoReconnect("after the turn was stored") from error
-        return _started_turn(conversation, document) if document else None
+        conditions = [{"$lte": [{"$bsonSize": "$$ROOT"}, DOCUMENT_BYTES - needed]}, expressions.IS_SUPPORTED]
+        if expected.length is not None:
+            conditions.append({"$eq": [expressions.COUNT, expected.length]})
+        path, head = expected.path, {"head": {"$eq": expected.head}}
+        condition = one(conversation, {**also, **head, "$expr": {"$and": conditions}})
+        projection = self._turn_projection if path is None else self._turn_along(path)
+        document = await self.conversations.find_changed(condition, update, projection)
+        if document is None:
+            return None
+        if "last" in document and (path is not None or not _has_branches(document)):
+            return _started_turn(conversation, document)
+        # Another application stored branches. Or the driver repeated the write after a disconnect, and MongoDB answered
+        # with the image of the first one, to which it does not apply the projection.
+        try:
+            return await self._find_turn(conversation, {"reply._id": update["$set"]["reply._id"]})
+        except (ServerSelectionTimeoutError, OperationFailure) as error:
+            raise AutoReconnect("after the turn was stored") from error
 
-    async def _reject(self, conversation: Key, key: str | None, needed: int) -> bool:
-        """Raise why a turn could not start; if the reason no longer holds, return whether the conversation exists."""
+    async def _examine(self, conversation: Key, key: str | None, needed: int) -> State | None:
+        """Return a conversation in which a turn can start, None if it is unknown; raise why a turn cannot start."""
         projection: dict[str, Any] = {
-            "reply._id": 1,
+            **expressions.WITH_TREE,
             "size": {"$bsonSize": "$$ROOT"},
             "supported": expressions.IS_SUPPORTED,
             "is_null": {"$eq": [{"$type": "$messages"}, "null"]},
         }
         if key is not None:
-            keys = {"$map": {"input": expressions.MESSAGES, "in": "$$this.key"}}
-            projection["keyed"] = {"$in": [expressions.literal(key), keys]}
+            projection["at"] = expressions.index_of_key(key)
         document = await self.conversations.find_one(one(conversation), projection)
         if document is None:
-            return False
-        if document.get("keyed"):
+            return None
+        if document.get("at", -1) >= 0:
             raise KeyReused
         if "reply" in document:
-            raise ReplyInProgress if documents.reply(document, expired=False) else UnsupportedConversation
+            running = documents.reply(document, expired=False)
+            if running is not None and key is not None and running.key == key:
+                raise KeyReused
+            raise ReplyInProgress if running else UnsupportedConversation
         if document["is_null"]:
             # MongoDB cannot push to null.
             is_null = one(conversation, {"$expr": {"$eq": [{"$type": "$messages"}, "null"]}})
@@ -194,7 +236,30 @@ class Turns(Database):
             raise UnsupportedConversation
         elif document["size"] > DOCUMENT_BYTES - needed:
             raise ConversationFull
-        return True
+        return State(documents.tree(document), document.get("head"))
+
+
+def _has_branches(document: Document) -> bool:
+    """Return whether a turn's document, as projected for a conversation without branches, has some nevertheless."""
+    return document.get("head") is not None or any("parent" in each for each in document["prompt"]["messages"])
+
+
+def with_key(conversation: Key, key: str) -> Condition:
+    """Return the condition for a conversation in which an idempotency key was used."""
+    return one(conversation, {"$or": [{"messages.key": key}, {"reply.key": key}]})
+
+
+def _first_turn(turn: Turn, content: str, time: datetime) -> StartedTurn:
+    first = Message(turn.message_id, "user", content, time)
+    return StartedTurn(
+        turn=turn,
+        new_message=first,
+        messages=[first],
+        number=1,
+        previous_id=None,
+        created_at=time,
+        reply_room=DOCUMENT_BYTES - len(content.encode()) - 2 * MARGIN,
+    )
 
 
 def _started_turn(conversation: Key, document: Document) -> StartedTurn:
@@ -217,16 +282,31 @@ def _started_turn(conversation: Key, document: Document) -> StartedTurn:
         number=document["turns"],
         previous_id=before[-1] if before else None,
         created_at=reply.created_at,
-        reply_room=DOCUMENT_BYTES - document["size"] - _MARGIN,
+        reply_room=DOCUMENT_BYTES - document["size"] - MARGIN,
+        parent=reply.parent,
+        key=reply.key,
+        title=documents.title(document),
     )
 
 
-def _start_reply(reply_id: str, time: datetime) -> dict[str, Any]:
-    """Return the update that marks a reply as running, without text, with a new lease."""
+def start_reply(
+    reply_id: str, time: datetime, parent: Parent | None = None, *, length: int = 0, key: str | None = None
+) -> dict[str, Any]:
+    """Return the update that marks a reply as running, without text, with a new lease.
+
+    :param parent: the reply's; None in a conversation without branches
+    :param length: with `parent`, the length of the array once the reply is stored
+    """
+    reply: dict[str, Any] = {"reply._id": ObjectId(reply_id), "reply.createdAt": time, "reply.content": ""}
+    if parent is not None:
+        reply["reply.parent"] = parent.id and ObjectId(parent.id)
+        reply["head"] = documents.stored_head(ObjectId(reply_id), length)
+    if key is not None:
+        reply["reply.key"] = key
     return {
         # `$max`: with a clock that was set back, a conversation would move down the list, and a client that pages
         # through it would see the conversation twice.
         "$max": {"updatedAt": time},
-        "$set": {"reply._id": ObjectId(reply_id), "reply.createdAt": time, "reply.content": ""},
+        "$set": reply,
         "$currentDate": {"reply.renewedAt": True},
     }

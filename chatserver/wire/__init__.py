@@ -38,6 +38,12 @@ class Format(Protocol):
     def end_frame(self, message: Message) -> bytes:
         """Return the frame of a reply's end, as stored."""
 
+    def head_frame(self, message_id: str | None) -> bytes:
+        """Return the frame that says where the visible conversation ends; None for before the first message."""
+
+    def title_frame(self, title: str | None) -> bytes:
+        """Return the frame of a title that a user chose; None for the automatic one."""
+
     def ping(self, every_s: float) -> bytes:
         """Return a keep-alive, which announces the interval of keep-alives in seconds."""
 

@@ -60,6 +60,16 @@ def end_frame(message: Message) -> bytes:
     return frame("done", position, {"messageId": message.id, "status": status})
 
 
+def head_frame(message_id: str | None) -> bytes:
+    """Return a `head`. Without an `id`, it leaves the position as it is."""
+    return f"event: head\ndata: {_encode({'messageId': message_id})}\n\n".encode()
+
+
+def title_frame(title: str | None) -> bytes:
+    """Return a `title`. Without an `id`, it leaves the position as it is."""
+    return f"event: title\ndata: {_escape(_encode({'title': title}))}\n\n".encode()
+
+
 def ping(every_s: float) -> bytes:
     """Return a `ping`, which announces the interval of keep-alives on a quiet stream in seconds."""
     return f'event: ping\ndata: {{"everyS":{every_s:g}}}\n\n'.encode()

@@ -203,7 +203,8 @@ async def test_failed_reply_that_another_application_stored_is_retried(
 ) -> None:
     source = Script("an answer")
     app = await make_app(source=source)
-    failed = message("assistant", "half", status="failed", error={"code": "x", "message": "y"}, **id_)
+    other_id = {"_id": ObjectId()} if isinstance(id_.get("_id"), ObjectId) else id_
+    failed = message("assistant", "half", status="failed", error={"code": "x", "message": "y"}, **other_id)
     conversation_id = insert(app, messages=[message("user", "question", **id_), *between, failed])
     before = await app.client.history(conversation_id)
     response = await app.client.http.post(f"/chat/{conversation_id}/retry")
@@ -213,8 +214,11 @@ async def test_failed_reply_that_another_application_stored_is_retried(
     await app.client.events(conversation_id, f"{before['messages'][-1]['id']}-done")
 
     after = (await app.client.history(conversation_id))["messages"]
-    assert [each["status"] for each in after[-2:]] == ["superseded", "complete"]
+    assert after[:-1] == before["messages"][:-1]
     assert after[-1]["id"] == answer["replyId"] and after[-1]["content"] == "an answer"
+    assert after[-1]["siblings"] == [before["messages"][-1]["id"], answer["replyId"]]
+    every = (await app.client.history(conversation_id, branches="all"))["messages"]
+    assert [each["status"] for each in every[-2:]] == ["failed", "complete"]
     assert [each.content for each in source.prompts[-1].messages] == ["question"]
 
 

@@ -60,7 +60,7 @@ async def test_line_is_the_history_of_a_conversation(make_app: MakeApp, client_o
     lines = response.content.decode().split("\n")
     assert lines.pop() == "" and len(lines) == 6
     for line in lines:
-        assert f"{line}\n" == (await alice.http.get(f"/chat/{json.loads(line)['conversationId']}")).text
+        assert f"{line}\n" == (await alice.http.get(f"/chat/{json.loads(line)['conversationId']}?branches=all")).text
 
 
 async def test_server_without_users_exports_conversations_without_an_owner(app: App) -> None:
@@ -83,7 +83,7 @@ async def test_each_conversation_comes_once_while_others_begin_continue_and_end(
     ids = sorted(insert(app.database, None, 250))
     history, read, deleted = app.reading.history, 0, {ids[100], ids[200]}
 
-    async def with_changes(conversation: Key) -> History:
+    async def with_changes(conversation: Key, *, all_branches: bool) -> History:
         nonlocal read
         read += 1
         if read == 50:
@@ -93,7 +93,7 @@ async def test_each_conversation_comes_once_while_others_begin_continue_and_end(
                 await app.client.http.delete(f"/chat/{each}")
             for first in "09f":
                 await app.client.turn("new", f"{first}{new_id()[1:]}")
-        return await history(conversation)
+        return await history(conversation, all_branches=all_branches)
 
     monkeypatch.setattr(app.reading, "history", with_changes)
     exported = ids_of((await app.client.http.get("/chat/export")).text)

@@ -225,10 +225,11 @@ async def test_unknown_and_unsupported_have_the_one_shape(app: App) -> None:
         assert_problem(response, response.status_code, response.json()["code"])
     allowed = {
         "/chat": {"GET", "HEAD", "POST", "OPTIONS"},
-        f"/chat/{ID}": {"GET", "HEAD", "DELETE", "OPTIONS"},
+        f"/chat/{ID}": {"GET", "HEAD", "PATCH", "DELETE", "OPTIONS"},
         f"/chat/stream/{ID}": {"GET", "OPTIONS"},
         f"/chat/{ID}/stop": {"POST", "OPTIONS"},
         f"/chat/{ID}/retry": {"POST", "OPTIONS"},
+        f"/chat/{ID}/head": {"PUT", "OPTIONS"},
         "/healthz": {"GET", "HEAD", "OPTIONS"},
     }
     for path, methods in allowed.items():
@@ -240,6 +241,8 @@ async def test_unknown_and_unsupported_have_the_one_shape(app: App) -> None:
         method = "POST" if path[-1] in "py" else "GET"
         assert_problem(await http.request(method, path), 404, "not_found")
     assert_problem(await http.delete(f"/chat/{ID}"), 404, "not_found")
+    assert_problem(await http.patch(f"/chat/{ID}", json={"title": "New"}), 404, "not_found")
+    assert_problem(await http.put(f"/chat/{ID}/head", json={"messageId": ID}), 404, "not_found")
 
 
 @pytest.mark.expects_log("unexpected error")
@@ -295,13 +298,17 @@ async def test_access_log_names_the_conversation_the_reply_and_the_problem(
         answer = await app.client.say("hi")
         conversation_id = answer["conversationId"]
         await app.client.events(conversation_id, answer["lastEventId"])
-        await app.client.http.post(f"/chat/{conversation_id.upper()}/retry")
+        again = (await app.client.http.post(f"/chat/{conversation_id.upper()}/retry")).json()
+        await app.until_idle()
+        named = {"messageId": answer["messageId"].upper()}
+        await app.client.http.post(f"/chat/{conversation_id.upper()}/retry", json=named)
         await app.client.http.get("/nope")
     fields = ("status", "conversation", "reply", "code")
     assert [tuple(record.__dict__.get(name) for name in fields) for record in caplog.records] == [
         (202, conversation_id, answer["replyId"], None),
         (200, conversation_id, None, None),
-        (409, conversation_id, None, "nothing_to_retry"),
+        (202, conversation_id, again["replyId"], None),
+        (409, conversation_id, None, "not_a_reply"),
         (404, None, None, "not_found"),
     ]
 

@@ -43,10 +43,12 @@ async def post(
     return await app.client.http.post("/chat", json=body, headers=headers)
 
 
-async def retry(app: App, owner: str | None, conversation_id: str) -> httpx.Response:
-    return await app.client.http.post(
-        f"/chat/{conversation_id}/retry", headers=bearer(owner) if owner is not None else {}
-    )
+async def retry(
+    app: App, owner: str | None, conversation_id: str, message_id: str | None = None, key: str | None = None
+) -> httpx.Response:
+    body = {} if message_id is None else {"messageId": message_id}
+    headers = (bearer(owner) if owner is not None else {}) | ({"Idempotency-Key": key} if key else {})
+    return await app.client.http.post(f"/chat/{conversation_id}/retry", json=body, headers=headers)
 
 
 Open = Callable[[App, str | None, str], Awaitable[RawStream]]
@@ -139,14 +141,27 @@ async def test_retry_takes_a_turn(make_app: MakeApp) -> None:
     assert_quota_exceeded(await post(app, "alice"), "turns")
 
 
-async def test_turn_that_is_refused_for_another_reason_counts(make_app: MakeApp) -> None:
-    app = await make_app(**USERS, max_turns_per_minute=2)
+async def test_repeated_retry_takes_no_second_turn(make_app: MakeApp) -> None:
+    app = await make_app(**USERS, source=Script(), max_turns_per_minute=2)
     Clock(app)
     conversation_id = (await post(app, "alice")).json()["conversationId"]
     await app.until_idle()
-    refused = await retry(app, "alice", conversation_id)
+    retries = [await retry(app, "alice", conversation_id, key="again") for _ in range(2)]
+    await app.until_idle()
+    retries.append(await retry(app, "alice", conversation_id, key="again"))
 
-    assert_problem(refused, 409, "nothing_to_retry")
+    assert [each.json() for each in retries] == 3 * [retries[0].json()]
+    assert_quota_exceeded(await retry(app, "alice", conversation_id, key="other"), "turns")
+
+
+async def test_turn_that_is_refused_for_another_reason_counts(make_app: MakeApp) -> None:
+    app = await make_app(**USERS, max_turns_per_minute=2)
+    Clock(app)
+    answer = (await post(app, "alice")).json()
+    await app.until_idle()
+    refused = await retry(app, "alice", answer["conversationId"], answer["messageId"])
+
+    assert_problem(refused, 409, "not_a_reply")
     assert "RateLimit" not in refused.headers
     assert_quota_exceeded(await retry(app, "alice", new_id()), "turns")
 

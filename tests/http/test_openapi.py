@@ -84,7 +84,7 @@ async def test_every_problem_code_and_event_is_described() -> None:
     for code, (status, when) in problem_codes().items():
         assert f"`{code}` ({status}): {when}" in document["info"]["description"]
     stream = document["paths"]["/chat/stream/{conversationId}"]["get"]["responses"]["200"]["description"]
-    for event in ("token", "done", "error", "input", "message", "reset"):
+    for event in ("token", "done", "error", "input", "message", "reset", "head", "title"):
         assert f"`{event}`" in stream
 
 
@@ -111,14 +111,18 @@ async def test_each_operation_documents_the_problem_codes_that_it_answers_with(a
     assert told["deleteAll"] == every | who | {"not_found", "database_unavailable", "cross_site"}
     assert told["exportConversations"] == every | who | {"database_unavailable"}
     assert told["listConversations"] == every | who | {"invalid_request", "database_unavailable"}
-    assert told["say"].isdisjoint({"invalid_id", "not_found", "nothing_to_retry"})
+    assert told["say"].isdisjoint({"invalid_id", "nothing_to_retry", "not_a_reply"})
+    assert told["show"].isdisjoint({"conversation_full", "quota_exceeded", "draining", "not_a_reply"})
+    assert told["rename"].isdisjoint({"reply_in_progress", "unsupported_conversation", "draining"})
     assert told["stop"].isdisjoint({"too_many_replies", "draining", "reply_in_progress"})
     # That one is the answer to methods that are not described.
     assert set().union(*told.values()) == set(problem_codes()) - {"method_not_allowed"}
-    http, known = app.client.http, (await app.client.turn("Hello"))[0]["conversationId"]
+    http, turn = app.client.http, (await app.client.turn("Hello"))[0]
+    known, question = turn["conversationId"], turn["messageId"]
     for name, method, path, body in (
         ("say", "POST", "/chat", "{"),
         ("say", "POST", "/chat", "{}"),
+        ("say", "POST", "/chat", f'{{"conversationId": "{known}", "input": "hi", "parentId": "{new_id()}"}}'),
         ("listConversations", "GET", "/chat?limit=0", None),
         ("getHistory", "GET", "/chat/1", None),
         ("getHistory", "GET", "/chat/%ff", None),
@@ -128,7 +132,13 @@ async def test_each_operation_documents_the_problem_codes_that_it_answers_with(a
         ("stream", "GET", f"/chat/stream/{known}?until=x", None),
         ("stop", "POST", f"/chat/{known}/stop", "[]"),
         ("stop", "POST", f"/chat/{new_id()}/stop", None),
-        ("retry", "POST", f"/chat/{known}/retry", None),
+        ("retry", "POST", f"/chat/{known}/retry", f'{{"messageId": "{question}"}}'),
+        ("retry", "POST", f"/chat/{known}/retry", f'{{"messageId": "{new_id()}"}}'),
+        ("show", "PUT", f"/chat/{known}/head", "{}"),
+        ("show", "PUT", f"/chat/{known}/head", f'{{"messageId": "{new_id()}"}}'),
+        ("rename", "PATCH", f"/chat/{known}", '{"title": " "}'),
+        ("rename", "PATCH", f"/chat/{new_id()}", '{"title": "New"}'),
+        ("getHistory", "GET", f"/chat/{known}?branches=all&limit=1", None),
     ):
         response = await http.request(method, path, content=body, headers={"Content-Type": "application/json"})
         assert response.json()["code"] in told[name], path
@@ -164,6 +174,16 @@ async def test_answers_and_events_are_as_described(app: App, make_app: MakeApp) 
         events.append(event)
         break
     check(document, "Conversation", await app.client.history(str(foreign)))
+    again = await http.post(f"/chat/{conversation_id}/retry", json={"messageId": answer["replyId"]})
+    check(document, "Accepted", again.json())
+    await app.until_idle()
+    check(document, "Conversation", await app.client.history(conversation_id))
+    shown = await http.put(f"/chat/{conversation_id}/head", json={"messageId": answer["replyId"]})
+    check(document, "Shown", shown.json())
+    renamed = await http.patch(f"/chat/{conversation_id}", json={"title": "New"})
+    check(document, "Summary", renamed.json())
+    opening = app.client.stream(conversation_id)
+    events += [await anext(opening) for _ in range(2)]
     raw = await RawStream(app.port, f"/chat/stream/{conversation_id}").open()
     await raw.reader.readuntil(b"event: ping\n")
     ping = (await raw.reader.readline()).removeprefix(b"data: ")
@@ -173,6 +193,7 @@ async def test_answers_and_events_are_as_described(app: App, make_app: MakeApp) 
     for event in events:
         check(document, f"Events/properties/{event.name}", event.data)
     check(document, "Conversation", await app.client.history(conversation_id, limit=1))
+    check(document, "Conversation", await app.client.history(conversation_id, branches="all"))
     check(document, "Conversations", (await http.get("/chat", params={"limit": 1})).json())
     check(document, "Stopped", (await http.post(f"/chat/{conversation_id}/stop")).json())
     check(document, "Problem", (await http.get(f"/chat/{new_id()}")).json())
@@ -207,5 +228,5 @@ def test_every_code_of_a_failed_reply_is_described() -> None:
 
 
 async def test_schema_files_are_schemas() -> None:
-    for name in ("say", "empty", "stream", "history", "list", "events", "problem", "conversation"):
+    for name in (path.stem for path in Path(schemas.__file__).parent.glob("*.json")):
         Draft202012Validator.check_schema(schemas.load(name))

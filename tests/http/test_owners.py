@@ -237,6 +237,7 @@ async def test_conversation_of_another_owner_is_answered_as_an_unknown_one(make_
             ("POST", "/chat/{}/stop"),
             ("POST", "/chat/{}/retry"),
             ("PUT", "/chat/{}"),
+            ("GET", "/chat/{}?branches=all"),
             ("HEAD", "/chat/stream/{}"),
             ("GET", "/chat/stream/{}?until=nonsense"),
         ):
@@ -245,10 +246,25 @@ async def test_conversation_of_another_owner_is_answered_as_an_unknown_one(make_
             assert answers[0] == answers[1], f"{method} {path}"
             if "stream" not in path and method != "PUT":
                 assert answers[0][0] == 404
+        for method, path, body in (
+            ("POST", "/chat/{}/retry", {"messageId": first["replyId"]}),
+            ("POST", "/chat/{}/retry", {"messageId": first["messageId"]}),
+            ("PUT", "/chat/{}/head", {"messageId": first["replyId"]}),
+            ("PATCH", "/chat/{}", {"title": "of Bob"}),
+            ("PATCH", "/chat/{}", {"title": None}),
+        ):
+            answers = [await bob.ask(method, path.format(each), json=body) for each in (hers, unknown)]
+
+            assert answers[0] == answers[1] and answers[0][0] == 404, f"{method} {path}"
         for key in (None, "key"):
-            response = await bob.post("of Bob", hers, key)
-            assert_problem(response, 404, "not_found")
-            assert hers not in response.text and "Location" not in response.headers
+            for parent in ({}, {"parentId": None}, {"parentId": first["replyId"]}):
+                response = await bob.http.post(
+                    "/chat",
+                    json={"conversationId": hers, "input": "of Bob", **parent},
+                    headers={"Idempotency-Key": key} if key else {},
+                )
+                assert_problem(response, 404, "not_found")
+                assert hers not in response.text and "Location" not in response.headers
         assert document(app, hers) == before
         assert (await alice.history(hers))["messages"][0]["content"] == "of Alice"
         assert (await bob.post("of Bob", unknown)).status_code == 202
@@ -297,6 +313,8 @@ async def test_other_owner_cannot_act_on_a_running_reply(make_app: MakeApp) -> N
         release(source)
         for method, path in (("POST", "/stop"), ("POST", "/retry"), ("DELETE", ""), ("GET", "")):
             assert_problem(await bob.http.request(method, f"/chat/{hers}{path}"), 404, "not_found")
+        for method, path, body in (("PUT", "/head", {"messageId": new_id()}), ("PATCH", "", {"title": "of Bob"})):
+            assert_problem(await bob.http.request(method, f"/chat/{hers}{path}", json=body), 404, "not_found")
         assert_problem(await bob.post("of Bob", hers), 404, "not_found")
         assert_problem(await bob.post("of Bob", hers, "key"), 404, "not_found")
         release(source)
@@ -534,6 +552,8 @@ async def test_page_of_another_site_cannot_use_the_cookie(make_app: MakeApp, pag
         for method, path in (
             ("POST", f"/chat/{conversation_id}/stop"),
             ("POST", f"/chat/{conversation_id}/retry"),
+            ("PUT", f"/chat/{conversation_id}/head"),
+            ("PATCH", f"/chat/{conversation_id}"),
             ("DELETE", f"/chat/{conversation_id}"),
             ("GET", f"/chat/stream/{conversation_id}"),
             ("POST", "/chat"),

@@ -34,7 +34,7 @@ async def test_second_post_while_a_reply_runs_is_refused_and_stores_nothing(make
     assert len(document(app, conversation_id)["messages"]) == 1
 
 
-async def test_source_is_shown_the_conversation_without_superseded_replies(make_app: MakeApp) -> None:
+async def test_source_is_shown_the_active_path(make_app: MakeApp) -> None:
     source = Script("one", SourceError("source_failed", "no"))
     app = await make_app(source=source, history_messages=3)
     answer, _ = await app.client.turn("first")
@@ -47,6 +47,21 @@ async def test_source_is_shown_the_conversation_without_superseded_replies(make_
     assert prompts[1] == [("user", "first")]
     assert prompts[2] == [("user", "first"), ("assistant", "two"), ("user", "second")]
     assert [prompt.turn for prompt in source.prompts] == [1, 1, 2]
+
+
+async def test_source_of_version_1_s_conversation_is_shown_no_superseded_reply(make_app: MakeApp) -> None:
+    source = Script("two")
+    app = await make_app(source=source, history_messages=3)
+    now, conversation_id = datetime.now(UTC), ObjectId()
+    texts = [("user", "first", "complete"), ("assistant", "no", "superseded"), ("assistant", "one", "complete")]
+    messages = [
+        {"_id": ObjectId(), "role": role, "content": text, "createdAt": now, "status": status}
+        for role, text, status in texts
+    ]
+    app.database.conversations.insert_one({"_id": conversation_id, "createdAt": now, "messages": messages})
+    await app.client.turn("second", str(conversation_id))
+    (prompt,) = source.prompts
+    assert [each.content for each in prompt.messages] == ["first", "one", "second"] and prompt.turn == 2
 
 
 async def test_source_is_shown_only_users_and_assistants(make_app: MakeApp) -> None:

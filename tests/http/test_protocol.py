@@ -116,7 +116,8 @@ def _one_line(text: str) -> str:
 async def test_examples_of_the_protocol_are_what_the_server_does(make_app: MakeApp) -> None:
     unavailable = SourceError("source_unavailable", "The model provider cannot be reached. Try again later.")
     never = Script("Once", " upon a time", " there was", gate=asyncio.Semaphore(2))
-    app = await make_app(source=Scripts(Script("Good", " morning", "!"), Script("Once", unavailable), never))
+    colours = Script("Blue."), Script("A cat."), Script("Red.")
+    app = await make_app(source=Scripts(Script("Good", " morning", "!"), *colours, Script("Once", unavailable), never))
     bindings = Bindings()
     waiting: asyncio.Task[httpx.Response] | None = None
     count = 0

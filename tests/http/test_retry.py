@@ -21,11 +21,17 @@ async def test_retry_replaces_a_reply_that_failed(make_app: MakeApp) -> None:
     source.pieces = ("whole",)
     again = (await app.client.http.post(f"/chat/{conversation_id}/retry")).json()
     assert again["messageId"] == answer["messageId"] and again["replyId"] != answer["replyId"]
-    assert [event.name for event in await watcher] == ["token", "done"]
+    assert [event.name for event in await watcher] == ["head", "token", "done"]
     history = await app.client.history(conversation_id)
     assert [(each["content"], each["status"]) for each in history["messages"]] == [
         ("Hello", "complete"),
-        ("half", "superseded"),
+        ("whole", "complete"),
+    ]
+    assert history["messages"][1]["siblings"] == [answer["replyId"], again["replyId"]]
+    everything = (await app.client.http.get(f"/chat/{conversation_id}?branches=all")).json()
+    assert [(each["content"], each["status"]) for each in everything["messages"]] == [
+        ("Hello", "complete"),
+        ("half", "failed"),
         ("whole", "complete"),
     ]
     # A client in the middle of the first reply receives its end, then the second reply.
@@ -36,8 +42,8 @@ async def test_retry_replaces_a_reply_that_failed(make_app: MakeApp) -> None:
             break
     assert seen.said == {answer["replyId"]: "lf", again["replyId"]: "whole"}
     assert seen.ended == {answer["replyId"]: "source_failed", again["replyId"]: "complete"}
-    response = await app.client.http.post(f"/chat/{conversation_id}/retry")
-    assert (response.status_code, response.json()["code"]) == (409, "nothing_to_retry")
+    # A complete reply is retried, too.
+    assert (await app.client.http.post(f"/chat/{conversation_id}/retry")).status_code == 202
 
 
 async def test_simultaneous_retries_start_one_reply(make_app: MakeApp) -> None:

@@ -23,7 +23,10 @@ OPERATING = (ROOT / "docs" / "operating.md").read_text()
 PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
 EXAMPLE = (ROOT / ".env.example").read_text()
 REQUESTS = (ROOT / "requests.http").read_text()
-STATUSES = "200 200 202 200 200 200 200 200 200 202 422 202 202 204 404 400 400 415 405 200 204 404 200 200 200 200"
+STATUSES = (
+    "200 200 202 200 200 200 200 200 404 404 202 200 200 200 202 422 202 202 204 404 400 400 415 405 200 204 404 "
+    "200 200 200 200"
+)
 """The statuses of the answers to requests.http, in order."""
 
 

@@ -27,6 +27,7 @@ MODULES = {path: name for name, path in PATHS.items() if name.startswith("chatse
 # -- which room of chatserver may import which -----------------------------------------------------------------------
 
 BOTTOM = [
+    "chatserver.branches",
     "chatserver.errors",
     "chatserver.limits",
     "chatserver.metrics",
@@ -38,11 +39,12 @@ BOTTOM = [
 # A room is a module, or a package with all its modules. The modules of a package may import each other, but not in a
 # circle. `chatserver.__main__` may import everything.
 ALLOWED: dict[str, list[str]] = {
+    "chatserver.branches": [],
     "chatserver.errors": [],
     "chatserver.limits": ["chatserver.errors"],
     "chatserver.metrics": [],
     "chatserver.positions": [],
-    "chatserver.records": ["chatserver.errors"],
+    "chatserver.records": ["chatserver.branches", "chatserver.errors"],
     "chatserver.settings": ["chatserver.errors"],
     "chatserver.tasks": [],
     "chatserver.auth": ["chatserver.errors", "chatserver.settings"],

@@ -11,9 +11,10 @@ import pytest
 from bson import Code, ObjectId
 
 from chatserver import store as store_package
+from chatserver.branches import Parent
 from chatserver.errors import ChatError, IdTaken, KeyReused, NoSuchConversation, ReplyInProgress, TooManyStreams
 from chatserver.metrics import Metrics
-from chatserver.records import After, Before, Key, Newest, Turn
+from chatserver.records import After, All, Along, Before, Key, Newest, Turn
 from chatserver.settings import Settings
 from chatserver.store import Store, id_for_key, new_id
 from chatserver.streams import Connection, Streams
@@ -245,12 +246,21 @@ def operations(store: Store, conversation: Key, named: Turn) -> dict[str, Callab
     return {
         "read": lambda: store.read(conversation, Newest()),
         "read after": lambda: store.read(conversation, After(named.reply_id, 0)),
+        "read all": lambda: store.read(conversation, All(with_tree=True)),
+        "read along": lambda: store.read(conversation, Along([0])),
         "read before": lambda: store.read(conversation, Before(named.reply_id)),
         "peek": lambda: store.peek(conversation),
         "find_by_key": lambda: store.find_by_key(conversation, "k", "Hello"),
         "find_by_key, another text": lambda: store.find_by_key(conversation, "k", "Other"),
         "find_started": lambda: store.find_started(conversation, named.reply_id),
+        "start_turn after": lambda: store.start_turn(
+            Turn(conversation, new_id(), new_id()), "Hello", None, parent=Parent(named.reply_id)
+        ),
         "start_retry": lambda: store.start_retry(conversation, new_id()),
+        "start_retry, named": lambda: store.start_retry(conversation, new_id(), named.reply_id, "again"),
+        "find_retry": lambda: store.find_retry(conversation, "k", named.reply_id),
+        "show": lambda: store.show(conversation, named.message_id),
+        "rename": lambda: store.rename(conversation, "mine"),
         "checkpoint": lambda: store.checkpoint({named.reply_id: (conversation, "mine")}),
         "finish": lambda: store.finish(conversation, reply),
         "finish, expired": lambda: store.finish(conversation, reply, if_renewed_at=datetime.now(UTC)),
@@ -424,10 +434,15 @@ async def test_other_owners_have_no_effect_on_a_running_reply(make_app: MakeApp,
     late = [await subscribe(other, each) for each in (bobs, unknown)]
     positions = (f"{started.message_id}-done", f"{started.reply_id}-0", f"{started.reply_id}-2")
     resets = [await subscribe(other, each, position) for each in (bobs, unknown) for position in positions]
-    for act in (other.chat.stop, other.chat.retry, other.chat.delete, other.reading.history):
+    acts: list[Callable[[Key], Awaitable[Any]]] = [other.chat.stop, other.chat.delete, other.reading.history]
+    acts += [other.chat.retry, lambda key: other.chat.retry(key, started.reply_id, "key")]
+    acts += [lambda key: other.chat.show(key, started.message_id), lambda key: other.chat.rename(key, "of Bob")]
+    for act in acts:
         assert await outcome(act(bobs)) == await outcome(act(unknown))
     for key in (None, "key"):
-        assert (await outcome(other.chat.say("bob", hers.id, "of Bob", key)))[0] is NoSuchConversation
+        for parent in (None, Parent(None)):
+            answer = await outcome(other.chat.say("bob", hers.id, "of Bob", key, parent))
+            assert answer[0] is NoSuchConversation
     release(source)
     await app.until(lambda: b"event: done" in her_stream.received)
 

@@ -14,12 +14,14 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
 from bson import json_util
 
-from chatserver.errors import ChatError, NoSuchConversation, SourceError
+from chatserver.branches import Parent
+from chatserver.errors import ChatError, NoSuchConversation, NoSuchMessage, SourceError
 from chatserver.records import Key, Turn
 from chatserver.server import Server as WholeServer
 from chatserver.settings import Settings
@@ -157,7 +159,9 @@ class World:
             *3 * [self.say],
             *2 * [self.say_anew],
             *3 * [self.subscribe],
-            self.retry,
+            *2 * [self.retry],
+            self.show,
+            self.rename,
             self.stop_reply,
             self.delete,
             self.delete_all,
@@ -188,11 +192,13 @@ class World:
         return "other" if key.id in self._holders else "unknown"
 
     async def say(self, owner: str, conversation_id: str, server: Server) -> None:
-        """Post to an id, with or without a key."""
+        """Post to an id, with or without a key, after the head or another message."""
         relation = self.relation(Key(owner, conversation_id))
         self.seen["say", relation] += 1
-        answer = await self.post(owner, conversation_id, self.random.choice((None, "1", "2")), server)
-        assert relation != "other" or isinstance(answer, Turn) or answer[0] is NoSuchConversation
+        parent = self.random.choice((None, None, Parent(None), Parent(self.message_id(conversation_id))))
+        answer = await self.post(owner, conversation_id, self.random.choice((None, "1", "2")), server, parent)
+        unknown = NoSuchMessage if parent is not None and parent.id is not None else NoSuchConversation
+        assert relation != "other" or isinstance(answer, Turn) or answer[0] is unknown
 
     async def say_anew(self, owner: str, _: str, server: Server) -> None:
         """Post without an id, with or without a key.
@@ -205,25 +211,47 @@ class World:
         if isinstance(answer, Turn) and key is None:
             self._ids[self.random.randrange(3)] = answer.conversation.id
 
-    async def post(self, owner: str, conversation_id: str | None, key: str | None, server: Server) -> Any:
+    async def post(
+        self, owner: str, conversation_id: str | None, key: str | None, server: Server, parent: Parent | None = None
+    ) -> Any:
         """Post a new text, or with a key maybe a repeated one; the answer is 404 only for an id of the other one."""
         text = self.text(owner) if key is None or self.random.random() < 0.3 else f"{mark(owner)} again"
         holders = {self._holders.get(conversation_id or "")}
-        answer = await self.answer(owner, server.chat.say(owner, conversation_id, text, key))
+        answer = await self.answer(owner, server.chat.say(owner, conversation_id, text, key, parent))
         holders.add(self._holders.get(conversation_id or ""))
         if isinstance(answer, Turn):
             conversation = answer.conversation
             assert conversation == Key(owner, conversation_id or conversation.id)
             self._holders[conversation.id] = owner
             self._once_held.add(conversation)
-            ids = (answer.message_id, answer.reply_id)
-            self._positions[conversation.id] += [f"{each}-{chars}" for each in ids for chars in ("0", "3", "done")]
+            self.keep_positions(answer)
         else:
             assert answer[0] is not NoSuchConversation or other(owner) in holders
         return answer
 
+    def keep_positions(self, turn: Turn) -> None:
+        ids = (turn.message_id, turn.reply_id)
+        self._positions[turn.conversation.id] += [f"{each}-{chars}" for each in ids for chars in ("0", "3", "done")]
+
+    def message_id(self, conversation_id: str) -> str:
+        """Return the id of a message that is or was in a conversation, whoever has it; or an unknown one."""
+        return self.random.choice([*self._positions[conversation_id][-12:], new_id()])[:24]
+
     async def retry(self, owner: str, conversation_id: str, server: Server) -> None:
-        await self.compare("retry", Key(owner, conversation_id), server.chat.retry)
+        message_id = self.random.choice((None, self.message_id(conversation_id)))
+        key = self.random.choice((None, "1", "3"))
+        retry = partial(server.chat.retry, message_id=message_id, key=key)
+        answer = await self.compare("retry", Key(owner, conversation_id), retry)
+        if isinstance(answer, Turn):
+            self.keep_positions(answer)
+
+    async def show(self, owner: str, conversation_id: str, server: Server) -> None:
+        show = partial(server.chat.show, message_id=self.message_id(conversation_id))
+        await self.compare("show", Key(owner, conversation_id), show)
+
+    async def rename(self, owner: str, conversation_id: str, server: Server) -> None:
+        rename = partial(server.chat.rename, title=self.random.choice((None, self.text(owner))))
+        await self.compare("rename", Key(owner, conversation_id), rename)
 
     async def stop_reply(self, owner: str, conversation_id: str, server: Server) -> None:
         await self.compare("stop", Key(owner, conversation_id), server.chat.stop)
@@ -242,8 +270,13 @@ class World:
 
     async def history(self, owner: str, conversation_id: str, server: Server) -> None:
         async def read(key: Key) -> Any:
-            history = await server.reading.history(key, self.random.choice((None, 1)))
-            return history.streaming, [part async for part in history.parts]
+            if all_branches:
+                history = await server.reading.history(key, all_branches=True)
+            else:
+                history = await server.reading.history(key, limit)
+            return history.streaming, history.view, [part async for part in history.parts]
+
+        limit, all_branches = self.random.choice((None, 1)), self.random.random() < 0.3
 
         await self.compare("history", Key(owner, conversation_id), read)
 
@@ -361,7 +394,7 @@ async def run(database: Database, logs: pytest.LogCaptureFixture, seeds: range, 
             database.conversations.delete_many({})
             logs.clear()
     assert all(seen["received", owner] for owner in OWNERS)
-    names = ("say", "retry", "stop", "delete", "history", "subscribe")
+    names = ("say", "retry", "show", "rename", "stop", "delete", "history", "subscribe")
     assert {(name, relation) for name in names for relation in RELATIONS} <= seen.keys()
 
 

@@ -70,7 +70,7 @@ def test_any_text_survives_its_frame_in_any_pieces(position: Position, text: str
 @given(st.lists(PIECES, max_size=30), st.data())
 def test_what_follows_any_position_of_a_reply_is_the_rest_of_it(pieces: list[str], data: st.DataObject) -> None:
     reply, log = LiveReply("b" * 24, datetime.now(UTC)), Log(sse)
-    log.open_reply(reply)
+    log.open_reply(reply, None)
     frames: list[bytes] = []
     for piece in pieces:
         chars = reply.append(piece, len(piece.encode()))
@@ -303,6 +303,7 @@ class Conversation(RuleBasedStateMachine):
     """
 
     world: World
+    make_client: type[Client] = Client
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,7 +354,7 @@ class Conversation(RuleBasedStateMachine):
         await self.begin_with_history(client, self.servers[0])
 
     async def begin_with_history(self, client: Client, server: Server) -> None:
-        history = await server.reading.history(self.key)
+        history = await server.reading.history(self.key, all_branches=True)
         parts = [part async for part in history.parts]
         messages = [message for part in parts for message in part.messages]
         said = {message.id: message.content for message in messages}
@@ -410,7 +411,6 @@ class Conversation(RuleBasedStateMachine):
         async def say() -> None:
             food = server.source.food
             if again and self.record and self.record[-1][3] in ("stopped", "failed", "interrupted"):
-                self.record[-1] = (*self.record[-1][:3], "superseded")
                 turn = await server.chat.retry(self.key)
             else:
                 turn = await server.chat.say(None, self.id, text)
@@ -531,7 +531,7 @@ class Conversation(RuleBasedStateMachine):
     @precondition(lambda self: len(self.clients) < 5)
     @rule(number=SERVERS, begins=st.sampled_from(["nowhere", "start", "history"]), window=WINDOWS)
     def come(self, number: int, begins: str, window: int) -> None:
-        client, server = Client(), self.servers[number]
+        client, server = self.make_client(), self.servers[number]
         self.clients.append(client)
 
         async def come() -> None:
@@ -621,7 +621,7 @@ class Conversation(RuleBasedStateMachine):
                 else:
                     assert text == content, f"{role} {status}"
                 if role == "assistant" and message_id in told.said:
-                    assert status == "superseded" or told.ended[message_id] == end_of(status, None)
+                    assert told.ended[message_id] == end_of(status, None)
 
     async def leave(self) -> None:
         """Disconnect every client; conversations without subscribers are dropped."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,8 +16,33 @@ from pymongo.errors import BulkWriteError, OperationFailure
 from pymongo.monitoring import CommandListener
 
 from chatserver import store as store_package
-from chatserver.errors import ConversationFull, DatabaseUnavailable, KeyReused, NothingToRetry, ReplyInProgress
-from chatserver.records import INTERRUPTED, After, Before, Between, Key, Message, Newest, ReplyError, Span, Turn
+from chatserver.branches import Parent
+from chatserver.errors import (
+    ConversationFull,
+    DatabaseUnavailable,
+    KeyReused,
+    NoSuchConversation,
+    NoSuchMessage,
+    NotAReply,
+    NothingToRetry,
+    ReplyInProgress,
+)
+from chatserver.records import (
+    INTERRUPTED,
+    PAGE_SIZE,
+    After,
+    All,
+    Along,
+    Before,
+    Between,
+    Key,
+    Message,
+    Newest,
+    ReplyError,
+    Span,
+    StartedTurn,
+    Turn,
+)
 from chatserver.store import Store, client_options, collection, connect, documents, new_id, redact_uri
 from chatserver.store.turns import DOCUMENT_BYTES, REPLY_ROOM
 from tests.apps import Database
@@ -66,6 +91,11 @@ def turn(conversation: Key | None = None) -> Turn:
 
 def reply_of(turn: Turn, content: str, **options: Any) -> Message:
     return Message(turn.reply_id, "assistant", content, datetime.now(UTC), **options)
+
+
+def ended(started: StartedTurn, content: str, **options: Any) -> Message:
+    """Return the end of a started turn, with what must be stored with its reply."""
+    return reply_of(started.turn, content, parent=started.parent, key=started.key, **options)
 
 
 async def test_turn_is_stored_as_the_contract_says(stores: Stores) -> None:
@@ -163,6 +193,18 @@ class Commands(CommandListener):
     def failed(self, event: Any) -> None: ...
 
 
+@asynccontextmanager
+async def recorded(database: Database, **options: Any) -> AsyncIterator[tuple[Store, Commands]]:
+    """Yield a store, and the commands that it sends."""
+    commands = Commands()
+    client: Any = AsyncIOMotorClient(database.uri, event_listeners=[commands], **client_options(4.0))
+    store = Store(client, database.uri, timeout_s=4.0, lease_ms=10_000, history=50, **options)
+    try:
+        yield store, commands
+    finally:
+        await store.close()
+
+
 def texts(value: Any, *, evaluated: bool = False) -> Iterator[tuple[str, bool]]:
     """Yield every text in a command, and whether MongoDB evaluates it as an expression if it begins with a dollar."""
     if isinstance(value, str):
@@ -183,34 +225,44 @@ async def commands_of_all_operations(database: Database, text: str, owner: str |
     :param text: every text of a client, key or source
     :param owner: the owner of the conversations
     """
-    commands = Commands()
-    client: Any = AsyncIOMotorClient(database.uri, event_listeners=[commands], **client_options(4.0))
     calls: set[str] = set()
-    store = Store(
-        client,
-        database.uri,
-        timeout_s=4.0,
-        lease_ms=10_000,
-        history=50,
-        observe=lambda operation, _seconds, _answered: calls.add(operation),
-    )
+    async with recorded(database, observe=lambda operation, *_: calls.add(operation)) as (store, commands):
+        await call_all_operations(store, text, owner)
+    named = re.findall(r'\.call\("(\w+)"', "".join(path.read_text() for path in STORE.glob("*.py")))
+    assert calls == set(named)  # none was left out
+    return commands.sent
+
+
+async def call_all_operations(store: Store, text: str, owner: str | None) -> None:
     first = turn(Key(owner, new_id()))
     await store.prepare()
     await store.start_turn(first, text, text)
     await store.checkpoint({first.reply_id: (first.conversation, text)})
     await store.finish(first.conversation, reply_of(first, text, status="failed", error=ReplyError(text, text)))
-    retried = await store.start_retry(first.conversation, new_id())
-    await store.finish(first.conversation, reply_of(retried.turn, text))
-    await store.finish(first.conversation, reply_of(retried.turn, text))
-    assert await store.checkpoint({retried.turn.reply_id: (first.conversation, text)}) == {retried.turn.reply_id}
-    assert await store.find_by_key(first.conversation, text, text) == first
-    with pytest.raises(KeyReused):
-        await store.start_turn(turn(first.conversation), text, text)
     more = await store.start_turn(turn(first.conversation), text, f"{text} 2")
     assert await store.find_started(first.conversation, more.turn.reply_id) is not None
-    await store.find_expired([more.turn.reply_id])
-    for span in (Newest(), Newest(1), After(first.message_id, 0), Before(first.message_id), Between(0, 1)):
-        await store.read(first.conversation, span)
+    await read_all_spans(store, first)
+    await store.finish(first.conversation, reply_of(more.turn, text))
+    retried = await store.start_retry(first.conversation, new_id(), first.reply_id, f"{text} 3")
+    assert await store.find_retry(first.conversation, f"{text} 3", None) == retried.turn
+    await store.finish(first.conversation, ended(retried, text))
+    await store.finish(first.conversation, ended(retried, text))
+    assert await store.checkpoint({retried.turn.reply_id: (first.conversation, text)}) == {retried.turn.reply_id}
+    assert await store.find_by_key(first.conversation, text, text) == first
+    assert await store.find_retry(first.conversation, f"{text} 3", first.reply_id) == retried.turn
+    for parent in (None, Parent(None)):
+        with pytest.raises(KeyReused):
+            await store.start_turn(turn(first.conversation), text, text, parent=parent)
+    with pytest.raises(NoSuchMessage):
+        await store.start_turn(turn(Key(owner, new_id())), text, text, parent=Parent(first.message_id))
+    edited = await store.start_turn(turn(first.conversation), text, f"{text} 4", parent=Parent(None))
+    assert await store.find_started(first.conversation, edited.turn.reply_id) is not None
+    await store.find_expired([edited.turn.reply_id])
+    await store.finish(first.conversation, ended(edited, text))
+    assert await store.show(first.conversation, first.reply_id) == more.turn.reply_id
+    assert await store.rename(first.conversation, text) is not None
+    assert await store.rename(first.conversation, None) is not None
+    await read_all_spans(store, first)
     await store.peek(first.conversation)
     (summary,) = await store.summaries(owner, 1, None)
     await store.summaries(owner, 1, summary.place)
@@ -220,10 +272,69 @@ async def commands_of_all_operations(database: Database, text: str, owner: str |
     await store.delete(first.conversation)
     some_owner = owner or text
     await store.delete_all(some_owner, [Key(some_owner, new_id())])
-    await store.close()
-    named = re.findall(r'\.call\("(\w+)"', "".join(path.read_text() for path in STORE.glob("*.py")))
-    assert calls == set(named)  # none was left out
-    return commands.sent
+
+
+async def read_all_spans(store: Store, turn: Turn) -> None:
+    """Read each kind of span of a conversation, given by its first turn."""
+    spans: list[Span] = [
+        Newest(),
+        Newest(1),
+        Before(turn.reply_id),
+        Before(turn.reply_id, 1),
+        All(),
+        All(with_tree=True),
+    ]
+    for span in [*spans, After(turn.message_id, 0), After(turn.message_id, None), Between(0, 1), Along([0])]:
+        assert await store.read(turn.conversation, span) is not None
+
+
+async def test_conversation_without_branches_costs_no_additional_command(database: Database) -> None:
+    async with recorded(database) as (store, commands):
+        await count_commands(store, commands)
+
+
+async def count_commands(store: Store, commands: Commands) -> None:
+    first, text = turn(), "x" * 10_000
+
+    async def sent(call: Awaitable[Any]) -> tuple[Any, list[str]]:
+        """Return the result of a call, and the names of its commands."""
+        commands.sent.clear()
+        return await call, [next(iter(each)) for each in commands.sent]
+
+    async def add(**options: Any) -> list[str]:
+        """Add a turn; return the commands of its start."""
+        started, names = await sent(store.start_turn(turn(first.conversation), text, None, **options))
+        await store.finish(first.conversation, ended(started, text))
+        return names
+
+    async def read(span: Span) -> list[str]:
+        record, names = await sent(store.read(first.conversation, span))
+        assert record.messages
+        return names
+
+    await store.start_turn(first, "Hello", None, new=True)
+    assert (await sent(store.finish(first.conversation, reply_of(first, "Hi"))))[1] == ["update"]
+    assert await add() == ["findAndModify"]
+    spans: list[Span] = [
+        Newest(),
+        Newest(1),
+        Before(first.reply_id),
+        Before(first.reply_id, 1),
+        After(first.message_id, 0),
+    ]
+    for span in spans:
+        assert await read(span) == ["find"], span
+
+    # From here on there are branches. A document that fits one read is still read at once.
+    assert await add(parent=Parent(None)) == ["find", "findAndModify"]
+    for span in spans[:3]:
+        assert await read(span) == ["find"], span
+    assert await add() == ["findAndModify", "update", "find", "findAndModify"]
+    while len(await read(Newest())) < 2:
+        await add()
+    record = await store.read(first.conversation, Newest())
+    assert record is not None and len(record.messages) * len(text) > PAGE_SIZE - 2 * len(text)
+    assert await read(Newest()) == ["find", "find"]
 
 
 async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Database) -> None:
@@ -298,25 +409,75 @@ def changed_fields(command: Mapping[str, Any]) -> Iterator[str]:
                 yield from fields
 
 
-async def test_retry_supersedes_the_reply_and_leaves_it_in_the_record(stores: Stores) -> None:
+async def test_retried_replies_keep_their_status_and_become_siblings(stores: Stores) -> None:
     async with stores.open(history=1) as store:
         first = turn()
-        await store.start_turn(first, "Hello", None)
-        for status in ("failed", "stopped", "interrupted"):
-            current = stores.database.conversations.find_one()["reply"]["_id"]
-            last = Message(str(current), "assistant", "x", datetime.now(UTC), status)
+        started = await store.start_turn(first, "Hello", None)
+        for status in ("failed", "stopped", "interrupted", "complete"):
+            last = ended(started, status, status=status)
             await store.finish(first.conversation, last)
             started = await store.start_retry(first.conversation, new_id())
-            assert started.new_message is None and started.number == 1 and started.previous_id == str(current)
+            assert started.new_message is None and started.number == 1 and started.previous_id == last.id
             assert [(each.role, each.content) for each in started.messages] == [("user", "Hello")]
-            assert started.turn.message_id == first.message_id
+            assert started.turn.message_id == first.message_id and started.parent == Parent(first.message_id)
         with pytest.raises(ReplyInProgress):
             await store.start_retry(first.conversation, new_id())
-        await store.finish(first.conversation, reply_of(started.turn, "done"))
-        with pytest.raises(NothingToRetry):
+        await store.finish(first.conversation, ended(started, "done"))
+
+        document = stores.database.conversations.find_one()
+        statuses = [each.get("status") for each in document["messages"]]
+        assert statuses == [None, "failed", "stopped", "interrupted", None, None]
+        parents = [each.get("parent") for each in document["messages"]]
+        assert parents == [None, None, *4 * [ObjectId(first.message_id)]]
+        assert document["head"] == {"_id": ObjectId(started.turn.reply_id), "length": 6}
+        record = await store.read(first.conversation, Newest())
+        assert record is not None and record.tree is not None
+        assert [each.content for each in record.messages] == ["Hello", "done"]
+        assert record.tree.siblings(started.turn.reply_id) == [str(each["_id"]) for each in document["messages"][1:]]
+
+
+async def test_retry_names_a_reply_to_a_users_message(stores: Stores) -> None:
+    async with stores.open() as store:
+        first = turn()
+        with pytest.raises(NoSuchConversation):
             await store.start_retry(first.conversation, new_id())
-        statuses = [each.get("status") for each in stores.database.conversations.find_one()["messages"]]
-        assert statuses == [None, "superseded", "superseded", "superseded", None]
+        await store.start_turn(first, "Hello", None)
+        await store.finish(first.conversation, reply_of(first, "Hey"))
+        before = stores.database.conversations.find_one()
+        with pytest.raises(NotAReply):
+            await store.start_retry(first.conversation, new_id(), first.message_id)
+        with pytest.raises(NoSuchMessage):
+            await store.start_retry(first.conversation, new_id(), new_id())
+        greeting = {"_id": ObjectId(), "role": "assistant", "content": "Welcome", "createdAt": datetime.now(UTC)}
+        greeted = Key(None, str(stores.database.conversations.insert_one({"messages": [greeting]}).inserted_id))
+        for message_id in (None, str(greeting["_id"])):
+            with pytest.raises(NothingToRetry):
+                await store.start_retry(greeted, new_id(), message_id)
+
+        assert stores.database.conversations.find_one({"_id": before["_id"]}) == before
+
+
+async def test_key_of_a_retry_names_it_while_it_runs_and_afterwards(stores: Stores) -> None:
+    async with stores.open() as store:
+        first = turn()
+        await store.start_turn(first, "Hello", "post")
+        await store.finish(first.conversation, reply_of(first, "Hey"))
+        retried = await store.start_retry(first.conversation, new_id(), None, "k")
+        for _ in range(2):
+            for message_id in (None, first.reply_id, retried.turn.reply_id):
+                assert await store.find_retry(first.conversation, "k", message_id) == retried.turn
+            for message_id in (first.message_id, new_id()):
+                with pytest.raises(KeyReused):
+                    await store.find_retry(first.conversation, "k", message_id)
+            with pytest.raises(KeyReused):
+                await store.find_retry(first.conversation, "post", None)
+            assert await store.find_retry(first.conversation, "other", None) is None
+            assert await store.find_retry(Key(None, new_id()), "k", None) is None
+            await store.finish(first.conversation, ended(retried, "Hey again"))
+        with pytest.raises(KeyReused):
+            await store.find_by_key(first.conversation, "k", "Hello")
+        with pytest.raises(KeyReused):
+            await store.start_retry(first.conversation, new_id(), None, "k")
 
 
 async def test_expired_replies_are_found_except_our_own(stores: Stores) -> None:
@@ -412,7 +573,7 @@ async def test_concurrent_peeks_share_one_query(stores: Stores) -> None:
         assert [record is None for record in records[:150]] == [False] * 120 + [True] * 30
         first, second = records[:2]
         assert first is not None and first.reply is None and first.last_id == turns[0].reply_id
-        assert not first.messages and first.older == 2
+        assert not first.messages and first.last_id is not None
         assert second is not None and second.reply is not None and second.reply.id == turns[1].reply_id
         # A call during a query is answered by the next query.
         early = asyncio.create_task(store.peek(turns[1].conversation))
@@ -562,11 +723,12 @@ async def test_every_query_uses_an_index(database: Database) -> None:
         await store.summaries(None, 2, middle.place)
         await store.find_expired([each.reply_id for each in turns])
         await store.find_by_key(turns[0].conversation, "k", "Hello")
+        await store.find_retry(turns[0].conversation, "other", None)
         await store.peek(turns[0].conversation)
         await store.read(turns[0].conversation, Newest())
         database.db.command("profile", 0)
     profile = list(database.db["system.profile"].find({"op": "query"}))
-    assert len(profile) == 7
+    assert len(profile) == 8
     for query in profile:
         assert re.match("IXSCAN|IDHACK", query["planSummary"]) and not query.get("hasSortStage"), query
     assert all(query["docsExamined"] <= 3 for query in profile if "sort" in query["command"])

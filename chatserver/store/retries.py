@@ -1,0 +1,90 @@
+"""Retries: the start of a new reply beside an existing one."""
+
+from chatserver.branches import Parent, Tree
+from chatserver.errors import (
+    KeyReused,
+    NoSuchConversation,
+    NoSuchMessage,
+    NotAReply,
+    NothingToRetry,
+    ReplyInProgress,
+)
+from chatserver.records import Key, StartedTurn, Turn
+from chatserver.store import documents, expressions
+from chatserver.store.turns import MARGIN, NO_REPLY, REPLY_ROOM, Expected, Turns, start_reply, with_key
+
+
+class Retries(Turns):
+    """Starts retries. The new reply has the same parent as the existing one."""
+
+    async def start_retry(
+        self, conversation: Key, reply_id: str, message_id: str | None = None, key: str | None = None
+    ) -> StartedTurn:
+        """Store that a new reply beside an existing one runs.
+
+        :param message_id: the existing reply; None for the last one of the active path
+        :raises NoSuchConversation, NoSuchMessage, NotAReply, NothingToRetry: and nothing is stored
+        :raises ReplyInProgress, ConversationFull, KeyReused, UnsupportedConversation, OutcomeUnknown: as `start_turn`
+        """
+        needed = MARGIN + REPLY_ROOM
+        async with self.guard.call("begin", write=True):
+            for _ in range(3):
+                state = await self._examine(conversation, key, needed)
+                if state is None:
+                    raise NoSuchConversation
+                parent = state.tree.parent(_retried(state.tree, message_id))
+                update = start_reply(reply_id, documents.now(), Parent(parent), length=state.length + 1, key=key)
+                expected = Expected(state.head, state.length, state.tree.path(parent))
+                if started := await self._insert_turn(conversation, NO_REPLY, update, needed, expected):
+                    return started
+            raise ReplyInProgress
+
+    async def find_retry(self, conversation: Key, key: str, message_id: str | None) -> Turn | None:
+        """Return the retry that was started with an idempotency key, or None.
+
+        :raises KeyReused: if it was the retry of another message, or the key was used for a post
+        """
+        projection = {**expressions.WITH_TREE, "at": expressions.index_of_key(key)}
+        async with self.guard.call("find_keyed"):
+            document = await self.conversations.find_one(with_key(conversation, key), projection)
+        if document is None:
+            return None
+        tree, running = documents.tree(document), documents.reply(document, expired=False)
+        reply = running.id if running is not None and running.key == key else tree.nodes[document["at"]].id
+        question = _answered(tree, reply)
+        of_another = message_id is not None and (
+            message_id not in tree or tree.parent(message_id) != tree.parent(reply)
+        )
+        if tree.node(reply).role != "assistant" or question is None or of_another:
+            raise KeyReused
+        return Turn(conversation, question, reply)
+
+
+def _retried(tree: Tree, message_id: str | None) -> str:
+    """Return the id of the reply to retry.
+
+    :param message_id: as given; None for the last reply of the active path
+    :raises NoSuchMessage, NotAReply, NothingToRetry: if it cannot be retried
+    """
+    if message_id is None:
+        path = (tree.nodes[index] for index in reversed(tree.path(tree.head)))
+        message_id = next((each.id for each in path if each.role == "assistant"), None)
+        if message_id is None:
+            raise NothingToRetry
+    elif message_id not in tree:
+        raise NoSuchMessage
+    elif tree.node(message_id).role != "assistant":
+        raise NotAReply
+    if _answered(tree, message_id) is None:
+        raise NothingToRetry
+    return message_id
+
+
+def _answered(tree: Tree, reply_id: str) -> str | None:
+    """Return the id of the user's message that a reply answers; None if it answers none.
+
+    Messages of roles that no source is sent, which another application stored, may be between them.
+    """
+    before = (tree.nodes[index] for index in reversed(tree.path(reply_id)[:-1]))
+    nearest = next((each for each in before if each.role in ("user", "assistant")), None)
+    return nearest.id if nearest is not None and nearest.role == "user" else None

@@ -2,7 +2,7 @@
  * Types of `client.js`, for TypeScript. Copy both files into one folder; `import ... from "./client.js"` finds them.
  */
 
-/** A reply is `superseded` once it has been retried; it stays in the history. */
+/** Only documents of version 1 have replies that are `superseded`: they were retried. They are ended replies like others. */
 export type Status = "complete" | "streaming" | "stopped" | "failed" | "interrupted" | "superseded";
 
 export interface Message {
@@ -16,6 +16,11 @@ export interface Message {
   createdAt?: string;
   /** why a reply failed or was interrupted */
   error?: { code: string; message: string };
+  /**
+   * the ids of all versions of this message, oldest first, its own included; absent if there is only one, and while the id
+   * is null
+   */
+  siblings?: string[];
 }
 
 /** A conversation in the list. */
@@ -43,8 +48,10 @@ export interface Unsent {
   text: string;
   /** the idempotency key: the server accepts a message once per key, however often it is sent */
   key: string;
-  /** the number of messages before it, if that was known */
-  before?: number;
+  /** the id of the last message before it, if that was known; null: there was none */
+  after?: string | null;
+  /** of an edit, the ids of the versions that it replaces */
+  instead?: string[];
 }
 
 /** The user who is signed in. */
@@ -114,25 +121,45 @@ export class Api {
   list(cursor?: string, limit?: number): Promise<{ conversations: Summary[]; nextCursor?: string }>;
 
   /**
-   * Return the messages of a conversation, and the position after them.
+   * Return the messages of a conversation, on the branch that is shown, and the position after them; `title` only if a user
+   * has chosen one.
    * @param id
    * @param part  `limit`: return only the newest messages, this many; `before`: only messages before this message's id
    */
-  history(id: string, part?: { limit?: number; before?: string }): Promise<{ messages: Message[]; lastEventId: string }>;
+  history(
+    id: string,
+    part?: { limit?: number; before?: string },
+  ): Promise<{ messages: Message[]; lastEventId: string; title?: string }>;
 
   /**
    * Post a message. The reply arrives by the stream.
    * @param id  of the conversation; an unknown id starts a new one
    * @param text  sent and stored as `wellFormed` returns it
    * @param key  the idempotency key: the server accepts the same text with the same key once, however often it is sent
+   * @param parentId  the message that it follows; null: it is a first message; by default the last message of the branch
+   *   that is shown
    */
-  say(id: string, text: string, key: string): Promise<Turn>;
+  say(id: string, text: string, key: string, parentId?: string | null): Promise<Turn>;
 
   /** Stop the running reply; the text so far is kept. */
   stop(id: string): Promise<{ status: "stopping" | "idle" }>;
 
-  /** Request a new reply to the last message, if its reply was stopped, failed or interrupted. */
-  retry(id: string): Promise<Turn>;
+  /**
+   * Request a new reply beside an existing one.
+   * @param id
+   * @param retry  `messageId`: the existing reply, by default the last one of the branch that is shown; `key`: the
+   *   idempotency key: the server makes one reply per key, however often it is sent
+   */
+  retry(id: string, retry?: { messageId?: string; key?: string }): Promise<Turn>;
+
+  /**
+   * Show the branch with a message, in all clients; after the message, it follows the newest version at each step. Returns
+   * the last message of the branch.
+   */
+  show(id: string, messageId: string): Promise<{ conversationId: string; messageId: string }>;
+
+  /** Choose the title of a conversation; null: an automatic one again. */
+  rename(id: string, title: string | null): Promise<Summary>;
 
   /** Delete a conversation with all its messages. */
   delete(id: string): Promise<void>;
@@ -143,7 +170,7 @@ export class Api {
 
 /** The events of a `Conversation`. */
 export interface ConversationEventMap {
-  /** `messages`, `accepted`, `busy` or `pending` has changed. */
+  /** `messages`, `title`, `accepted`, `busy` or `pending` has changed. */
   change: Event;
   /** `state` has changed. */
   state: Event;
@@ -164,13 +191,18 @@ export class Conversation extends EventTarget {
   constructor(api: Api, id: string, options?: { fresh?: boolean; listed?: boolean });
   readonly api: Api;
   readonly id: string;
-  /** The messages in order; a reply that is streaming is the last one, and its object changes in place. */
+  /** The branch that is shown, in order; a reply that is streaming is the last one, and its object changes in place. */
   readonly messages: Message[];
-  /** A turn that the server has accepted but the stream has not shown yet; `text` is empty for a retry. */
-  readonly accepted: { text: string; messageId: string; replyId: string } | null;
-  /** The message that may not have arrived. `say` with the same text sends it again with the same key. */
+  /** The title that a user has chosen; null: there is only the automatic one, which the list has. */
+  readonly title: string | null;
+  /**
+   * A turn that the server has accepted but the stream has not shown yet; `text` is empty for a retry; `parentId` is the
+   * message that the turn follows: null if there is none, undefined if it is the last one.
+   */
+  readonly accepted: { text: string; messageId: string; replyId: string; parentId: string | null | undefined } | null;
+  /** The message that may not have arrived. `say` or `edit` with the same text sends it again with the same key. */
   unsent: Unsent | null;
-  /** Whether a message or a retry has been sent and not answered yet. */
+  /** Whether a message, a retry or a switch to another branch has been sent and not answered yet. */
   readonly pending: boolean;
   /** Whether the server knew no conversation with this id; the first message creates it. */
   readonly missing: boolean;
@@ -198,8 +230,30 @@ export class Conversation extends EventTarget {
    */
   say(typed: string): Promise<void>;
 
-  /** Request a new reply to the last message. Rejects with `ApiError`. */
-  retry(): Promise<void>;
+  /**
+   * Send another version of a message, which begins a branch of its own. After a failure, as `say`.
+   * Rejects with `ApiError`, or with `RangeError` if the message is not shown any more.
+   * @param message  one of `messages`
+   * @param typed
+   */
+  edit(message: Message, typed: string): Promise<void>;
+
+  /**
+   * Request a new reply beside an existing one. After a failure, repeating the request does not make two.
+   * Rejects with `ApiError`.
+   * @param messageId  the existing reply; by default the last one
+   */
+  retry(messageId?: string): Promise<void>;
+
+  /**
+   * Show another branch, in all clients: the one with this message. `messages` changes when the stream reports it.
+   * Rejects with `ApiError`.
+   * @param messageId  usually one of the `siblings` of a message
+   */
+  show(messageId: string): Promise<void>;
+
+  /** Choose the title of the conversation; null: an automatic one again. Rejects with `ApiError`. */
+  rename(title: string | null): Promise<void>;
 
   /** Stop the running reply. Rejects with `ApiError`. */
   stop(): Promise<void>;

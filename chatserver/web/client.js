@@ -15,6 +15,9 @@
  * no character of a reply is lost or repeated, however often the connection breaks. A connection that has died without
  * closing is detected by the absence of the server's pings.
  *
+ * A conversation is a tree: an edit or a retry begins another branch, and earlier versions are kept. `messages` is the
+ * branch that is shown, in every client the same; `siblings` of a message are the versions of it that `show` can show.
+ *
  * If the server has users, and its token is not in a cookie of the page's own site, pass a function for the headers. It is
  * called before each request, and the streams are then read by fetch, because EventSource cannot send headers:
  *
@@ -23,7 +26,7 @@
 
 /**
  * @typedef {"complete"|"streaming"|"stopped"|"failed"|"interrupted"|"superseded"} Status
- * A reply is `superseded` once it has been retried; it stays in the history.
+ * Only documents of version 1 have replies that are `superseded`: they were retried. They are ended replies like others.
  *
  * @typedef {object} Message
  * @property {string|null} id  null while a reply streams whose id is not known yet
@@ -32,6 +35,8 @@
  * @property {Status} status
  * @property {string} [createdAt]  ISO 8601; present in the history, and in the stream for messages of users
  * @property {{code: string, message: string}} [error]  why a reply failed or was interrupted
+ * @property {string[]} [siblings]  the ids of all versions of this message, oldest first, its own included; absent if there
+ *   is only one, and while the id is null
  *
  * @typedef {object} Summary
  * @property {string} conversationId
@@ -46,7 +51,8 @@
  * @typedef {object} Unsent  a message that may not have arrived
  * @property {string} text
  * @property {string} key  the idempotency key: the server accepts a message once per key, however often it is sent
- * @property {number} [before]  the number of messages before it, if that was known
+ * @property {string|null} [after]  the id of the last message before it, if that was known; null: there was none
+ * @property {string[]} [instead]  of an edit, the ids of the versions that it replaces
  *
  * @typedef {object} Me  the user who is signed in
  * @property {string} owner  the name by which the server knows the user
@@ -162,7 +168,8 @@ export class Api {
    * @param {string} id
    * @param {{limit?: number, before?: string}} [part]  `limit`: return only the newest messages, this many; `before`: only
    *   messages before this message's id
-   * @returns {Promise<{messages: Message[], lastEventId: string}>}
+   * @returns {Promise<{messages: Message[], lastEventId: string, title?: string}>} the branch that is shown; `title` only
+   *   if a user has chosen one
    */
   history(id, { limit, before } = {}) {
     const query = new URLSearchParams({ ...(limit && { limit: String(limit) }), ...(before && { before }) }).toString();
@@ -175,10 +182,13 @@ export class Api {
    * @param {string} text  sent and stored as `wellFormed` returns it
    * @param {string} key  the idempotency key: the server accepts the same text with the same key once, however often it is
    *   sent
+   * @param {string|null} [parentId]  the message that it follows; null: it is a first message; by default the last message
+   *   of the branch that is shown
    * @returns {Promise<Turn>}
    */
-  say(id, text, key) {
-    return this.#call("POST", "chat", { conversationId: id, input: wellFormed(text) }, { "Idempotency-Key": key });
+  say(id, text, key, parentId) {
+    const body = { conversationId: id, input: wellFormed(text), ...(parentId !== undefined && { parentId }) };
+    return this.#call("POST", "chat", body, { "Idempotency-Key": key });
   }
 
   /**
@@ -191,12 +201,34 @@ export class Api {
   }
 
   /**
-   * Request a new reply to the last message, if its reply was stopped, failed or interrupted.
+   * Request a new reply beside an existing one.
    * @param {string} id
+   * @param {{messageId?: string, key?: string}} [retry]  `messageId`: the existing reply, by default the last one of the
+   *   branch that is shown; `key`: the idempotency key: the server makes one reply per key, however often it is sent
    * @returns {Promise<Turn>}
    */
-  retry(id) {
-    return this.#call("POST", `chat/${id}/retry`);
+  retry(id, { messageId, key } = {}) {
+    return this.#call("POST", `chat/${id}/retry`, messageId ? { messageId } : {}, key ? { "Idempotency-Key": key } : {});
+  }
+
+  /**
+   * Show the branch with a message, in all clients; after the message, it follows the newest version at each step.
+   * @param {string} id
+   * @param {string} messageId
+   * @returns {Promise<{conversationId: string, messageId: string}>} the last message of the branch
+   */
+  show(id, messageId) {
+    return this.#call("PUT", `chat/${id}/head`, { messageId });
+  }
+
+  /**
+   * Choose the title of a conversation.
+   * @param {string} id
+   * @param {string|null} title  sent and stored as `wellFormed` returns it; null: an automatic one again
+   * @returns {Promise<Summary>}
+   */
+  rename(id, title) {
+    return this.#call("PATCH", `chat/${id}`, { title: title === null ? null : wellFormed(title) });
   }
 
   /**
@@ -432,19 +464,23 @@ class FetchStream extends EventTarget {
 /**
  * A conversation that its stream keeps up to date.
  *
- * Fires `change` when `messages`, `accepted`, `busy` or `pending` has changed, `state` when `state` has changed, `sent` (a
+ * Fires `change` when `messages`, `title`, `accepted`, `busy` or `pending` has changed, `state` when `state` has changed, `sent` (a
  * CustomEvent whose detail is the text) when a message is known to have arrived, and `end` (its detail is the reply) when
  * a reply has ended.
  */
 export class Conversation extends EventTarget {
-  /** @type {Message[]} in order; a reply that is streaming is the last one, and its object changes in place */
+  /** @type {Message[]} the branch that is shown, in order; a reply that is streaming is the last one, and its object changes
+   * in place */
   messages = [];
-  /** @type {{text: string, messageId: string, replyId: string}|null} a turn that the server has
-   * accepted but the stream has not shown yet; `text` is empty for a retry */
+  /** @type {string|null} the title that a user has chosen; null: there is only the automatic one, which the list has */
+  title = null;
+  /** @type {{text: string, messageId: string, replyId: string, parentId: string|null|undefined}|null} a turn that the server
+   * has accepted but the stream has not shown yet; `text` is empty for a retry; `parentId` is the message that the turn
+   * follows: null if there is none, undefined if it is the last one */
   accepted = null;
   /** @type {Unsent|null} to survive a reload, the page must store it and assign it again */
   unsent = null;
-  /** whether a message or a retry has been sent and not answered yet */
+  /** whether a message, a retry or a switch to another branch has been sent and not answered yet */
   pending = false;
   /** whether the server knew no conversation with this id; the first message creates it */
   missing = false;
@@ -457,6 +493,16 @@ export class Conversation extends EventTarget {
   #position = null;
   /** @type {Stream|null} */
   #source = null;
+  /** @type {{hasTitle: boolean}|null} the stream has just been opened, and may begin with its title and its `head` */
+  #opening = null;
+  /** @type {string|null} the last message of a branch that the history was fetched for */
+  #sought = null;
+  /** @type {{after: string|null, ids: string[]}|null} the versions that were dropped, and the message before them */
+  #dropped = null;
+  /** @type {string[]} the other versions of the last message, as far as the stream has shown them */
+  #others = [];
+  /** @type {{messageId: string|undefined, key: string, versions: number}|null} a retry that may not have arrived */
+  #retrying = null;
   #known = false;
   #failures = 0;
   #attempt = 0;
@@ -532,31 +578,81 @@ export class Conversation extends EventTarget {
    * @throws {ApiError}
    */
   async say(typed) {
-    // Normalise here as well: `unsent` is compared with the texts in the stream and the history.
-    const text = wellFormed(typed);
-    if (this.unsent?.text !== text) {
-      this.unsent = { text, key: randomHex(16), before: this.loaded ? this.messages.length : undefined };
+    await this.#send(typed);
+  }
+
+  /**
+   * Send another version of a message, which begins a branch of its own. After a failure, as `say`.
+   * @param {Message} message  one of `messages`
+   * @param {string} typed
+   * @throws {ApiError}
+   * @throws {RangeError} if the message is not shown any more
+   */
+  async edit(message, typed) {
+    const index = this.messages.findIndex((each) => each.id === message.id);
+    if (index === -1 || message.id === null) {
+      throw new RangeError("The message is not shown.");
     }
-    const unsent = this.unsent;
+    const instead = this.messages[index].siblings ?? [message.id];
+    await this.#send(typed, { after: this.messages[index - 1]?.id ?? null, instead });
+  }
+
+  /**
+   * Request a new reply beside an existing one. After a failure, repeating the request does not make two.
+   * @param {string} [messageId]  the existing reply; by default the last one
+   * @throws {ApiError}
+   */
+  async retry(messageId) {
+    const target = messageId ?? this.messages.findLast((each) => each.role === "assistant")?.id ?? undefined;
+    const earlier = this.#retrying?.messageId === target ? this.#retrying : null;
+    const retrying = earlier ?? { messageId: target, key: randomHex(16), versions: this.#versions(target) };
+    this.#retrying = retrying;
+    const { key } = retrying;
     try {
-      await this.#begin(() => this.api.say(this.id, text, unsent.key), text);
+      await this.#request(
+        () => this.api.retry(this.id, target ? { messageId: target, key } : { key }),
+        (turn) => this.#accept(turn, "", turn.messageId, earlier !== null),
+      );
     } catch (error) {
-      if (!(error instanceof ApiError) || this.unsent === unsent) {
+      if (!(error instanceof ApiError)) {
         throw error;
       }
-      // The answer was lost, but the stream has shown that the message arrived.
+      const isUnknown = error.status === 0 || error.status >= 500;
+      if (isUnknown && this.#retrying !== retrying) {
+        // The answer was lost, but the stream has shown the new reply.
+        return;
+      }
+      if (!isUnknown && this.#retrying === retrying) {
+        this.#retrying = null;
+      }
+      throw error;
     }
-    if (this.unsent === unsent) {
-      this.#sent(text);
+    if (this.#retrying === retrying) {
+      this.#retrying = null;
     }
   }
 
   /**
-   * Request a new reply to the last message.
+   * Show another branch, in all clients: the one with this message. `messages` changes when the stream reports it.
+   * @param {string} messageId  usually one of the `siblings` of a message
    * @throws {ApiError}
    */
-  async retry() {
-    await this.#begin(() => this.api.retry(this.id), "");
+  async show(messageId) {
+    await this.#request(() => this.api.show(this.id, messageId));
+  }
+
+  /**
+   * Choose the title of the conversation.
+   * @param {string|null} title  null: an automatic one again
+   * @throws {ApiError}
+   */
+  async rename(title) {
+    await this.#ask(() => this.api.rename(this.id, title));
+    // An open stream reports it, in the right order with the changes of other clients.
+    if (this.#state !== "live") {
+      this.title = title === null ? null : wellFormed(title);
+      this.#changed();
+    }
   }
 
   /**
@@ -573,18 +669,57 @@ export class Conversation extends EventTarget {
   }
 
   /**
-   * @param {() => Promise<Turn>} request
-   * @param {string} text  empty for a retry
+   * @param {string} typed
+   * @param {{after: string|null, instead: string[]}} [edit]
    */
-  async #begin(request, text) {
+  async #send(typed, edit) {
+    // Normalise here as well: `unsent` is compared with the texts in the stream and the history.
+    const text = wellFormed(typed);
+    const old = this.unsent;
+    const isRepeated = old?.text === text && (edit ? old.instead !== undefined && old.after === edit.after : !old.instead);
+    if (!isRepeated) {
+      const after = this.loaded ? { after: this.messages.findLast((each) => each.id !== null)?.id ?? null } : {};
+      this.unsent = { text, key: randomHex(16), ...(edit ?? after) };
+    }
+    const unsent = /** @type {Unsent} */ (this.unsent);
+    try {
+      await this.#request(
+        () => this.api.say(this.id, text, unsent.key, edit?.after),
+        (turn) => this.#accept(turn, text, edit?.after, isRepeated),
+      );
+    } catch (error) {
+      if (!(error instanceof ApiError) || this.unsent === unsent) {
+        throw error;
+      }
+      // The answer was lost, but the stream has shown that the message arrived.
+    }
+    if (this.unsent === unsent) {
+      this.#sent(text);
+    }
+  }
+
+  /**
+   * Send a request, and be pending until it is answered.
+   * @template T
+   * @param {() => Promise<T>} request
+   * @param {(answer: T) => void} [onAnswer]
+   */
+  async #request(request, onAnswer) {
     this.pending = true;
     this.#changed();
     try {
-      this.#accept(await this.#ask(request), text);
+      const answer = await this.#ask(request);
+      onAnswer?.(answer);
     } finally {
       this.pending = false;
       this.#changed();
     }
+  }
+
+  /** Return how many versions of a message there are; 0 if it is not shown. */
+  #versions(/** @type {string|undefined} */ id) {
+    const message = this.#find(id ?? null);
+    return message ? (message.siblings?.length ?? 1) : 0;
   }
 
   #sent(/** @type {string} */ text) {
@@ -617,18 +752,25 @@ export class Conversation extends EventTarget {
   /**
    * Note an accepted turn, unless the stream, which may be ahead of the answer, has shown it already.
    * @param {Turn} turn
-   * @param {string} text
+   * @param {string} text  empty for a retry
+   * @param {string|null|undefined} parentId
+   * @param {boolean} isRepeated  whether an earlier request with the same key was not answered
    */
-  #accept(turn, text) {
+  #accept(turn, text, parentId, isRepeated) {
     const isRetry = text === "";
     const last = this.messages.at(-1);
     if (this.#find(turn.replyId)) {
       return;
     }
-    if (last?.status === "streaming" && (isRetry || this.messages.at(-2)?.id === turn.messageId)) {
-      last.id = turn.replyId;
+    if (last?.status === "streaming" && last.id === null && this.messages.at(-2)?.id === turn.messageId) {
+      this.#identify(last, turn.replyId);
     } else if (isRetry || !this.#find(turn.messageId)) {
-      this.accepted = { text, messageId: turn.messageId, replyId: turn.replyId };
+      this.accepted = { text, messageId: turn.messageId, replyId: turn.replyId, parentId };
+      if (isRepeated) {
+        // The earlier request may have been carried out on a branch that is not shown any more, so that the stream will
+        // not show this turn: the history decides.
+        this.#fetch();
+      }
     }
   }
 
@@ -638,13 +780,14 @@ export class Conversation extends EventTarget {
   async #connect() {
     const attempt = this.#hangUp();
     if (this.#position === null) {
+      const { accepted } = this;
       try {
         const history = await this.api.history(this.id);
         if (attempt !== this.#attempt) {
           return;
         }
-        this.#adopt(history.messages);
         this.#position = history.lastEventId;
+        this.#adopt(history, accepted);
       } catch (error) {
         if (!(error instanceof ApiError)) {
           throw error;
@@ -661,7 +804,7 @@ export class Conversation extends EventTarget {
           return;
         }
         if (this.#known) {
-          this.#adopt([]);
+          this.#adopt({ messages: [] }, accepted);
           this.#letGo("deleted");
           return;
         }
@@ -674,8 +817,11 @@ export class Conversation extends EventTarget {
     const source = /** @type {Stream} */ (headers ? new FetchStream(url, headers) : new EventSource(url));
     this.#source = source;
     let isOpen = false;
+    let pings = 0;
     source.addEventListener("open", () => {
       isOpen = true;
+      pings = 0;
+      this.#opening = { hasTitle: false };
       this.#known = true;
       this.#failures = 0;
       this.#setState("live");
@@ -684,13 +830,19 @@ export class Conversation extends EventTarget {
     source.addEventListener("ping", (event) => {
       this.#pingEveryS = JSON.parse(event.data).everyS;
       this.#watch();
+      pings += 1;
+      if (pings > 1) {
+        this.#opened();
+      }
     });
     this.#watch();
-    for (const name of ["input", "message", "token", "done", "error", "reset"]) {
+    for (const name of ["head", "title", "input", "message", "token", "done", "error", "reset"]) {
       source.addEventListener(name, (event) => {
         if (event instanceof MessageEvent) {
           this.#watch();
-          this.#position = event.lastEventId || null;
+          if (name !== "head" && name !== "title") {
+            this.#position = event.lastEventId || null;
+          }
           this.#take(name, JSON.parse(event.data));
         } else if (isOpen && source.readyState === CONNECTING) {
           // The connection broke, and EventSource reconnects. Allow one attempt: it would retry every second forever.
@@ -773,8 +925,17 @@ export class Conversation extends EventTarget {
     clearTimeout(this.#watchdog);
     this.#source?.close();
     this.#source = null;
+    this.#opening = null;
     this.#attempt += 1;
     return this.#attempt;
+  }
+
+  /** Fetch the history, and open a new stream after it. */
+  #fetch() {
+    this.#position = null;
+    if (this.#isFollowing) {
+      this.#connect();
+    }
   }
 
   #letGo(/** @type {State} */ state) {
@@ -798,19 +959,32 @@ export class Conversation extends EventTarget {
    * @param {any} data
    */
   #take(name, data) {
-    if (name === "input") {
+    const isOpening = this.#opening !== null;
+    if (name !== "title" && name !== "reset") {
+      this.#opened();
+    }
+    if (name === "head") {
+      this.#end(data.messageId, isOpening);
+    } else if (name === "title") {
+      this.title = data.title;
+      if (this.#opening) {
+        this.#opening.hasTitle = true;
+      }
+    } else if (name === "input") {
       const ours = this.accepted?.messageId === data.messageId ? this.accepted : null;
       this.accepted = ours ? null : this.accepted;
       if (!this.#find(data.messageId)) {
-        this.messages.push({ id: data.messageId, role: "user", content: data.text, status: "complete", createdAt: data.createdAt });
-        this.messages.push({ id: ours?.replyId ?? null, role: "assistant", content: "", status: "streaming" });
+        this.#push({ id: data.messageId, role: "user", content: data.text, status: "complete", createdAt: data.createdAt });
+        this.#push({ id: ours?.replyId ?? null, role: "assistant", content: "", status: "streaming" });
+        this.#retrying = null;
       }
-      if (data.text === this.unsent?.text) {
+      const index = this.messages.findIndex((message) => message.id === data.messageId);
+      if (this.#isUnsent(this.messages[index], index)) {
         this.#sent(data.text);
       }
     } else if (name === "message") {
       if (!this.#find(data.messageId)) {
-        this.messages.push({ id: data.messageId, role: data.role, content: data.text, status: "complete", createdAt: data.createdAt });
+        this.#push({ id: data.messageId, role: data.role, content: data.text, status: "complete", createdAt: data.createdAt });
       }
     } else if (name === "token") {
       this.#growing().content += data.text;
@@ -818,50 +992,142 @@ export class Conversation extends EventTarget {
       this.#connect();
     } else {
       const reply = this.#find(data.messageId) ?? this.#growing();
-      reply.id = data.messageId;
+      this.#identify(reply, data.messageId);
       reply.status = name === "done" ? data.status : data.code === "interrupted" ? "interrupted" : "failed";
       if (name === "error") {
         reply.error = { code: data.code, message: data.message };
       }
+      if (this.accepted?.replyId === data.messageId) {
+        this.accepted = null;
+      }
       this.dispatchEvent(new CustomEvent("end", { detail: reply }));
       if (reply.status === "interrupted") {
         // A crash may have lost the end of the text that was shown; the history has the stored text.
-        this.#position = null;
-        this.#connect();
+        this.#fetch();
       }
     }
     this.#changed();
   }
 
-  /** Return the reply that is streaming. Text after an ended reply, without a new user message, belongs to its retry. */
+  /** Note that the stream has got past its beginning: without a title there, the conversation has no chosen one. */
+  #opened() {
+    if (this.#opening && !this.#opening.hasTitle && this.title !== null) {
+      this.title = null;
+      this.#changed();
+    }
+    this.#opening = null;
+  }
+
+  /**
+   * Let the visible conversation end at a message: drop those after it, or fetch the branch that the message belongs to.
+   * @param {string|null} id  null: the conversation is empty
+   * @param {boolean} isOpening  whether this is the first event of a stream
+   */
+  #end(id, isOpening) {
+    const index = id === null ? -1 : this.messages.findIndex((message) => message.id === id);
+    const last = this.messages.at(-1);
+    if (id !== null && index === -1) {
+      if (isOpening && last?.status === "streaming" && last.id === null && last.content) {
+        // The position that the stream starts from is inside this reply.
+        this.#identify(last, id);
+      } else if (!isOpening || id !== this.#sought) {
+        this.#sought = id;
+        this.#fetch();
+      }
+      // Else the history, which was just fetched, does not have it either. To fetch it again would never end.
+      return;
+    }
+    this.#sought = null;
+    const next = this.messages[index + 1];
+    if (!next) {
+      // After a disconnect, `head` is repeated.
+      this.#dropped = this.#dropped?.after === id ? this.#dropped : null;
+    } else if (next !== last || next.status !== "streaming" || next.content) {
+      this.messages = this.messages.slice(0, index + 1);
+      this.#dropped = { after: id, ids: next.siblings ?? (next.id === null ? [] : [next.id]) };
+    }
+  }
+
+  /** Add a message to the end. If others were dropped from its place, it is another version of them. */
+  #push(/** @type {Message} */ message) {
+    const parent = this.messages.at(-1)?.id ?? null;
+    this.#others = this.#dropped?.after === parent ? this.#dropped.ids : [];
+    this.#dropped = null;
+    this.messages.push(message);
+    if (message.id !== null) {
+      this.#identify(message, message.id, true);
+    }
+  }
+
+  /**
+   * Give the last message its id, and so its place among its versions.
+   * @param {Message} message
+   * @param {string} id
+   * @param {boolean} [isNew]
+   */
+  #identify(message, id, isNew = false) {
+    if (isNew || message.id !== id) {
+      message.id = id;
+      if (this.#others.length > 0) {
+        message.siblings = [...this.#others, id];
+      }
+    }
+  }
+
+  /** Return the reply that is streaming. Text after an ended message begins a new reply, to a retry. */
   #growing() {
     const last = this.messages.at(-1);
     if (last?.status === "streaming") {
       return last;
     }
-    if (last?.role === "assistant") {
-      last.status = "superseded";
-    }
-    const retry = this.accepted;
-    this.accepted = null;
+    const retry = this.accepted?.text === "" && this.accepted.messageId === last?.id ? this.accepted : null;
+    this.accepted = retry ? null : this.accepted;
+    this.#retrying = null;
     /** @type {Message} */
-    const reply = { id: retry?.text === "" ? retry.replyId : null, role: "assistant", content: "", status: "streaming" };
-    this.messages.push(reply);
+    const reply = { id: retry?.replyId ?? null, role: "assistant", content: "", status: "streaming" };
+    this.#push(reply);
     return reply;
   }
 
-  /** Replace the messages by a history, but keep the objects of known messages, because views refer to them. */
-  #adopt(/** @type {Message[]} */ messages) {
+  /**
+   * Replace the messages by a history, but keep the objects of known messages, because views refer to them.
+   * @param {{messages: Message[], title?: string}} history
+   * @param {Conversation["accepted"]} earlier  the turn that had been accepted when the history was requested
+   */
+  #adopt({ messages, title }, earlier) {
     this.#known = this.#known || messages.length > 0;
     this.messages = messages.map((message) => Object.assign(this.#find(message.id) ?? {}, message));
-    if (this.accepted && (this.#find(this.accepted.messageId) || messages.length === 0)) {
+    this.title = title ?? null;
+    this.#dropped = null;
+    this.#others = [];
+    const { accepted } = this;
+    if (accepted && (accepted === earlier || this.#find(accepted.replyId) || (accepted.text && this.#find(accepted.messageId)))) {
       this.accepted = null;
     }
-    const { text, before } = this.unsent ?? {};
-    if (text && before !== undefined && this.messages.slice(before).some((each) => each.role === "user" && each.content === text)) {
+    if (this.#retrying && this.#versions(this.#retrying.messageId) !== this.#retrying.versions) {
+      this.#retrying = null;
+    }
+    const { text, after } = this.unsent ?? {};
+    const from = after === null ? 0 : this.messages.findIndex((message) => message.id === after) + 1;
+    const isKnown = after === null || (after !== undefined && from > 0);
+    if (text && isKnown && this.messages.some((each, index) => index >= from && this.#isUnsent(each, index))) {
       this.#sent(text);
     }
     this.#changed();
+  }
+
+  /**
+   * Tell whether a message is the one that may not have arrived.
+   * @param {Message} message
+   * @param {number} index  of it in `messages`
+   */
+  #isUnsent({ id, role, content }, index) {
+    const { text, after, instead } = this.unsent ?? {};
+    if (role !== "user" || content !== text) {
+      return false;
+    }
+    // The text of an edit may be that of an earlier version.
+    return !instead || (after === (this.messages[index - 1]?.id ?? null) && !instead.includes(id ?? ""));
   }
 
   #find(/** @type {string|null} */ id) {

@@ -1,12 +1,14 @@
 /** The message box with its draft, and the buttons Send and Stop. */
 
 import { wellFormed } from "./client.js";
-import { byId } from "./dom.js";
+import { announce, byId } from "./dom.js";
 import { keepDraft, loadDraft } from "./drafts.js";
 
 /** @typedef {import("./client.js").Conversation} Conversation */
+/** @typedef {import("./client.js").Message} Message */
 /** @typedef {import("./notice.js").Notice} Notice */
 
+const GONE = "The message that you were editing is not shown any more. Your text is kept.";
 const BUSY = "The answer is still being written. Wait until it ends, or stop it.";
 /** what a notice says of a message that may not have arrived */
 export const KEPT = "Your text is kept. Sending it again will not post it twice.";
@@ -16,15 +18,21 @@ export class Composer {
   #conversation = null;
   /** under which the draft is kept: the conversation's id, or another name until its first message is sent */
   #draftName = "";
+  /** the id of the message that the text is to replace; empty: it is a new message */
+  #edited = "";
+  /** while a message is edited, the text that was in the box before */
+  #aside = "";
   #form = byId("composer");
   #input = /** @type {HTMLTextAreaElement} */ (byId("input"));
   #send = byId("send");
   #stop = byId("stop");
+  #editing = byId("editing");
 
   /**
    * @param {Notice} notice
    * @param {object} actions
-   * @param {(text: string) => void} actions.onSend  must call `say` before it returns, which sets the message's key
+   * @param {(text: string, edited?: Message) => void} actions.onSend  must call `say`, or `edit` for the message `edited`,
+   *   before it returns, which sets the message's key
    * @param {() => void} actions.onStop
    * @param {() => void} actions.onResize
    */
@@ -42,8 +50,11 @@ export class Composer {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) {
         event.preventDefault();
         this.#submit();
+      } else if (event.key === "Escape" && this.#edited && !event.isComposing) {
+        this.#cancel();
       }
     });
+    byId("cancel-edit").addEventListener("click", () => this.#cancel());
     this.#input.addEventListener("input", () => {
       this.#keep();
       this.#fit();
@@ -71,6 +82,7 @@ export class Composer {
     this.#draftName = draftName;
     conversation.unsent = draft.unsent ?? null;
     this.#input.value = draft.text;
+    this.#setEdited(draft.edited ?? "", draft.aside ?? "");
     this.notice.show(draft.unsent && draft.unsent.text === draft.text ? KEPT : "", "say");
     this.#fit();
   }
@@ -87,6 +99,17 @@ export class Composer {
     }
   }
 
+  /** Put a message into the box, to send another version of it. What is in the box comes back afterwards. */
+  edit(/** @type {Message} */ message) {
+    if (!this.#conversation?.pending) {
+      this.#setEdited(message.id ?? "", this.#edited ? this.#aside : this.#input.value);
+      this.#replace(message.content);
+      this.notice.settle("say");
+      announce(`${this.#editing.textContent?.trim()} (Escape)`);
+      this.focus();
+    }
+  }
+
   /** Append a paragraph to the draft. */
   add(/** @type {string} */ text) {
     this.#input.value = [this.#input.value, text].filter(Boolean).join("\n\n");
@@ -97,7 +120,7 @@ export class Composer {
   /** Forget the draft, because its conversation has been deleted; return its text. */
   discard() {
     keepDraft(this.#draftName, { text: "" });
-    return this.#input.value;
+    return [this.#aside, this.#input.value].filter(Boolean).join("\n\n");
   }
 
   /**
@@ -107,13 +130,13 @@ export class Composer {
    */
   clear(conversation, text) {
     const isShown = conversation.id === this.#conversation?.id;
-    const draft = isShown ? this.#input.value : loadDraft(conversation.id).text;
-    const rest = draft.startsWith(text) ? draft.slice(text.length) : draft;
-    keepDraft(conversation.id, { text: rest });
+    const shown = { text: this.#input.value, edited: this.#edited, aside: this.#aside };
+    const draft = without(text, isShown ? shown : loadDraft(conversation.id));
+    keepDraft(conversation.id, draft);
     if (this.#conversation && isShown) {
       this.#conversation.unsent = null;
-      this.#input.value = rest;
-      this.#fit();
+      this.#setEdited(draft.edited ?? "", draft.aside ?? "");
+      this.#replace(draft.text);
       this.notice.settle("say");
     }
   }
@@ -128,19 +151,59 @@ export class Composer {
       this.notice.show(BUSY, "busy");
       return;
     }
+    const edited = conversation.messages.find((message) => message.id === this.#edited);
+    if (this.#edited && !edited) {
+      // Another client has switched to another branch.
+      const aside = this.#aside;
+      this.#setEdited("", "");
+      this.#replace([aside, text].filter(Boolean).join("\n\n"));
+      this.notice.show(GONE);
+      return;
+    }
     if (this.#draftName !== conversation.id) {
       keepDraft(this.#draftName, { text: "" });
       this.#draftName = conversation.id;
     }
     // The box must contain exactly the text that is sent, so that `clear` recognises it.
     this.#input.value = text;
-    this.onSend(text);
+    this.onSend(text, edited);
     this.#keep();
+  }
+
+  /** Stop editing a message; return to the text that was in the box before. */
+  #cancel() {
+    const conversation = this.#conversation;
+    if (conversation?.unsent?.instead) {
+      conversation.unsent = null;
+      this.notice.settle("say");
+    }
+    const aside = this.#aside;
+    this.#setEdited("", "");
+    this.#replace(aside);
+    this.focus();
+  }
+
+  /**
+   * @param {string} id
+   * @param {string} aside
+   */
+  #setEdited(id, aside) {
+    this.#edited = id;
+    this.#aside = aside;
+    this.#editing.hidden = !id;
+    this.#input.setAttribute("aria-describedby", id ? "editing-text hint" : "hint");
+  }
+
+  #replace(/** @type {string} */ text) {
+    this.#input.value = text;
+    this.#keep();
+    this.#fit();
   }
 
   /** Make the draft, and the key of a message that may not have arrived, survive a reload. */
   #keep() {
-    keepDraft(this.#draftName, { text: this.#input.value, unsent: this.#conversation?.unsent });
+    const editing = this.#edited ? { edited: this.#edited, aside: this.#aside } : {};
+    keepDraft(this.#draftName, { text: this.#input.value, unsent: this.#conversation?.unsent, ...editing });
   }
 
   /** Make the box as high as its text. */
@@ -149,4 +212,22 @@ export class Composer {
     this.#input.style.height = `${this.#input.scrollHeight}px`;
     this.onResize();
   }
+}
+
+/**
+ * Return a draft without a message that has arrived. If that was an edit, the text from before comes back.
+ * @param {string} text
+ * @param {import("./drafts.js").Draft} draft
+ * @returns {import("./drafts.js").Draft}
+ */
+function without(text, draft) {
+  const { edited, aside = "" } = draft;
+  const rest = (/** @type {string} */ typed) => (typed.startsWith(text) ? typed.slice(text.length) : typed);
+  if (!edited) {
+    return { text: rest(draft.text) };
+  }
+  if (draft.text.startsWith(text)) {
+    return { text: [aside, rest(draft.text)].filter(Boolean).join("\n\n") };
+  }
+  return { text: draft.text, edited, aside: rest(aside) };
 }

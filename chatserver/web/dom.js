@@ -22,6 +22,20 @@ export function button(label, className, onClick) {
   return made;
 }
 
+/**
+ * Return an icon.
+ * @param {string} path  the data of its path, in a square of 24 units
+ */
+export function icon(path) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  svg.setAttribute("aria-hidden", "true");
+  const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  line.setAttribute("d", path);
+  svg.append(line);
+  return svg;
+}
+
 /** Make a screen reader read a text aloud once it has finished its current sentence. */
 export function announce(/** @type {string} */ text) {
   byId("announcer").textContent = text;

@@ -6,6 +6,8 @@ import { forget, recall, remember } from "./storage.js";
  * @typedef {object} Draft
  * @property {string} text  in the message box
  * @property {import("./client.js").Unsent|null} [unsent]  a message that may not have arrived
+ * @property {string} [edited]  the id of the message that the text is to replace
+ * @property {string} [aside]  while a message is edited, the text that was in the box before
  */
 
 const PREFIX = "chatserver-typed-";
@@ -29,7 +31,7 @@ export function loadDraft(name) {
  */
 export function keepDraft(name, draft) {
   if (!isForgotten) {
-    const isEmpty = !draft.text && !draft.unsent;
+    const isEmpty = !draft.text && !draft.unsent && !draft.aside && !draft.edited;
     remember(PREFIX + name, isEmpty ? null : JSON.stringify(draft));
   }
 }

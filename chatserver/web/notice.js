@@ -66,7 +66,7 @@ export class Notice {
         throw error;
       }
       if (isRelevant()) {
-        const text = error.message.replace(/^\/input /, "Your message ");
+        const text = error.message.replace(/^\/input /, "Your message ").replace(/^\/title /, "The title ");
         if (error.isUnanswered) {
           this.show(`${text} ${unanswered}`, about, unanswered);
         } else if (error.isUnauthenticated) {

@@ -24,17 +24,23 @@ const api = new Api(new URL(".", location.href));
 let conversation;
 /** @type {Set<string>} the conversations that this page is deleting */
 const deleting = new Set();
+/** what the list shows of the conversation: its chosen title, and its first message */
+let listed = "";
+/** the version of a message that the user has asked for last */
+let wanted = "";
 
 const notice = new Notice(byId("notice"));
 const status = new Status(byId("state"));
 const thread = new Thread(byId("scroller"), byId("thread"), {
   onRetry: retry,
+  onEdit: (message) => composer.edit(message),
+  onStep: step,
   onScroll: (atEnd) => {
     byId("latest").hidden = atEnd;
   },
 });
 const composer = new Composer(notice, { onSend: send, onStop: stop, onResize: () => thread.follow() });
-const sidebar = new Sidebar(api, { onDelete: remove, onList: showList, onFailure: onListFailure });
+const sidebar = new Sidebar(api, { onDelete: remove, onRename: rename, onList: showList, onFailure: onListFailure });
 const account = new Account(api, onSignedIn);
 const tabs = shareConnections({
   // A signed-out conversation is opened by `onSignedIn`.
@@ -135,6 +141,7 @@ function route() {
 function follow(next, draftName) {
   conversation?.pause();
   conversation = next;
+  listed = "";
   next.addEventListener("change", () => next === conversation && showConversation());
   next.addEventListener("state", () => next === conversation && showState());
   next.addEventListener("end", (event) => next === conversation && onEnd(event.detail));
@@ -171,24 +178,29 @@ function moveToNew() {
 
 // -- actions ---------------------------------------------------------------------------------------------------------
 
-function send(/** @type {string} */ text) {
+/**
+ * @param {string} text
+ * @param {import("./client.js").Message} [edited]
+ */
+function send(text, edited) {
   const to = conversation;
   if (!location.hash) {
     // Before the request: if its answer is lost, a reload shows the conversation that it created.
     history.replaceState(null, "", `#${to.id}`);
   }
-  attempt("say", () => say(to, text), KEPT);
+  attempt("say", () => say(to, text, edited), KEPT);
 }
 
 /**
  * @param {Conversation} to
  * @param {string} text
+ * @param {import("./client.js").Message} [edited]
  */
-async function say(to, text) {
+async function say(to, text, edited) {
   try {
-    await to.say(text);
+    await (edited ? to.edit(edited, text) : to.say(text));
   } catch (error) {
-    if (error instanceof ApiError && error.status === 404 && to === conversation) {
+    if (error instanceof ApiError && error.status === 404 && to === conversation && !edited) {
       moveToNew();
       notice.show(FOREIGN);
     }
@@ -200,12 +212,26 @@ function stop() {
   attempt("stop", () => conversation.stop(), "Your stop may not have arrived.");
 }
 
-function retry() {
-  // The Retry button, which has the focus, will be removed.
+function retry(/** @type {import("./client.js").Message} */ reply) {
+  // The button, which has the focus, will be removed.
   composer.focus();
-  if (!conversation.pending) {
-    attempt("retry", () => conversation.retry(), "Your retry may not have arrived.");
-  }
+  thread.toEnd();
+  attempt("retry", () => conversation.retry(reply.id ?? undefined), "Your retry may not have arrived.");
+}
+
+function step(/** @type {string} */ id) {
+  wanted = id;
+  attempt("step", () => conversation.show(id), "The other version may not be shown.");
+}
+
+/**
+ * @param {string} id
+ * @param {string|null} title
+ */
+async function rename(id, title) {
+  const change = () => (id === conversation.id ? conversation.rename(title) : api.rename(id, title));
+  await attempt(id, change, `“${sidebar.title(id)}” may not have been renamed.`);
+  changedList();
 }
 
 async function remove(/** @type {string} */ id) {
@@ -265,6 +291,17 @@ function showConversation() {
   byId("awaited").hidden = !isEmpty || conversation.loaded || !isTrouble(conversation.state);
   composer.update();
   notice.settle(conversation.busy ? "retry" : "stop");
+  if (conversation.messages.some((message) => message.id === wanted)) {
+    notice.settle("step");
+  }
+  const inList = JSON.stringify([conversation.title, conversation.messages[0]?.id]);
+  if (conversation.loaded && inList !== listed) {
+    if (listed) {
+      // Another client has renamed it or shows another branch; the list has the title for that.
+      sidebar.refresh();
+    }
+    listed = inList;
+  }
   showTitle();
   thread.update();
 }
@@ -301,7 +338,7 @@ function showList() {
 
 function showTitle() {
   const first = conversation.messages[0]?.content ?? conversation.accepted?.text;
-  const title = sidebar.title(conversation.id) ?? (first && titleOf(first)) ?? (conversation.loaded ? NEW : UNTITLED);
+  const title = conversation.title ?? sidebar.title(conversation.id) ?? (first && titleOf(first)) ?? (conversation.loaded ? NEW : UNTITLED);
   byId("title").textContent = title;
   document.title = `${title} · ${NAME}`;
 }

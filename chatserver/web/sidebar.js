@@ -1,11 +1,13 @@
 /** The list of conversations; on a narrow screen a drawer. */
 
 import { ApiError } from "./client.js";
-import { button, byId } from "./dom.js";
+import { button, byId, icon } from "./dom.js";
 
 /** @typedef {import("./client.js").Summary} Summary */
 
 const UNTITLED = "Untitled";
+const CROSS = "M6 6l12 12M18 6L6 18";
+const PENCIL = "M4 20l1-4.5L16 4.5l3.5 3.5L8.5 19z";
 const NARROW = matchMedia("(max-width: 52rem)");
 
 export class Sidebar {
@@ -23,13 +25,15 @@ export class Sidebar {
    * @param {import("./client.js").Api} api
    * @param {object} actions
    * @param {(id: string) => Promise<void>} actions.onDelete
+   * @param {(id: string, title: string|null) => void} actions.onRename  null: the user wants an automatic title
    * @param {() => void} actions.onList
    * @param {(error: ApiError) => void} actions.onFailure  the conversations that the user asked for could not be fetched,
    *   or the user is signed out
    */
-  constructor(api, { onDelete, onList, onFailure }) {
+  constructor(api, { onDelete, onRename, onList, onFailure }) {
     this.api = api;
     this.onDelete = onDelete;
+    this.onRename = onRename;
     this.onList = onList;
     this.onFailure = onFailure;
     this.sidebar = byId("sidebar");
@@ -37,12 +41,16 @@ export class Sidebar {
     this.opener = byId("open-sidebar");
     this.shade = byId("shade");
     this.dialog = /** @type {HTMLDialogElement} */ (byId("delete-dialog"));
+    this.renameDialog = /** @type {HTMLDialogElement} */ (byId("rename-dialog"));
+    this.newTitle = /** @type {HTMLInputElement} */ (byId("new-title"));
     this.opener.addEventListener("click", () => this.#open(true));
     byId("close-sidebar").addEventListener("click", () => this.#open(false));
     this.shade.addEventListener("click", () => this.#open(false));
     byId("more").addEventListener("click", () => this.#loadMore());
+    // Not a button of the form: Enter in the text would press the first one.
+    byId("cancel-rename").addEventListener("click", () => this.renameDialog.close());
     document.addEventListener("keydown", (event) => {
-      if (event.key === "Escape" && !this.shade.hidden && !this.dialog.open) {
+      if (event.key === "Escape" && !this.shade.hidden && !this.dialog.open && !this.renameDialog.open) {
         this.#open(false);
       }
     });
@@ -131,7 +139,8 @@ export class Sidebar {
       if (isCurrent) {
         link.setAttribute("aria-current", "page");
       }
-      item.querySelector("button")?.setAttribute("aria-label", `Delete the conversation: ${title}`);
+      item.querySelector(".rename")?.setAttribute("aria-label", `Rename the conversation: ${title}`);
+      item.querySelector(".delete")?.setAttribute("aria-label", `Delete the conversation: ${title}`);
       if (this.list.children[index] !== item) {
         this.list.insertBefore(item, this.list.children[index] ?? null);
       }
@@ -147,10 +156,26 @@ export class Sidebar {
     link.href = `#${summary.conversationId}`;
     link.dir = "auto";
     link.addEventListener("click", () => this.#open(false));
-    const remove = button("", "icon", () => this.#confirm(summary.conversationId, item));
-    remove.append(cross());
-    item.append(link, remove);
+    const rename = button("", "icon rename", () => this.#askTitle(summary.conversationId));
+    rename.append(icon(PENCIL));
+    const remove = button("", "icon delete", () => this.#confirm(summary.conversationId, item));
+    remove.append(icon(CROSS));
+    item.append(link, rename, remove);
     return item;
+  }
+
+  #askTitle(/** @type {string} */ id) {
+    const old = this.#conversations.find((each) => each.conversationId === id)?.title ?? "";
+    this.newTitle.value = old;
+    this.renameDialog.onsubmit = (event) => {
+      const title = this.newTitle.value.trim();
+      // An automatic title that the user has not changed stays automatic.
+      if (/** @type {HTMLButtonElement} */ (event.submitter).value === "rename" && title !== old) {
+        this.onRename(id, title || null);
+      }
+    };
+    this.renameDialog.showModal();
+    this.newTitle.select();
   }
 
   #confirm(/** @type {string} */ id, /** @type {HTMLElement} */ item) {
@@ -184,14 +209,4 @@ export class Sidebar {
       this.opener.focus();
     }
   }
-}
-
-function cross() {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "0 0 24 24");
-  svg.setAttribute("aria-hidden", "true");
-  const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-  path.setAttribute("d", "M6 6l12 12M18 6L6 18");
-  svg.append(path);
-  return svg;
 }

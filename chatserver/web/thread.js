@@ -8,12 +8,19 @@ import { render } from "./markdown.js";
 
 const NEAR_PX = 8;
 
-/** @type {Partial<Record<Message["status"], string>>} the endings of replies that can be retried */
+/** @type {Partial<Record<Message["status"], string>>} the endings of replies that are not complete */
 const ENDINGS = {
   stopped: "Stopped.",
   failed: "The answer failed.",
   interrupted: "The answer was interrupted.",
 };
+
+/**
+ * @typedef {object} Actions  each is called only while no reply runs
+ * @property {(message: Message) => void} onRetry  for a reply
+ * @property {(message: Message) => void} onEdit  for a message of the user
+ * @property {(id: string) => void} onStep  for another version of a message
+ */
 
 /** Shows one conversation at a time in the list `thread` inside `scroller`. */
 export class Thread {
@@ -27,17 +34,22 @@ export class Thread {
   /** the scroller's position when it was last read or set here */
   #top = 0;
   #scheduled = false;
+  /** the button that shows another version, and the version that it will show; its successor gets the focus */
+  /** @type {{id: string, name: string}|null} */
+  #stepped = null;
 
   /**
    * @param {HTMLElement} scroller
    * @param {HTMLElement} thread
-   * @param {{onRetry: () => void, onScroll: (atEnd: boolean) => void}} actions
+   * @param {Actions & {onScroll: (atEnd: boolean) => void}} actions
    */
-  constructor(scroller, thread, { onRetry, onScroll }) {
+  constructor(scroller, thread, { onRetry, onEdit, onStep, onScroll }) {
     this.scroller = scroller;
     this.thread = thread;
-    this.onRetry = onRetry;
+    /** @type {Actions} */
+    this.actions = { onRetry, onEdit, onStep };
     this.onScroll = onScroll;
+    thread.addEventListener("click", (event) => this.#clicked(event), { capture: true });
     scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
     new ResizeObserver(() => this.follow()).observe(scroller);
     new ResizeObserver(() => this.follow()).observe(thread);
@@ -46,6 +58,7 @@ export class Thread {
   /** Show another conversation. */
   show(/** @type {Conversation} */ conversation) {
     this.#conversation = conversation;
+    this.#stepped = null;
     this.thread.replaceChildren();
     this.scroller.scrollTop = 0;
     this.toEnd();
@@ -103,7 +116,7 @@ export class Thread {
     if (!conversation) {
       return;
     }
-    const messages = [...conversation.messages];
+    const messages = branch(conversation);
     if (conversation.accepted?.text) {
       messages.push({ id: conversation.accepted.messageId, role: "user", content: conversation.accepted.text, status: "complete" });
     }
@@ -119,48 +132,92 @@ export class Thread {
       if (this.thread.children[index] !== element) {
         this.thread.insertBefore(element, this.thread.children[index] ?? null);
       }
-      const isLast = index === messages.length - 1;
-      const shown = JSON.stringify([message.content.length, message.status, isLast, message.error]);
+      const isAnswer = messages[index - 1]?.role === "user";
+      const { id, siblings = [] } = message;
+      const shown = JSON.stringify([message.content.length, message.status, message.error, id, isAnswer, siblings.length]);
       if (this.#shown.get(element) !== shown) {
         this.#shown.set(element, shown);
-        show(element, message, isLast, this.onRetry);
+        show(element, message, isAnswer, this.actions);
       }
     });
     while (this.thread.children.length > messages.length) {
       this.thread.lastElementChild?.remove();
     }
+    for (const each of this.thread.querySelectorAll("[data-branches]")) {
+      const isDisabled = String(conversation.busy || each.hasAttribute("data-end"));
+      if (each.getAttribute("aria-disabled") !== isDisabled) {
+        each.setAttribute("aria-disabled", isDisabled);
+      }
+    }
+    this.#refocus(messages);
     this.follow();
   }
+
+  /** Refuse the buttons that begin or show a branch while a reply runs. Disabled in earnest, they would lose the focus. */
+  #clicked(/** @type {MouseEvent} */ event) {
+    const clicked = event.target instanceof Element ? event.target.closest("[data-branches]") : null;
+    if (!(clicked instanceof HTMLElement)) {
+      return;
+    }
+    const { busy = true, pending = true } = this.#conversation ?? {};
+    if (busy || pending || clicked.hasAttribute("data-end")) {
+      event.stopPropagation();
+    } else {
+      const { id = "", name = "" } = clicked.dataset;
+      this.#stepped = id ? { id, name } : null;
+    }
+  }
+
+  /** Move the focus from the button that was pressed to the one in its place, once its version is shown. */
+  #refocus(/** @type {Message[]} */ messages) {
+    const stepped = this.#stepped;
+    const index = messages.findIndex((message) => message.id === stepped?.id);
+    if (!stepped || index === -1) {
+      return;
+    }
+    this.#stepped = null;
+    if (document.activeElement === document.body) {
+      /** @type {HTMLElement|null} */ (this.thread.children[index].querySelector(`[data-name="${stepped.name}"]`))?.focus();
+      // Stay at this message, and follow the end again only if it is in view.
+      const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+      this.#following = scrollTop > scrollHeight - clientHeight - NEAR_PX;
+      this.onScroll(this.#following);
+    }
+  }
+}
+
+/** Return the messages of a conversation up to the one that an accepted turn follows. */
+function branch(/** @type {Conversation} */ { messages, accepted }) {
+  const parentId = accepted?.parentId;
+  const end = messages.findIndex((message) => message.id === parentId) + 1;
+  return messages.slice(0, parentId === null ? 0 : end || messages.length);
 }
 
 /**
  * @param {HTMLElement} element
  * @param {Message} message
- * @param {boolean} isLast
- * @param {() => void} onRetry
+ * @param {boolean} isAnswer  whether it follows a message of the user
+ * @param {Actions} actions
  */
-function show(element, message, isLast, onRetry) {
+function show(element, message, isAnswer, actions) {
   const isKnown = message.role === "user" || message.role === "assistant";
   element.className = `message ${isKnown ? message.role : "other"} ${message.status}`;
-  element.hidden = message.status === "superseded" && !message.content && !message.error;
-  let body = /** @type {HTMLElement|null} */ (element.querySelector(".body"));
-  if (!body || (message.status === "superseded") !== (body.parentElement instanceof HTMLDetailsElement)) {
-    body = build(element, message);
-  }
+  const body = /** @type {HTMLElement|null} */ (element.querySelector(".body")) ?? build(element, message);
   const isGrowing = message.status === "streaming";
-  if (message.role !== "assistant") {
-    body.textContent = message.content;
-  } else {
+  if (message.role === "assistant") {
     render(body, message.content, isGrowing);
+  } else if (body.textContent !== message.content) {
+    // The same text again would remove a selection.
+    body.textContent = message.content;
   }
   body.classList.toggle("waiting", isGrowing && !message.content);
   element.setAttribute("aria-busy", String(isGrowing));
   const foot = /** @type {HTMLElement} */ (element.querySelector(".message-foot"));
-  foot.replaceChildren(...footing(message, isLast, onRetry));
+  foot.replaceChildren(...footing(message, isAnswer, actions));
 }
 
 /**
- * Build a message's parts: speaker, text and footer. A superseded reply is collapsed.
+ * Build a message's parts: speaker, text and footer.
  * @param {HTMLElement} element
  * @param {Message} message
  */
@@ -173,25 +230,17 @@ function build(element, message) {
   body.dir = "auto";
   const foot = document.createElement("div");
   foot.className = "message-foot";
-  if (message.status === "superseded") {
-    const details = document.createElement("details");
-    const summary = document.createElement("summary");
-    summary.textContent = "Earlier attempt";
-    details.append(summary, body, foot);
-    element.replaceChildren(speaker, details);
-  } else {
-    element.replaceChildren(speaker, body, foot);
-  }
+  element.replaceChildren(speaker, body, foot);
   return body;
 }
 
 /**
- * Return the content of a message's footer: how the reply ended, and buttons.
+ * Return the content of a message's footer: how the reply ended, its versions, and buttons.
  * @param {Message} message
- * @param {boolean} isLast
- * @param {() => void} onRetry
+ * @param {boolean} isAnswer
+ * @param {Actions} actions
  */
-function footing(message, isLast, onRetry) {
+function footing(message, isAnswer, { onRetry, onEdit, onStep }) {
   const ending = ENDINGS[message.status];
   const words = [ending, message.error?.message].filter(Boolean).join(" ");
   const parts = [];
@@ -201,8 +250,14 @@ function footing(message, isLast, onRetry) {
     text.textContent = words;
     parts.push(text);
   }
-  if (ending && isLast) {
-    parts.push(button("Retry", "retry", onRetry));
+  if (message.siblings && message.siblings.length > 1) {
+    parts.push(versions(message, message.siblings, onStep));
+  }
+  const hasEnded = message.status !== "streaming" && message.id !== null;
+  if (hasEnded && message.role === "assistant" && isAnswer) {
+    parts.push(branching(ending ? button("Retry", "retry") : button("Regenerate", "change"), () => onRetry(message)));
+  } else if (hasEnded && message.role === "user") {
+    parts.push(branching(button("Edit", "change"), () => onEdit(message)));
   }
   if (message.status !== "streaming" && message.content) {
     const copy = button("Copy", "copy");
@@ -211,4 +266,45 @@ function footing(message, isLast, onRetry) {
     parts.push(copy);
   }
   return parts;
+}
+
+/**
+ * Return the number of a version, between buttons that show the one before and the one after.
+ * @param {Message} message
+ * @param {string[]} siblings
+ * @param {(id: string) => void} onStep
+ */
+function versions(message, siblings, onStep) {
+  const index = siblings.indexOf(message.id ?? "");
+  const group = document.createElement("span");
+  group.className = "versions";
+  group.setAttribute("role", "group");
+  group.setAttribute("aria-label", message.role === "user" ? "Versions of the message" : "Versions of the answer");
+  const number = document.createElement("span");
+  number.textContent = `${index + 1}/${siblings.length}`;
+  group.append(step("‹", "Previous version", siblings[index - 1]), number, step("›", "Next version", siblings[index + 1]));
+  return group;
+
+  function step(/** @type {string} */ sign, /** @type {string} */ name, /** @type {string|undefined} */ id) {
+    const made = branching(button(sign, "step"), () => id && onStep(id));
+    made.setAttribute("aria-label", name);
+    made.dataset.name = name;
+    if (id) {
+      made.dataset.id = id;
+    } else {
+      made.dataset.end = "";
+    }
+    return made;
+  }
+}
+
+/**
+ * Mark a button that begins or shows another branch; see `Thread.#clicked`.
+ * @param {HTMLButtonElement} made
+ * @param {() => void} onClick
+ */
+function branching(made, onClick) {
+  made.dataset.branches = "";
+  made.addEventListener("click", onClick);
+  return made;
 }

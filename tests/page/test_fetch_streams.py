@@ -64,6 +64,11 @@ async def test_events_are_those_of_the_standard_however_the_body_is_divided(clie
     assert dict(zip(cases, outcomes, strict=True)) == {name: [expected] for name, (_, expected) in cases.items()}
 
 
+def shown(message: dict[str, Any]) -> dict[str, Any]:
+    """Return what `follow.mjs` prints of a message."""
+    return {name: message[name] for name in ("id", "content", "status", "siblings") if name in message}
+
+
 class Counter(After):
     """Aborts a connection after a number of bytes, and counts the bytes passed on."""
 
@@ -88,15 +93,50 @@ async def test_connection_cut_at_every_byte_loses_and_repeats_nothing(client: Pa
         whole = Counter(10**9)
         counters = iter([whole])
         proxy.cut_by(lambda: next(counters, After(10**9)))
-        await run("follow.mjs", client, url, conversation_id, 1, 2)
+        stored = (await app.client.history(conversation_id))["messages"]
+        last = stored[-1]["id"]
+        await run("follow.mjs", client, url, conversation_id, 1, last)
         offsets = iter(range(whole.passed))
 
         proxy.cut_by(lambda: After(next(offsets, 10**9)))
-        seen = await run("follow.mjs", client, url, conversation_id, whole.passed, 2)
+        seen = await run("follow.mjs", client, url, conversation_id, whole.passed, last)
 
         # Not the number of cuts: a client that has all it waits for may close its connection first.
         assert next(offsets, None) is None and whole.passed > 500
-    stored = (await app.client.history(conversation_id))["messages"]
     assert len(stored) == 4
-    messages = [{name: each[name] for name in ("id", "content", "status")} for each in stored]
-    assert seen == [messages] * whole.passed
+    assert seen == [[shown(each) for each in stored]] * whole.passed
+
+
+@pytest.mark.gen_test(timeout=60)
+async def test_connection_cut_anywhere_in_a_conversation_with_branches(client: Path, make_app: MakeApp) -> None:
+    """A reply is regenerated, its question edited, and the first branch continued, which the client must fetch then."""
+    app = await make_app(source=Script("Ça va ", "bien 😀"), database_timeout_s=30.0)
+    conversation_id = new_id()
+    first, _ = await app.client.turn("Où\u2028êtes-vous ?", conversation_id)
+    regenerated = (await app.client.http.post(f"/chat/{conversation_id}/retry")).json()
+    await app.until(lambda: not app.replies.running)
+    second = {"conversationId": conversation_id, "input": "😀", "parentId": None}
+    assert (await app.client.http.post("/chat", json=second)).status_code == 202
+    await app.until(lambda: not app.replies.running)
+    shown_again = {"messageId": regenerated["replyId"]}
+    assert (await app.client.http.put(f"/chat/{conversation_id}/head", json=shown_again)).status_code == 200
+    third, _ = await app.client.turn("😀", conversation_id)
+    stored = (await app.client.history(conversation_id))["messages"]
+    last = stored[-1]["id"]
+    async with CuttingProxy() as proxy:
+        url = f"http://127.0.0.1:{await proxy.start(app.port)}/"
+        whole = Counter(10**9)
+        counters = iter([whole])
+        proxy.cut_by(lambda: next(counters, After(10**9)))
+        await run("follow.mjs", client, url, conversation_id, 1, last)
+        # At every third byte: a second thousand of clients would add nothing.
+        cuts = range(0, whole.passed, 3)
+        offsets = iter(cuts)
+
+        proxy.cut_by(lambda: After(next(offsets, 10**9)))
+        seen = await run("follow.mjs", client, url, conversation_id, len(cuts), last)
+
+        assert next(offsets, None) is None and len(cuts) > 300
+    expected = [first["messageId"], regenerated["replyId"], third["messageId"], third["replyId"]]
+    assert [each["id"] for each in stored] == expected
+    assert seen == [[shown(each) for each in stored]] * len(cuts)

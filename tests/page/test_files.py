@@ -96,18 +96,24 @@ def test_copied_client_needs_no_other_file(page: Page, make_site: MakeSite) -> N
     assert (state, busy, messages) == ("paused", False, stored)
 
 
+def page_of_the_readme(port: int) -> str:
+    readme = (ROOT / "README.md").read_text()
+    html = re.search(r"```html\n(.*?)```", readme.partition("### A page of your own")[2], re.DOTALL)
+    assert html
+    return html[1].replace("127.0.0.1:3000", f"127.0.0.1:{port}")
+
+
 def test_page_of_the_readme(
     page: Page, make_site: MakeSite, make_proxy: Callable[[Site], CuttingProxy], file_server: str, tmp_path: Path
 ) -> None:
     readme = (ROOT / "README.md").read_text()
     steps = readme.partition("### A page of your own")[2].partition("\n### ")[0]
-    html = re.search(r"```html\n(.*?)```", steps, re.DOTALL)
-    assert html and re.findall(r"^\d(?=\.)", steps, re.M) == ["1", "2", "3"]
+    assert re.findall(r"^\d(?=\.)", steps, re.M) == ["1", "2", "3"]
     # All three steps use the same origin.
     assert steps.count("http://127.0.0.1:8000") == 2 and "http.server 8000 --bind 127.0.0.1" in steps
     site = make_site(words(2), words(3), keepalive_s=1.0, max_input_chars=400, cors_origins=(file_server,))
     proxy = make_proxy(site)
-    (tmp_path / "index.html").write_text(html[1].replace("127.0.0.1:3000", f"127.0.0.1:{proxy.port}"))
+    (tmp_path / "index.html").write_text(page_of_the_readme(proxy.port))
     log, box, trouble = page.locator("#log"), page.locator("#say"), page.locator("#trouble")
     streams: list[Route] = []
     page.route("**/chat/stream/**", lambda route: streams.append(route), times=1)
@@ -146,3 +152,41 @@ def test_page_of_the_readme(
     site.until(lambda: site.open_streams() == 1)
     assert proxy.streams == 3
     assert [each["content"] for each in site.history(id_of(page))] == ["x" * 400, said(2), "Second", said(3)]
+
+
+def test_page_of_the_readme_shows_another_branch(
+    page: Page, make_site: MakeSite, file_server: str, tmp_path: Path
+) -> None:
+    site = make_site(words(2), words(3), words(4), cors_origins=(file_server,))
+    (tmp_path / "index.html").write_text(page_of_the_readme(site.app.port))
+    log, box = page.locator("#log"), page.locator("#say")
+    loads: list[Page] = []
+    page.on("domcontentloaded", lambda page: loads.append(page))
+    page.goto(f"{file_server}/")
+    box.fill("Hello")
+    page.keyboard.press("Enter")
+    site.say(2)
+    expect(log).to_have_text(f"user: Hello\nassistant: {said(2)}")
+    conversation_id = id_of(page)
+    first = site.history(conversation_id)[1]["id"]
+    assert len(loads) == 1
+
+    httpx.post(f"{site.url}chat/{conversation_id}/retry").raise_for_status()
+    site.say(3)
+    expect(log).to_have_text(f"user: Hello\nassistant: {said(3)}")
+    site.until(lambda: not site.app.replies.running)
+
+    loads.clear()
+    with page.expect_event("domcontentloaded"):
+        httpx.put(f"{site.url}chat/{conversation_id}/head", json={"messageId": first}).raise_for_status()
+    expect(log).to_have_text(f"user: Hello\nassistant: {said(2)}")
+
+    # The visible conversation is continued without a reload; a reload shows a reply that has no text yet.
+    box.fill("Go on")
+    page.keyboard.press("Enter")
+    expect(log).to_have_text(f"user: Hello\nassistant: {said(2)}\nuser: Go on\nassistant: ")
+    page.reload()
+    site.say(4)
+    expect(log).to_have_text(f"user: Hello\nassistant: {said(2)}\nuser: Go on\nassistant: {said(4)}")
+    site.until(lambda: site.open_streams() == 1)
+    assert len(loads) == 2

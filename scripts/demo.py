@@ -7,6 +7,8 @@
 4. Print the tokens as they arrive. If the connection fails, or is silent for longer than the server's ping interval
    allows, reopen the stream from the last position.
 5. A reply is stored before its end is sent: compare it with the history.
+6. A conversation is a tree, of which one path is shown. If the event `head` names a message of that path, drop what
+   follows it; if it names another one, fetch the history.
 
 If the server has users, pass a token in the environment variable CHAT_TOKEN or by --token. It is never printed.
 
@@ -15,6 +17,7 @@ It needs only Python's standard library. Ctrl-C stops a reply, Ctrl-D exits, /he
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import queue
@@ -36,8 +39,11 @@ PING_S = 15  # the ping interval of an idle stream, until the server announces i
 SILENT_PINGS = 2.5  # a stream without data for this number of ping intervals is dead
 TIMEOUT_S = 15
 PATIENCE_S = 60  # how long to repeat a request
+SHORT_CHARS = 60  # how much of a message a notice shows
 COMMANDS = (
-    "/stop stops the reply, /retry asks for another one if it was stopped or failed, /help lists the commands; "
+    "/stop stops the reply, /retry asks for another version of the last reply, "
+    "/edit N TEXT posts another version of your N-th message, "
+    "/branches lists the versions, /branches NUMBER shows one of them, /help lists the commands; "
     "//text sends a text that begins with a slash"
 )
 LATER = (429, 502, 503, 504)  # status codes of a server that is busy or unavailable, or of its proxy
@@ -45,7 +51,11 @@ LATER = (429, 502, 503, 504)  # status codes of a server that is busy or unavail
 
 @dataclass
 class Event:
-    """An event of the stream, a state of the stream ("open", "lost", "refused") or an input ("typed", "eof")."""
+    """An event of the stream, a state of the stream ("open", "lost", "refused") or an input ("typed", "eof").
+
+    A "head" says what becomes of the shown path: its first `n_kept` messages stay, `after` is the last one of them, and
+    `history` has the messages that follow now, or is None if none do.
+    """
 
     name: str
     data: dict[str, Any]
@@ -72,6 +82,9 @@ class Conversation:
         self._token = token
         self._notice = notice
         self._pause_s = 1.0  # before reconnecting; the server sets it by `retry`
+        self._path: list[dict[str, Any]] = []  # the shown messages; a running reply may have no known id
+        self._replying = False  # whether the last one is a running reply, of which some text was received
+        self._missed: str | None = None  # a head that the history did not have either
 
     def history(self) -> dict[str, Any] | None:
         """Return the stored conversation, or None if it does not exist; the stream continues from its end."""
@@ -81,26 +94,46 @@ class Conversation:
             if refusal.code != "not_found":
                 raise
             self.position = ""
+            self._path, self._replying = [], False
             return None
         self.position = answer["lastEventId"]
+        self._path = [each for each in answer["messages"] if each["content"] or each["status"] != "streaming"]
+        self._replying = bool(self._path) and self._path[-1]["status"] == "streaming"
         return answer
+
+    def path(self) -> list[dict[str, Any]]:
+        """Return the messages of the active path."""
+        messages: list[dict[str, Any]] = self._request("GET", f"/{self.id}")["messages"]
+        return messages
+
+    def tree(self) -> dict[str, Any]:
+        """Return all messages, each with its `parentId`, and the `head`, the last message of the active path."""
+        return self._request("GET", f"/{self.id}?branches=all")
 
     def stored(self, message_id: str) -> str | None:
         """Return the stored text of a message, or None if there is no such message."""
-        messages = self._request("GET", f"/{self.id}")["messages"]
+        messages = self.tree()["messages"]  # not the path: another client may have shown another branch by now
         return next((message["content"] for message in messages if message["id"] == message_id), None)
 
     def say(self, text: str) -> dict[str, Any]:
         """Post the user's message; return the ids of the message and of its reply."""
         return self._request("POST", "", {"conversationId": self.id, "input": text})
 
+    def edit(self, parent_id: str | None, text: str) -> dict[str, Any]:
+        """Post another version of a message: a message with the same parent (None: of a first message)."""
+        return self._request("POST", "", {"conversationId": self.id, "input": text, "parentId": parent_id})
+
     def stop(self) -> None:
         """Stop the running reply; its text so far is kept."""
         self._request("POST", f"/{self.id}/stop")
 
     def retry(self) -> dict[str, Any]:
-        """Request another reply in place of a stopped or failed one."""
+        """Request another version of the last reply."""
         return self._request("POST", f"/{self.id}/retry")
+
+    def switch(self, message_id: str) -> None:
+        """Show the branch with a message; the stream reports it."""
+        self._request("PUT", f"/{self.id}/head", {"messageId": message_id})
 
     def events(self) -> Iterator[Event]:
         """Yield all events after `position`, and reopen the stream whenever it ends."""
@@ -120,6 +153,7 @@ class Conversation:
     def _read(self, response: http.client.HTTPResponse, connection: socket.socket) -> Iterator[Event]:
         """Yield the events of one connection (https://html.spec.whatwg.org/#event-stream-interpretation)."""
         opened = False
+        is_first_head = True
         name, data, position = "", "", self.position
         for line in response:
             field, _, value = line.decode().rstrip("\r\n").partition(":")
@@ -142,10 +176,67 @@ class Conversation:
                     yield Event("open", {})
                 if name == "ping":
                     connection.settimeout(SILENT_PINGS * max(1, json.loads(data)["everyS"]))
+                elif name == "head":
+                    change = self._move(json.loads(data)["messageId"], is_first=is_first_head)
+                    is_first_head = False
+                    if change:
+                        yield change
+                    if change and change.data["history"]:
+                        return  # the stream continues from the end of the history
                 elif data:
-                    yield Event(name, json.loads(data))
+                    event = Event(name, json.loads(data))
+                    self._extend(event)
+                    yield event
                 name, data = "", ""
         raise ConnectionError("the stream has ended")
+
+    def _extend(self, event: Event) -> None:
+        """Add an event to the shown path."""
+        data = event.data
+        if event.name == "token" and self._replying:
+            if len(self._path[-1]["content"]) < SHORT_CHARS:  # no more than a notice shows
+                self._path[-1] = self._path[-1] | {"content": self._path[-1]["content"] + data["text"]}
+        elif event.name == "token":
+            self._path.append({"id": None, "role": "assistant", "content": data["text"], "status": "streaming"})
+            self._replying = True
+        elif event.name in ("input", "message"):
+            message = {"id": data["messageId"], "role": data.get("role", "user"), "content": data["text"]}
+            self._path.append(message | {"status": "complete"})
+        elif event.name in ("done", "error"):
+            reply = self._path.pop() if self._replying else {"role": "assistant", "content": ""}
+            self._path.append(reply | {"id": data["messageId"], "status": data.get("status", "failed")})
+            self._replying = False
+
+    def _move(self, message_id: str | None, *, is_first: bool) -> Event | None:
+        """End the shown path at a message, the head; return None if that changes nothing.
+
+        :param is_first: whether it is the first head of its stream, which may name the reply that is being received
+        """
+        ids = [message["id"] for message in self._path]
+        if message_id is None or message_id in ids:
+            n_kept = 0 if message_id is None else ids.index(message_id) + 1
+            history = None
+        elif is_first and self._replying and ids[-1] is None:
+            self._path[-1] = self._path[-1] | {"id": message_id}
+            return None
+        elif message_id == self._missed:
+            return None  # the history does not have it either
+        else:
+            before = ids[:-1] if self._replying else ids
+            history = self.history()
+            if history is None:
+                return None  # it was deleted: the stream ends with a reset
+            now = [message["id"] for message in self._path]
+            self._missed = None if message_id in now else message_id
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False))
+            n_kept = len(list(same))
+        if history is None and n_kept == len(ids):
+            return None
+        after = self._path[n_kept - 1] if n_kept else None
+        if history is None:
+            del self._path[n_kept:]
+            self._replying = False
+        return Event("head", {"messageId": message_id, "n_kept": n_kept, "after": after, "history": history})
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return the server's answer; repeat the request without an answer, or if the server asks to retry later."""
@@ -295,6 +386,9 @@ class Chat:
         self._answer: str | None = None
         self._busy = False  # whether any reply runs, ours or another client's
         self._streamed = ""
+        self._branches_from: tuple[str | None] | None = None  # where our edit or retry makes the stream's head go
+        self._versions: list[str] = []  # the ids of the versions, as /branches has numbered them
+        self._title: str | None = None
         self._visible = not self._once  # with --once, hide the end of another client's reply
         self._open = False  # while the stream is closed, post nothing: its reply might be missed
         self._lost_at: float | None = None
@@ -320,13 +414,15 @@ class Chat:
                 self._wait()
         return 0 if self._good else 1
 
-    def show(self, history: dict[str, Any]) -> None:
-        """Print the history; a running reply continues at the end of its text."""
+    def show(self, history: dict[str, Any], n_shown: int = 0) -> None:
+        """Print the history after its first `n_shown` messages; a running reply continues at the end of its text."""
         self._busy, self._streamed = False, ""
-        for message in history["messages"]:
+        self._name(history.get("title"))
+        for number, message in enumerate(history["messages"]):
             if message["status"] == "streaming":
                 self._busy, self._streamed = True, message["content"]
-            if message["content"] or message["status"] != "streaming":  # a reply begins with its first token
+            is_begun = message["content"] or message["status"] != "streaming"  # a reply begins with its first token
+            if is_begun and number >= n_shown:
                 self._screen.past(message)
 
     def _listen(self) -> None:
@@ -351,17 +447,24 @@ class Chat:
 
     def _send(self, line: str) -> None:
         """Post a typed text, or execute a command."""
+        command, _, rest = line.partition(" ")
         try:
             if line == "/stop":
                 self._conversation.stop()
             elif line == "/retry":
-                self._expect(self._conversation.retry())
+                answer = self._conversation.retry()
+                self._branches_from = (answer["messageId"],)
+                self._expect(answer)
+            elif command == "/edit":
+                self._edit(rest)
+            elif command == "/branches":
+                self._branches(rest)
             else:
                 text = line[1:] if line.startswith("//") else line
                 self._screen.said(text)
                 self._expect(self._conversation.say(text))
         except Refused as refusal:
-            if refusal.code == "reply_in_progress" and line != "/retry":
+            if refusal.code == "reply_in_progress" and command not in ("/retry", "/branches"):
                 # Another client was faster. Post after the reply to its message, which the stream will show.
                 self._screen.notice("another reply is running; your message will be sent after it")
                 self._unsent.appendleft(line)
@@ -370,13 +473,85 @@ class Chat:
                 self._screen.notice(f"✗ {refusal}")
                 self._good = self._good and not self._once
 
+    def _edit(self, arguments: str) -> None:
+        """Post another version of one of our messages, as "N TEXT"."""
+        number, _, text = arguments.strip().partition(" ")
+        text = text.strip()
+        path = self._conversation.path()
+        ours = [index for index, message in enumerate(path) if message["role"] == "user"]
+        if not (number.isdecimal() and 1 <= int(number) <= len(ours) and text):
+            self._screen.notice(f"✗ /edit N TEXT: N is the number of your message, from 1 to {len(ours)}")
+            return
+        index = ours[int(number) - 1]
+        parent = path[index - 1]["id"] if index else None
+        self._screen.speaker("you", text)
+        answer = self._conversation.edit(parent, text)
+        self._branches_from = (parent,)
+        self._expect(answer)
+
+    def _branches(self, choice: str) -> None:
+        """List the versions of the shown messages with numbers, or show the one with a number or an id."""
+        choice = choice.strip()
+        if re.fullmatch("[0-9a-fA-F]{24}", choice):
+            self._conversation.switch(choice.lower())
+        elif choice.isdecimal() and 1 <= int(choice) <= len(self._versions):
+            self._conversation.switch(self._versions[int(choice) - 1])
+        elif choice:
+            self._screen.notice(f"✗ there is no version {choice}; /branches lists them")
+        else:
+            tree = self._conversation.tree()
+            by_id = {message["id"]: message for message in tree["messages"]}
+            path: list[dict[str, Any]] = []
+            while (next_id := path[-1]["parentId"] if path else tree["head"]) is not None:
+                path.append(by_id[next_id])
+            self._versions = []
+            for message in reversed(path):
+                siblings = [each for each in tree["messages"] if each["parentId"] == message["parentId"]]
+                if len(siblings) == 1:
+                    continue
+                self._screen.notice(f"versions {self._place(by_id.get(message['parentId']))}:")
+                for each in siblings:
+                    self._versions.append(each["id"])
+                    mark = "*" if each is message else " "
+                    self._screen.notice(f"{mark} {len(self._versions)}  {self._short(each)}")
+            if not self._versions:
+                self._screen.notice("there is one version of each message")
+
+    def _move(self, data: dict[str, Any]) -> None:
+        """Show another branch, or only that another one begins: what is printed cannot be taken back."""
+        is_ours = self._branches_from == (data["messageId"],)
+        self._branches_from = None
+        if self._visible and not (is_ours and data["history"] is None):
+            self._screen.notice(f"another branch, {self._place(data['after'])}")
+        if data["history"] is not None:
+            self._open = False
+            self.show(data["history"], data["n_kept"])
+            self._forget_if_idle()
+
+    @staticmethod
+    def _short(message: dict[str, Any]) -> str:
+        """Return a message on one line of limited length."""
+        text = " ".join(message["content"].split()) or message["status"]
+        who = {"user": "you", "assistant": "bot"}.get(message["role"], message["role"])
+        return f"{who} › {text[:SHORT_CHARS]}{'…' if len(text) > SHORT_CHARS else ''}"
+
+    def _place(self, message: dict[str, Any] | None) -> str:
+        """Name the place after a message; None: the beginning."""
+        return "from the beginning" if message is None else f"after {self._short(message)}"
+
+    def _name(self, title: str | None) -> None:
+        """Take the conversation's title; None: it has not been renamed."""
+        if title != self._title and self._visible:
+            self._screen.notice(f"title: {title}" if title else "the title is automatic again")
+        self._title = title
+
     def _type(self, line: str) -> None:
         """Execute a typed line at once if possible; otherwise queue it."""
         if line == "/stop":
             self._send(line)
         elif line == "/help":
             self._screen.notice(COMMANDS)
-        elif re.match("/(?!/)", line) and line != "/retry":
+        elif re.match("/(?!/)", line) and line != "/retry" and line.split()[0] not in ("/edit", "/branches"):
             self._screen.notice(f"✗ unknown command {line.split()[0]}: {COMMANDS}")
         elif line:
             self._unsent.append(line)
@@ -426,6 +601,10 @@ class Chat:
                 self._streamed += data["text"]
             case "done" | "error":
                 self._end(event)
+            case "head":
+                self._move(data)
+            case "title":
+                self._name(data["title"])
             case "reset":
                 self._reset(data)
 
@@ -445,7 +624,7 @@ class Chat:
                 self._screen.notice("✗ the stored reply differs from the streamed one")
             if whole or self._once:
                 self._good = self._good and whole and same
-            self._question = self._answer = None
+            self._question = self._answer = self._branches_from = None
         self._streamed = ""
 
     def _reset(self, history: dict[str, Any]) -> None:
@@ -457,8 +636,12 @@ class Chat:
         else:
             self._busy = False
             self._screen.notice("the conversation was deleted; your next message starts a new one")
+        self._forget_if_idle()
+
+    def _forget_if_idle(self) -> None:
+        """Wait no longer for our reply if the history has no running one."""
         if self._answer is not None and not self._busy:
-            self._question = self._answer = None
+            self._question = self._answer = self._branches_from = None
             self._good = self._good and not self._once
 
 

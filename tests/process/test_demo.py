@@ -100,16 +100,16 @@ async def proxied(url: str) -> AsyncIterator[tuple[CuttingProxy, str]]:
         yield proxy, f"http://127.0.0.1:{port}"
 
 
-async def history(url: str, conversation_id: str) -> list[dict[str, Any]]:
+async def history(url: str, conversation_id: str, **query: str) -> list[dict[str, Any]]:
     async with httpx.AsyncClient() as client:
-        answer = await client.get(f"{url}/chat/{conversation_id}")
+        answer = await client.get(f"{url}/chat/{conversation_id}", params=query)
         messages: list[dict[str, Any]] = answer.raise_for_status().json()["messages"]
         return messages
 
 
-async def post(url: str, path: str = "", **body: str) -> dict[str, Any]:
+async def post(url: str, path: str = "", method: str = "POST", **body: str | None) -> dict[str, Any]:
     async with httpx.AsyncClient() as client:
-        answer = await client.post(f"{url}/chat{path}", json=body or None)
+        answer = await client.request(method, f"{url}/chat{path}", json=body or None)
         result: dict[str, Any] = answer.raise_for_status().json()
         return result
 
@@ -524,10 +524,260 @@ def test_stop_and_retry(slow: str) -> None:
             await client.say("/stop")
             await client.until("(stopped)")
             await client.say("/retry")
-            assert await wait_until(lambda: has_statuses(slow, conversation, ["complete", "superseded", "streaming"]))
+            assert await wait_until(lambda: has_statuses(slow, conversation, ["complete", "streaming"]))
             await client.say("/stop")
             await client.end()
-        assert await has_statuses(slow, conversation, ["complete", "superseded", "stopped"])
+        assert await has_statuses(slow, conversation, ["complete", "stopped"])
+        everything = await history(slow, conversation, branches="all")
+        assert [message["status"] for message in everything] == ["complete", "stopped", "stopped"]
+
+    asyncio.run(run())
+
+
+def test_complete_reply_is_retried(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("hello")
+            await client.say("/retry")
+            code, output, _ = await client.end()
+        question, first, second = await history(quick, conversation, branches="all")
+        assert [each["id"] for each in await history(quick, conversation)] == [question["id"], second["id"]]
+        assert output == f"(conversation {conversation})\nyou › hello\n{said(first)}{said(second)}"
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_nth_message_is_edited(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("one")
+            await client.say("two")
+            await client.say("/edit 2  /zwei")
+            await client.say("/edit 1 eins")
+            code, output, _ = await client.end()
+        everything = await history(quick, conversation, branches="all")
+        texts = {each["id"]: each["content"] for each in everything}
+        asked = [(each["content"], texts.get(each["parentId"])) for each in everything if each["role"] == "user"]
+        reply = everything[1]["content"]
+        assert asked == [("one", None), ("two", reply), ("/zwei", reply), ("eins", None)]
+        assert [each["content"] for each in await history(quick, conversation)] == ["eins", everything[-1]["content"]]
+        assert output.endswith(f"you › /zwei\n{said(everything[5])}you › eins\n{said(everything[7])}")
+        assert "another branch" not in output
+        assert code == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("arguments", ["", " 0 x", " 2 x", " one x", " 1", " 1  "])
+def test_edit_without_the_number_of_a_message_is_refused(quick: str, arguments: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("one")
+            await client.say(f"/edit{arguments}")
+            code, output, _ = await client.end()
+        assert "(✗ /edit N TEXT: N is the number of your message, from 1 to 1)" in output
+        assert len(await history(quick, conversation, branches="all")) == 2
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_branches_are_listed_and_shown(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("one")
+            await client.say("/branches")
+            await client.say("two")
+            await client.say("/edit 2 deux")
+            await client.say("/branches")
+            await client.until("(* 2  you › deux)")
+            await client.say("/branches 3")
+            await client.until("there is no version 3")
+            await client.say("/branches 1")
+            output = await client.until("another branch, after bot › ")
+            old = await history(quick, conversation)
+            everything = await history(quick, conversation, branches="all")
+            await client.say(f"/branches {everything[4]['id'].upper()}")
+            code, output, _ = await client.end()
+        assert [each["content"] for each in old][::2] == ["one", "two"]
+        assert "(there is one version of each message)" in output
+        listed = "(  1  you › two)\n(* 2  you › deux)\n"
+        assert listed in output
+        start = output.index(listed)
+        assert f"you › two\n{said(everything[3])}" in output[start:]
+        assert [each["content"] for each in await history(quick, conversation)][::2] == ["one", "deux"]
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_branch_of_another_client_is_shown(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("hello")
+            await client.until("bot › ")
+            first = await wait_for_reply(quick, conversation, 2)
+            await client.until(first)
+            await post(quick, f"/{conversation}/retry")
+            await client.until("(another branch, after you › hello)\nbot › ")
+            second = await wait_for_reply(quick, conversation, 2)
+            await client.until(f"(another branch, after you › hello)\n{second}")
+            question, reply, _ = await history(quick, conversation, branches="all")
+            await post(quick, f"/{conversation}/head", "PUT", messageId=reply["id"])
+            await client.until(f"{second}(another branch, after you › hello)\n{first}")
+            await post(quick, conversationId=conversation, input="hi", parentId=None)
+            await client.until("(another branch, from the beginning)\nsomeone else › hi\nbot › ")
+            await client.say("go on")
+            code, output, _ = await client.end()
+        path = await history(quick, conversation)
+        assert [each["content"] for each in path][::2] == ["hi", "go on"]
+        assert output.endswith(f"{said(path[1])}you › go on\n{said(path[3])}")
+        assert question["content"] == "hello"
+        assert code == 0
+
+    asyncio.run(run())
+
+
+def test_new_version_of_a_reply_is_resumed_after_its_connection_is_aborted(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with proxied(quick) as (proxy, url), demo(url, "--conversation", conversation) as client:
+            await client.say("hello")
+            await client.until("bot › ")
+            first_reply = await wait_for_reply(quick, conversation, 2)
+            await client.until(first_reply)
+            await client.say("/retry")
+            await client.until(f"{first_reply}bot › ")
+            proxy.refuse = True
+            assert proxy.cut() >= 1
+            await proxy.wait_for(refused=2)
+            proxy.refuse = False
+            code, output, _ = await client.end()
+        _, first, second = await history(quick, conversation, branches="all")
+        assert "(connected again)" in output and "another branch" not in output
+        without_notices = re.sub(r"\n(\([^\n]*\)\n)+", "", output.partition(said(first))[2])
+        assert without_notices == said(second)
+        assert code == 0
+
+    asyncio.run(run())
+
+
+class ScriptedServer(RequestHandler):
+    """Answers each request for the stream with the next of some bodies, and keeps the last stream open."""
+
+    streams: ClassVar[list[list[str]]]
+    positions: ClassVar[list[str]]
+    history: ClassVar[dict[str, Any]]
+
+    def initialize(self) -> None:
+        self.left = asyncio.Event()
+
+    async def get(self, path: str) -> None:
+        if not path.startswith("/stream/"):
+            self.finish(self.history)
+            return
+        self.positions.append(self.request.headers.get("Last-Event-ID", ""))
+        self.set_header("Content-Type", "text/event-stream")
+        self.write("retry: 10\nevent: stream\nid: start\n\n")
+        for number, event in enumerate(self.streams.pop(0)):
+            name, _, data = event.partition(" ")
+            self.write(f"event: {name}\ndata: {data}\n{'' if name == 'head' else f'id: {number}'}\n\n")
+        await self.flush()
+        if not self.streams:
+            await self.left.wait()
+
+    def on_connection_close(self) -> None:
+        self.left.set()
+
+
+@asynccontextmanager
+async def demo_of(**script: Any) -> AsyncIterator[Demo]:
+    """Run the demo against a `ScriptedServer`."""
+    sock, port = bind_unused_port()
+    handler = type("Scripted", (ScriptedServer,), script)
+    server = HTTPServer(Application([(r"/chat(.*)", handler)], log_function=lambda handler: None))
+    server.add_sockets([sock])
+    try:
+        async with demo(f"http://127.0.0.1:{port}") as client:
+            yield client
+    finally:
+        server.stop()
+        await server.close_all_connections()
+
+
+TURN = [
+    'input {"messageId": "u1", "text": "hi"}',
+    'token {"text": "Hello"}',
+    'done {"messageId": "r1", "status": "complete"}',
+]
+
+
+def past(message_id: str, role: str, content: str) -> dict[str, str]:
+    return {"id": message_id, "role": role, "content": content, "status": "complete"}
+
+
+def test_first_head_of_a_stream_may_name_the_reply_that_is_being_received() -> None:
+    async def run() -> None:
+        resumed = ['head {"messageId": "r1"}', 'token {"text": " there"}', TURN[2], 'head {"messageId": "u1"}']
+        async with demo_of(streams=[TURN[:2], resumed], positions=[], history={}) as client:
+            output = await client.until("(another branch, after you › hi)\n")
+        assert "someone else › hi\nbot › Hello\n" in output
+        assert "(connected again)\n there\n(another branch, after you › hi)\n" in output
+
+    asyncio.run(run())
+
+
+def test_head_that_is_not_shown_is_fetched_with_the_history() -> None:
+    async def run() -> None:
+        positions: list[str] = []
+        messages = [past("u1", "user", "hi"), past("r2", "assistant", "Good day")]
+        history = {"messages": messages, "lastEventId": "end"}
+        streams = [[*TURN, 'head {"messageId": "r2"}'], ['head {"messageId": "r2"}', 'head {"messageId": "u1"}']]
+        async with demo_of(streams=streams, positions=positions, history=history) as client:
+            output = await client.until("Good day\n(another branch, after you › hi)\n")
+        assert "bot › Hello\n(another branch, after you › hi)\nbot › Good day\n" in output
+        assert positions == ["", "end"]
+
+    asyncio.run(run())
+
+
+def test_head_that_the_history_does_not_have_is_fetched_once() -> None:
+    async def run() -> None:
+        positions: list[str] = []
+        history = {"messages": [past("u1", "user", "hi")], "lastEventId": "end"}
+        more = 'input {"messageId": "u2", "text": "more"}'
+        streams = [[*TURN, 'head {"messageId": "r2"}'], ['head {"messageId": "r2"}', more], []]
+        async with demo_of(streams=streams, positions=positions, history=history) as client:
+            await client.until("someone else › more")
+        assert positions[:2] == ["", "end"]
+
+    asyncio.run(run())
+
+
+def test_title_is_shown_when_it_changes(quick: str) -> None:
+    async def run() -> None:
+        conversation = new_id()
+        async with demo(quick, "--conversation", conversation) as client:
+            await client.say("hello")
+            await client.until("bot › ")
+            await wait_for_reply(quick, conversation, 2)
+            await post(quick, f"/{conversation}", "PATCH", title="Greetings")
+            await client.until("(title: Greetings)")
+            await post(quick, f"/{conversation}", "PATCH", title=None)
+            await client.until("(the title is automatic again)")
+            await post(quick, f"/{conversation}", "PATCH", title="Greetings")
+            await client.until("automatic again)\n(title: Greetings)")
+            await client.end()
+        async with demo(quick, "--conversation", conversation) as client:
+            code, output, _ = await client.end()
+        assert output.count("title: Greetings") == 1
+        assert code == 0
 
     asyncio.run(run())
 
@@ -541,9 +791,7 @@ def test_unknown_command_lists_the_known_ones(quick: str) -> None:
             await client.until("unknown command /:")
             await client.say("/help")
             code, output, _ = await client.end()
-        known = (
-            "/stop stops the reply, /retry asks for another one if it was stopped or failed, /help lists the commands"
-        )
+        known = "/stop stops the reply, /retry asks for another version of the last reply, /edit N TEXT"
         assert f"(✗ unknown command /stpo: {known}" in output
         assert f"({known}" in output
         async with httpx.AsyncClient() as http:

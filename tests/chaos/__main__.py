@@ -162,11 +162,12 @@ def _read(uri: str) -> Stored:
 def report(ledger: Ledger, verdict: Verdict, cuts: Cuts, arguments: argparse.Namespace) -> list[str]:
     """Print the table; return the reasons why the run failed."""
     injected = Counter(fault.kind for fault in ledger.faults)
-    retried = {retry.new_id for retry in ledger.retries if retry.new_id}
+    retried = {retry.new_id for retry in ledger.retries}
     turns = len({post.answer["replyId"] for post in ledger.posts} | retried)
     rows = [(kind, injected[kind]) for kind in arguments.faults]
-    rows += [("turns", turns), ("posts sent again", ledger.resent), ("replies stopped", len(ledger.stops))]
-    rows += [("replies retried", len(retried)), ("conversations deleted", len(ledger.deletions))]
+    rows += [("turns", turns), ("requests sent again", ledger.resent), ("replies stopped", len(ledger.stops))]
+    rows += [("replies retried", len(retried)), ("branches begun or shown", ledger.branches)]
+    rows += [("conversations deleted", len(ledger.deletions))]
     rows += [("streams reopened", ledger.reconnects), ("streams ended cleanly", verdict.orderly)]
     rows += [("aborts within a frame", sum(counts.total() for counts in cuts.offsets.values()))]
     rows += [("at distinct offsets", sum(map(len, cuts.offsets.values())))]

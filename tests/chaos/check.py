@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 from tests.chaos.ledger import Fault, Ledger, Seen
@@ -14,6 +13,7 @@ KINDS = (
     "done not kept",
     "stop not kept",
     "retry not kept",
+    "wrong branch",
     "deletion not kept",
     "text repeated",
     "text skipped",
@@ -29,6 +29,8 @@ RECOVERY_S = 1.0
 RESET_S = 2.0
 """How long the reset of a deleted conversation may take to arrive."""
 Stored = Mapping[str, Any]
+_UNKNOWN = ""
+"""Instead of a message's id: a client that connects without a position need not know where the conversation ends."""
 
 
 @dataclass
@@ -72,8 +74,22 @@ def check(ledger: Ledger, conversations: Mapping[str, Stored]) -> Verdict:
         document = conversations.get(conversation_id, {"messages": []})
         if conversation_id in deleted:
             seen = [each for each in seen if _is_about(each, document)]
-        _Reader(ledger, f"{conversation_id} client {number}", document, verdict).read(seen)
+        reader = _Reader(ledger, f"{conversation_id} client {number}", document, verdict)
+        reader.read(seen)
+        if conversation_id not in deleted:
+            reader.check_head(document)
     return verdict
+
+
+def parents(document: Stored) -> Mapping[str, str | None]:
+    """Return the parent of each message, by id; None for a first message. Without a stored one it is the one before."""
+    found: dict[str, str | None] = {}
+    before = None
+    for message in document["messages"]:
+        parent = message.get("parent", before)
+        before = str(message["_id"])
+        found[before] = None if parent is None else str(parent)
+    return found
 
 
 def _is_about(event: Seen, document: Stored) -> bool:
@@ -106,23 +122,29 @@ def _check_deletions(ledger: Ledger, conversations: Mapping[str, Stored], verdic
 
 
 def _check_endings(ledger: Ledger, conversations: Mapping[str, Stored], verdict: Verdict) -> None:
-    """Answered stops and retries are stored as such, and no reply is superseded without a retry."""
+    """Answered stops and retries are stored as such, and no reply has an older sibling without a retry."""
     nothing: Stored = {"messages": []}
     for conversation_id, reply_id in ledger.stops:
         messages = conversations.get(conversation_id, nothing)["messages"]
         # If the server died before it stored the stop, the reply is interrupted; but it never runs to its end.
         if not any(str(each["_id"]) == reply_id and each.get("status", "complete") != "complete" for each in messages):
             verdict.blame("stop not kept", f"{conversation_id}: {reply_id} was stopped, but is not stored as stopped")
+    first_answers: dict[tuple[str, str], str] = {}
     for retry in ledger.retries:
-        messages = conversations.get(retry.conversation_id, nothing)["messages"]
-        pairs = [(str(old["_id"]), old.get("status"), str(new["_id"])) for old, new in pairwise(messages)]
-        if retry.new_id and (retry.reply_id, "superseded", retry.new_id) not in pairs:
+        if first_answers.setdefault((retry.conversation_id, retry.key), retry.new_id) != retry.new_id:
+            verdict.blame("retry not kept", f"{retry.conversation_id} key {retry.key}: two answers")
+        parent_of = parents(conversations.get(retry.conversation_id, nothing))
+        if retry.new_id not in parent_of or parent_of[retry.new_id] != parent_of.get(retry.reply_id):
             verdict.blame("retry not kept", f"{retry} is not stored")
-    asked = {retry.reply_id for retry in ledger.retries}
+    retries = {retry.new_id for retry in ledger.retries}
     for conversation_id, document in conversations.items():
+        parent_of, answered_messages = parents(document), set()
         for message in document["messages"]:
-            if message.get("status") == "superseded" and str(message["_id"]) not in asked:
-                verdict.blame("retry not kept", f"{conversation_id}: no client retried {message['_id']}")
+            id_ = str(message["_id"])
+            if message["role"] == "assistant" and parent_of[id_] in answered_messages and id_ not in retries:
+                verdict.blame("retry not kept", f"{conversation_id}: {id_} is no client's retry")
+            if message["role"] == "assistant":
+                answered_messages.add(parent_of[id_])
 
 
 def _check_posts(ledger: Ledger, conversations: Mapping[str, Stored], verdict: Verdict) -> None:
@@ -156,6 +178,9 @@ class _Reader:
     def __init__(self, ledger: Ledger, name: str, document: Stored, verdict: Verdict) -> None:
         self._ledger, self._name, self._verdict = ledger, name, verdict
         self._stored = {str(message["_id"]): message for message in document["messages"]}
+        self._parents = parents(document)
+        self._head: str | None = _UNKNOWN
+        """The message at the end of the visible conversation; None if it is empty."""
         self._texts: dict[str, list[tuple[float, str]]] = {}
         self._ended: set[str] = set()
 
@@ -170,9 +195,30 @@ class _Reader:
                 self._take_input(event)
             elif event.kind in ("done", "error"):
                 self._take_end(event)
+            elif event.kind == "head":
+                self._head = event.data["messageId"]
             elif event.kind == "left":
                 self._take_leave(event)
         self._check_order()
+
+    def check_head(self, document: Stored) -> None:
+        """A client that has received everything shows the branch that is stored as the active one."""
+        last, head = next(reversed(self._stored), None), document.get("head")
+        if head is not None and head["length"] == len(self._stored):
+            last = str(head["_id"])
+        if self._head not in (_UNKNOWN, last):
+            self._verdict.blame("wrong branch", f"{self._name}: at the end it shows {self._head}, stored {last}")
+
+    def _continue(self, message_id: str) -> None:
+        """A message begins where its parent is the end of the visible conversation, and is then the end itself."""
+        allowed: set[str | None] = {_UNKNOWN}
+        if message_id in self._texts:
+            allowed.add(message_id)
+        if message_id in self._parents and not _text(self._texts.get(message_id, [])):
+            allowed.add(self._parents[message_id])
+        if self._head not in allowed:
+            self._verdict.blame("wrong branch", f"{self._name}: {message_id} after {self._head}")
+        self._head = message_id
 
     def _check_order(self) -> None:
         """A client receives all messages from its first one on, in order."""
@@ -189,7 +235,7 @@ class _Reader:
         texts = {message_id: _text(pieces) for message_id, pieces in self._texts.items()}
         if all(kept.get(message_id, "").startswith(text) for message_id, text in texts.items()):
             self._verdict.blame("text repeated", f"{self._name}: a reset, although all its text is stored")
-        self._texts, self._ended = {}, set()
+        self._texts, self._ended, self._head = {}, set(), event.data["head"]
         for message in event.data["messages"]:
             self._texts[message["id"]] = [(event.time, message["content"])]
             if message["status"] != "streaming":
@@ -199,6 +245,7 @@ class _Reader:
         message_id, _, chars = event.id.rpartition("-")
         if message_id in self._ended:
             self._verdict.blame("text repeated", f"{self._name}: a token of {message_id} after its end")
+        self._continue(message_id)
         pieces = self._texts.setdefault(message_id, [])
         text, had = event.data["text"], len(_text(pieces))
         begins = int(chars) - len(text)
@@ -212,6 +259,7 @@ class _Reader:
         message_id = event.data["messageId"]
         if message_id in self._texts:
             self._verdict.blame("text repeated", f"{self._name}: input {message_id} twice")
+        self._continue(message_id)
         self._texts[message_id] = [(event.time, event.data["text"])]
         stored = self._stored.get(message_id)
         if stored is None or stored["content"] != event.data["text"]:
@@ -244,6 +292,7 @@ class _Reader:
         message_id = event.data["messageId"]
         if message_id in self._ended:
             self._verdict.blame("text repeated", f"{self._name}: two ends of {message_id}")
+        self._continue(message_id)
         self._ended.add(message_id)
         self._verdict.ends += 1
         stored = self._stored.get(message_id)
@@ -252,8 +301,7 @@ class _Reader:
         kept = stored["content"] if stored else ""
         if event.kind == "done":
             status = stored.get("status", "complete") if stored else None
-            as_sent = status == event.data["status"] or (status == "superseded" and event.data["status"] == "stopped")
-            if not as_sent or kept != text:
+            if status != event.data["status"] or kept != text:
                 line = f"{self._name}: done of {message_id}: sent {text!r}, stored {kept!r} as {status}"
                 self._verdict.blame("done not kept", line)
         elif stored is None or stored.get("error", {}).get("code") != event.data["code"]:

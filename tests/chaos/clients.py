@@ -1,4 +1,4 @@
-"""The clients: talkers post, stop, retry and delete; watchers read streams and resume from their positions."""
+"""The clients: talkers post, stop, retry, switch and delete; watchers read streams and resume from their positions."""
 
 import asyncio
 import random
@@ -60,7 +60,8 @@ class Conversation:
 class Talker:
     """Posts one message after the other, each with an idempotency key, and repeats requests without an answer.
 
-    It stops some replies, retries some incomplete ones and deletes some conversations. It ends once `stopping` is set.
+    It stops some replies, retries some, continues from earlier replies, shows other branches and deletes some
+    conversations. It ends once `stopping` is set.
     """
 
     def __init__(
@@ -68,28 +69,39 @@ class Talker:
     ) -> None:
         self._http, self._conversation, self._ledger, self._dice = http, conversation, ledger, dice
         self._number = 0
+        self._replies: list[str] = []
+        """The ended replies of the conversation."""
         self.stopping = False
 
     async def run(self) -> None:
         while not self.stopping:
             await self._conversation.wait_for_watchers()
-            if self._conversation.has_been_read and self._dice.random() < 0.06:
+            if self._conversation.has_been_read and self._dice.random() < 0.1:
                 await self._delete()
                 continue
-            answer = await self._say()
+            if self._replies and self._dice.random() < 0.05:
+                await self._show(self._dice.choice(self._replies))
+            parent = self._dice.choice([None, *self._replies])
+            answer = await (self._say() if self._dice.random() < 0.9 else self._say(parentId=parent))
             if self._dice.random() < 0.1:
                 await asyncio.sleep(self._dice.random())
                 await self._stop()
-            reply_id: str | None = answer["replyId"]
-            while reply_id and not await self._conversation.wait_for_end(reply_id) and self._dice.random() < 0.5:
+            reply_id = answer["replyId"]
+            while self._dice.random() < (0.25 if await self._conversation.wait_for_end(reply_id) else 0.5):
+                self._replies.append(reply_id)
                 reply_id = await self._retry(reply_id)
+            self._replies.append(reply_id)
 
-    async def _say(self) -> dict[str, Any]:
-        """Post the next message, sometimes twice; return the answer."""
+    async def _say(self, **parent: str | None) -> dict[str, Any]:
+        """Post the next message, sometimes twice; return the answer.
+
+        :param parent: the `parentId`, if there is to be one
+        """
         self._number += 1
+        self._ledger.branches += bool(parent)
         conversation_id, key = self._conversation.id, f"key-{self._number}"
         text = f"This is message {self._number} of {conversation_id}: {self._dice.random()}"
-        body = {"conversationId": conversation_id, "input": text}
+        body = {"conversationId": conversation_id, "input": text, **parent}
         while True:
             response = await self._ask("POST", "/chat", 202, json=body, headers={"Idempotency-Key": key})
             answer: dict[str, Any] = response.json()
@@ -98,33 +110,47 @@ class Talker:
                 return answer
             self._ledger.resent += 1
 
+    async def _show(self, message_id: str) -> None:
+        """Show the branch of a message."""
+        self._ledger.branches += 1
+        await self._ask("PUT", f"/chat/{self._conversation.id}/head", 200, json={"messageId": message_id})
+
     async def _stop(self) -> None:
         response = await self._ask("POST", f"/chat/{self._conversation.id}/stop", 202)
         if reply_id := response.json().get("messageId"):
             self._ledger.stops.append((self._conversation.id, reply_id))
 
-    async def _retry(self, reply_id: str) -> str | None:
-        """Retry a reply, once; return the id of the new one, if that is known."""
-        response = await self._try("POST", f"/chat/{self._conversation.id}/retry")
-        again: str | None = None
-        if response is not None and response.status_code == 202:
-            again = response.json()["replyId"]
-        self._ledger.retries.append(Retry(self._conversation.id, reply_id, again))
-        return again
+    async def _retry(self, reply_id: str) -> str:
+        """Retry a reply, sometimes with two requests; return the id of the new one."""
+        self._number += 1
+        path, key = f"/chat/{self._conversation.id}/retry", f"key-{self._number}"
+        request = {"json": {"messageId": reply_id}, "headers": {"Idempotency-Key": key}}
+        while True:
+            response = await self._ask("POST", path, 202, **request)
+            new_id: str = response.json()["replyId"]
+            self._ledger.retries.append(Retry(self._conversation.id, key, reply_id, new_id))
+            if self._dice.random() >= 0.3:
+                return new_id
+            self._ledger.resent += 1
 
     async def _delete(self) -> None:
         """Delete the conversation while a reply runs, sometimes while it is stopped; continue in a new one."""
         conversation_id = self._conversation.id
-        history = await self._ask("GET", f"/chat/{conversation_id}", 200)
+        history = await self._ask("GET", f"/chat/{conversation_id}?branches=all", 200)
         await self._say()
         await asyncio.sleep(self._dice.random())
         doomed = [asyncio.create_task(self._ask("DELETE", f"/chat/{conversation_id}", 204, 404))]
         if self._dice.random() < 0.5:
             doomed.append(asyncio.create_task(self._ask("POST", f"/chat/{conversation_id}/stop", 202, 404)))
         await asyncio.gather(*doomed)
-        messages = [{**each, "_id": each["id"]} for each in history.json()["messages"] if each["status"] != "streaming"]
+        messages = [
+            {**each, "_id": each["id"], "parent": each["parentId"]}
+            for each in history.json()["messages"]
+            if each["status"] != "streaming"
+        ]
         self._ledger.deletions[conversation_id] = Deletion(time.monotonic(), messages)
         self._conversation.id = new_id()
+        self._replies.clear()
 
     async def _ask(self, method: str, path: str, *wanted: int, **body: Any) -> httpx.Response:
         """Send a request until its answer has one of the wanted status codes; return the answer."""
@@ -135,7 +161,7 @@ class Talker:
                     return response
                 if response.status_code not in (409, 503):
                     raise RuntimeError(f"{method} {path} was answered {response.status_code}: {response.text}")
-            self._ledger.resent += method == "POST" and path == "/chat"
+            self._ledger.resent += "headers" in body
             await asyncio.sleep(0.1 if response is None else 0.2)
 
     async def _try(self, method: str, path: str, **body: Any) -> httpx.Response | None:
@@ -230,10 +256,13 @@ class Watcher:
             self._conversation.end(data["messageId"], complete=data.get("status") == "complete")
 
     async def _start_over(self) -> None:
-        """After a reset, continue from the history; if it is deleted, continue in the next conversation."""
+        """After a reset, continue from the history; if it is deleted, continue in the next conversation.
+
+        The position follows the array, so that the history must have all branches.
+        """
         while True:
             with suppress(httpx.TransportError):
-                response = await self._http.get(f"/chat/{self.id}", timeout=8)
+                response = await self._http.get(f"/chat/{self.id}?branches=all", timeout=8)
                 if response.status_code in (200, 404):
                     break
             await asyncio.sleep(0.2)

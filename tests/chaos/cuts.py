@@ -8,9 +8,9 @@ from itertools import cycle
 from typing import NamedTuple
 
 _TURN = (("token",), ("done", "error"), ("input",))
-KINDS = (*_TURN, *_TURN, ("stream",), ("ping",))
+KINDS = (*_TURN, *_TURN, ("stream",), ("ping",), ("head",))
 """The frames in which successive connections are aborted. The first ones are listed twice, since a client must wait for
-them, while every stream begins with the last two.
+them, while every stream, or every one of a conversation with branches, begins with the last three.
 """
 _LONGEST = 400
 """Longer frames (many tokens in one) are passed on whole: most of their offsets lie within a text."""

@@ -15,11 +15,12 @@ class Post:
 
 @dataclass(frozen=True)
 class Retry:
-    """A retry of a reply, and the id of the new reply; None without an answer, so that the outcome is unknown."""
+    """A retry of a reply that was answered 202, and the id of the new reply."""
 
     conversation_id: str
+    key: str
     reply_id: str
-    new_id: str | None
+    new_id: str
 
 
 @dataclass(frozen=True)
@@ -76,4 +77,6 @@ class Ledger:
     stuck: list[str] = field(default_factory=list)
     """Descriptions of clients that had not finished when the run ended."""
     resent: int = 0
+    branches: int = 0
+    """How many times a post continued another message than the head, or another branch was shown."""
     reconnects: int = 0

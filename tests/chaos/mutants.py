@@ -12,6 +12,7 @@ from chatserver.positions import Position
 from chatserver.replies import publishing
 from chatserver.replies.leases import Leases
 from chatserver.replies.writer import Writer
+from chatserver.store.retries import Retries
 from chatserver.store.turns import Turns
 from chatserver.tasks import Tasks
 from chatserver.wire import sse
@@ -21,10 +22,29 @@ def post_stored_twice() -> None:
     """Idempotency keys are not stored, so that a repeated post is stored twice."""
     begin = Turns.start_turn
 
-    async def without_key(self: Turns, turn: Any, content: str, key: str | None, *, new: bool = False) -> Any:
-        return await begin(self, turn, content, None, new=new)
+    async def without_key(self: Turns, turn: Any, content: str, _key: str | None, **options: Any) -> Any:
+        return await begin(self, turn, content, None, **options)
 
-    Turns.start_turn = without_key  # type: ignore[method-assign]
+    Turns.start_turn = without_key  # type: ignore[assignment, method-assign]
+
+
+def retry_stored_twice() -> None:
+    """Idempotency keys of retries are not stored, so that a repeated retry starts another reply."""
+    begin = Retries.start_retry
+
+    async def without_key(self: Retries, conversation: Any, reply_id: str, message_id: str | None, _key: Any) -> Any:
+        return await begin(self, conversation, reply_id, message_id)
+
+    Retries.start_retry = without_key  # type: ignore[assignment, method-assign]
+
+
+def head_not_sent() -> None:
+    """A branch begins, or is shown, without a `head`, except on streams that are opened later."""
+
+    def without_frame(self: Log, message_id: str | None) -> None:
+        self.head = message_id
+
+    Log.append_head = without_frame  # type: ignore[method-assign]
 
 
 def done_before_the_write() -> None:
@@ -108,6 +128,8 @@ MUTANTS: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (
         post_stored_twice,
+        retry_stored_twice,
+        head_not_sent,
         done_before_the_write,
         text_repeated_on_resume,
         expired_replies_ignored,

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -46,13 +47,15 @@ def test_short_run_finds_no_violation() -> None:
     ("mutant", "faults", "delay_ms", "caught"),
     [
         ("post_stored_twice", "connections aborted", "5", "post stored twice"),
+        ("retry_stored_twice", "connections aborted", "2", "retry not kept"),
+        ("head_not_sent", "connections aborted", "2", "wrong branch"),
         # Short replies, so that a kill finds many that have ended, but are not written yet.
         ("done_before_the_write", "server killed", "2", "done not kept"),
         ("text_repeated_on_resume", "connections aborted", "15", "text repeated"),
         ("expired_replies_ignored", "server killed", "15", "stuck"),
         ("rare_checkpoints", "server killed", "15", "text lost"),
         ("end_not_sent_at_shutdown", "server restarted", "15", "end not sent"),
-        ("deletion_not_sent", "connections aborted", "15", "deletion not kept"),
+        ("deletion_not_sent", "connections aborted", "5", "deletion not kept"),
         ("position_first", "connections aborted", "15", "text skipped"),
         ("last_chunk_within_reply", "server restarted", "15", "premature last chunk"),
     ],
@@ -127,7 +130,7 @@ def test_checker_accepts_a_correct_run() -> None:
         {"id": USER, "content": "hi", "status": "complete"},
         {"id": REPLY, "content": "He", "status": "streaming"},
     ]
-    history = Seen(2.5, "history", f"{REPLY}-2", {"messages": messages})
+    history = Seen(2.5, "history", f"{REPLY}-2", {"messages": messages, "head": REPLY})
     assert not kinds(ledger(said(), token("x", 1), history, token("llo", 5), done()), stored())
     assert kinds(ledger(said(), token("Hel", 3), history, token("llo", 5), done()), stored()) == {"text repeated"}
 
@@ -196,17 +199,62 @@ def test_stopped_reply_may_be_interrupted_but_not_complete() -> None:
     assert not kinds(run, stored(**INTERRUPTED))
 
 
-def test_retry_follows_the_reply_that_it_supersedes() -> None:
-    new = "d" * 24
-    run = ledger(said(), token("Hello", 5), done("stopped"), retries=[Retry(CONVERSATION, REPLY, new)])
-    documents = stored(status="superseded")
+AGAIN = "d" * 24
+"""A retry of the reply."""
+
+
+def branching() -> dict[str, Any]:
+    """Return the stored documents after a retry."""
+    documents = stored(status="stopped")
+    again = {"_id": ObjectId(AGAIN), "role": "assistant", "content": "", "parent": ObjectId(USER)}
+    documents[CONVERSATION]["messages"].append(again)
+    documents[CONVERSATION]["head"] = {"_id": ObjectId(AGAIN), "length": 3}
+    return documents
+
+
+def head(message_id: str | None) -> Seen:
+    return Seen(4.0, "head", f"{REPLY}-done", {"messageId": message_id})
+
+
+def done_again() -> Seen:
+    return Seen(5.0, "done", f"{AGAIN}-done", {"messageId": AGAIN, "status": "complete"})
+
+
+def test_retry_has_the_parent_of_the_existing_reply() -> None:
+    run = ledger(said(), token("Hello", 5), done("stopped"), retries=[Retry(CONVERSATION, "k2", REPLY, AGAIN)])
+    assert kinds(run, stored(status="stopped")) == {"retry not kept"}
+    run.seen[CONVERSATION, 0] += [head(USER), done_again()]
+    documents = branching()
+    assert not kinds(run, documents)
+    run.retries.append(Retry(CONVERSATION, "k3", REPLY, "e" * 24))
     assert kinds(run, documents) == {"retry not kept"}
-    documents[CONVERSATION]["messages"].append({"_id": ObjectId(new), "role": "assistant", "content": ""})
-    assert not kinds(run, documents)
-    run.retries[0] = Retry(CONVERSATION, REPLY, None)
-    assert not kinds(run, documents)
+    documents[CONVERSATION]["messages"].append({**documents[CONVERSATION]["messages"][2], "_id": ObjectId("e" * 24)})
+    assert "retry not kept" not in kinds(run, documents)
+    run.retries[1] = replace(run.retries[1], key="k2")
+    assert "retry not kept" in kinds(run, documents)
+    documents[CONVERSATION]["messages"].pop()
     run.retries.clear()
     assert kinds(run, documents) == {"retry not kept"}
+    run.retries.append(Retry(CONVERSATION, "k2", REPLY, AGAIN))
+    documents[CONVERSATION]["messages"][2]["parent"] = ObjectId(REPLY)
+    assert "retry not kept" in kinds(run, documents)
+
+
+@pytest.mark.parametrize(
+    ("seen", "wrong"),
+    [
+        ([head(USER), done_again()], False),
+        ([head(REPLY), head(USER), done_again()], False),
+        ([done_again()], True),
+        ([head(None), done_again()], True),
+        ([head(USER), done_again(), head(REPLY)], True),
+        ([head(USER)], True),
+    ],
+)
+def test_message_begins_at_its_parent(seen: list[Seen], wrong: bool) -> None:
+    retries = [Retry(CONVERSATION, "k2", REPLY, AGAIN)]
+    run = ledger(said(), token("Hello", 5), done("stopped"), *seen, retries=retries)
+    assert kinds(run, branching()) == ({"wrong branch"} if wrong else set())
 
 
 @pytest.mark.parametrize(

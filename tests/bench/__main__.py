@@ -49,7 +49,7 @@ from tests.bench.generator import Result
 from tests.bench.issuer import Issuer
 from tests.bench.processes import Database, bind, cores
 from tests.bench.targets import table, verdicts
-from tests.bench.workloads import BEFORE, SIDES, USERS, WORKLOADS, Bench
+from tests.bench.workloads import BEFORE, LENGTHS, REPLIES, SIDES, USERS, WORKLOADS, Bench
 
 
 def _arguments() -> argparse.Namespace:
@@ -95,7 +95,7 @@ def main() -> int:
     before = arguments.before.resolve() if arguments.before else None
     if before and BEFORE not in sides:
         sides.append(BEFORE)
-    if unknown := [*({*names} - {*WORKLOADS}), *({*sides} - {*SIDES, BEFORE})]:
+    if unknown := [*({*names} - {*WORKLOADS}), *({*sides} - {*SIDES, *LENGTHS, *REPLIES, BEFORE})]:
         print(f"bench: unknown: {', '.join(unknown)}", file=sys.stderr)
         return 2
     if BEFORE in sides and not (before and (before / "chatserver" / "__main__.py").is_file()):

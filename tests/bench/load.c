@@ -5,6 +5,7 @@
  *   load turns    clients that each post, wait for the stored reply, and post again; --turns: how often, else for a time,
  *                 with a new conversation after each --rotate turns; --conversation: the first 20 digits of the ids
  *   load get      requests one path repeatedly
+ *   load open     requests --path, opens the stream of --conversation at --position, closes it, and does so repeatedly
  *
  * --header: a line, such as "Authorization: Bearer ...", that every request of every mode has.
  *
@@ -54,7 +55,7 @@ static struct {
     int port, conversations, subscribers, tokens, interval_us, settle_ms, window_ms, patience_ms, cut, clients, rotate,
         turns;
     bool finish;
-    const char *path, *conversation;
+    const char *path, *conversation, *position;
     char header[HEADER]; /* empty, or a line with its end */
     int pids[MAX_PIDS], pid_count;
 } options = {.conversations = 1, .subscribers = 1, .interval_us = 20000, .settle_ms = 500, .window_ms = 1000,
@@ -312,7 +313,8 @@ static long delivered, keepalives;
 static bool recording;
 static int64_t origin;
 static struct samples latencies, catching_up;
-static void (*on_awake)(struct stream *), (*on_token)(struct stream *, int64_t), (*on_done)(struct stream *, int64_t);
+static void (*on_awake)(struct stream *), (*on_token)(struct stream *, int64_t), (*on_done)(struct stream *, int64_t),
+    (*on_read)(struct stream *, int64_t);
 
 static void name_conversations(int count) {
     unsigned char random[6];
@@ -390,7 +392,7 @@ static void take_token(struct stream *s, const char *id, const char *data, const
 }
 
 static bool is(const char *name, const char *event, size_t length) {
-    return strlen(name) == length && !memcmp(name, event, length);
+    return event && strlen(name) == length && !memcmp(name, event, length);
 }
 
 /* Take one block of a stream: its lines up to the blank one, in whatever order. */
@@ -426,6 +428,7 @@ static void take_event(struct stream *s, const char *block, const char *end, int
         return;
     }
     if (!data) return;
+    if (!id && (is("head", event, event_length) || is("title", event, event_length))) return;
     if (!event || !id || id_length >= ID) {
         fault("an event without a name or an id");
     } else if (is("token", event, event_length)) {
@@ -463,6 +466,7 @@ static void read_stream(struct stream *s, const char *bytes, size_t length) {
         block = blank + 2;
     }
     forget(c, (size_t)(block - c->in));
+    if (on_read) on_read(s, at);
 }
 
 /* ---- requests ---------------------------------------------------------------------------------------------------- */
@@ -878,6 +882,60 @@ static void get(void) {
     print_usage(from, to);
 }
 
+/* ---- open -------------------------------------------------------------------------------------------------------- */
+
+static struct samples openings;
+static struct request history;
+
+static void open_again(void) {
+    char head[512];
+    if (ending) {
+        idle_requests++;
+        return;
+    }
+    snprintf(head, sizeof head, "GET %s", options.path);
+    send_request(&history, head, NULL);
+}
+
+static void open_its_stream(struct request *r, int64_t at) {
+    (void)at;
+    if (r->connection.close_ends) close_connection(&r->connection);
+    answer_bytes = r->bytes;
+    snprintf(streams->last_id, ID, "%s", options.position);
+    streams->keepalives = 0;
+    open_stream(streams, options.conversation);
+}
+
+/* The first ping is part of the opening of a stream. */
+static void end_opening(struct stream *s, int64_t at) {
+    if (!s->keepalives) return;
+    if (recording) add_sample(&openings, 0, (at - history.sent_at) / 1000);
+    close_connection(&s->connection);
+    open_again();
+}
+
+static void open_repeatedly(void) {
+    if (!options.path || !options.conversation || !options.position)
+        die("open: --path, --conversation or --position is missing");
+    make_streams(1, 1);
+    history.connection.fd = -1;
+    on_answer = open_its_stream;
+    on_read = end_opening;
+    open_again();
+    run_for(options.settle_ms);
+    recording = true;
+    struct usage from = usage();
+    run_for(options.window_ms);
+    struct usage to = usage();
+    recording = false;
+    ending = true;
+    run_until(&idle_requests, 1, "streams open at the end");
+    printf("{\"bytes\": %ld, ", answer_bytes);
+    print_samples("answer_ms", &openings);
+    printf(", ");
+    print_usage(from, to);
+}
+
 /* ---- main -------------------------------------------------------------------------------------------------------- */
 
 static const struct {
@@ -907,6 +965,7 @@ static void read_options(int argc, char **argv) {
             }
         if (!strcmp(argv[i], "--path")) options.path = argv[i + 1], known = true;
         if (!strcmp(argv[i], "--conversation")) options.conversation = argv[i + 1], known = true;
+        if (!strcmp(argv[i], "--position")) options.position = argv[i + 1], known = true;
         if (!strcmp(argv[i], "--header")) {
             if (snprintf(options.header, HEADER, "%s\r\n", argv[i + 1]) >= HEADER) die("--header: too long");
             known = true;
@@ -920,7 +979,7 @@ static void read_options(int argc, char **argv) {
 
 int main(int argc, char **argv) {
     struct rlimit files;
-    if (argc < 2) die("usage: load deliver|idle|turns|get --port N ...");
+    if (argc < 2) die("usage: load deliver|idle|turns|get|open --port N ...");
     read_options(argc, argv);
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
@@ -935,6 +994,8 @@ int main(int argc, char **argv) {
         take_turns();
     else if (!strcmp(argv[1], "get"))
         get();
+    else if (!strcmp(argv[1], "open"))
+        open_repeatedly();
     else
         die("%s: unknown", argv[1]);
     printf(", \"errors\": %ld, \"first_error\": \"%s\"}\n", errors, first_error);

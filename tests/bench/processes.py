@@ -55,20 +55,22 @@ class Database:
 
     def seed(self, uri: str, conversation_ids: Sequence[str], length: int) -> str:
         """Store conversations of `length` messages, as the server does; return the id of their last message."""
+        return self._seed(uri, conversation_ids, [_message(number % 2) for number in range(length)])
+
+    def seed_siblings(self, uri: str, conversation_id: str, replies: int) -> str:
+        """Store a conversation of a message and some replies to it, as the server does; return the last one's id."""
+        question, first = _message(0), _message(1)
+        others = [{**_message(1), "parent": question["_id"]} for _ in range(replies - 1)]
+        messages = [question, first, *others]
+        head = {"head": {"_id": messages[-1]["_id"], "length": len(messages)}} if others else {}
+        return self._seed(uri, [conversation_id], messages, **head)
+
+    def _seed(self, uri: str, ids: Sequence[str], messages: Sequence[dict[str, Any]], **more: object) -> str:
         time = datetime.now(UTC)
-        messages = [
-            {
-                "_id": ObjectId(),
-                "role": "assistant" if number % 2 else "user",
-                "content": "Some words of a usual length, and then a few more. " * (8 if number % 2 else 1),
-                "createdAt": time,
-            }
-            for number in range(length)
-        ]
         with MongoClient[dict[str, Any]](uri) as client:
             client.get_default_database()["conversations"].insert_many(
-                {"_id": ObjectId(each), "createdAt": time, "updatedAt": time, "messages": messages}
-                for each in conversation_ids
+                {"_id": ObjectId(each), "createdAt": time, "updatedAt": time, "messages": messages, **more}
+                for each in ids
             )
         return str(messages[-1]["_id"])
 
@@ -76,6 +78,15 @@ class Database:
         """Return the URI of a new database."""
         self._count += 1
         return self._mongod.database_uri(f"bench-{self._count}")
+
+
+def _message(is_reply: int) -> dict[str, Any]:
+    return {
+        "_id": ObjectId(),
+        "role": "assistant" if is_reply else "user",
+        "content": "Some words of a usual length, and then a few more. " * (8 if is_reply else 1),
+        "createdAt": datetime.now(UTC),
+    }
 
 
 def memory_kib(server: Server) -> int:

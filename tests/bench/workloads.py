@@ -36,6 +36,11 @@ SIDES = (*ALL, *PACED)
 """The sides of every run, without `before`."""
 _LATE_MS = 500
 IDLE_KEEPALIVE_S = 4
+_BEFORE = f"-{BEFORE}"
+LENGTHS = ("10", "100", "1000", "10000")
+"""The sides of F that have a number of messages without branches."""
+REPLIES = {"1-reply": 1, "100-replies": 100}
+"""The sides of F that have a message with a number of replies."""
 _LONG = 4
 """F: the number of conversations of each length."""
 _LEAST_SAMPLES = 4
@@ -252,26 +257,49 @@ def turns(bench: Bench, side: str) -> Result:
     }
 
 
-def long_conversations(bench: Bench, length: str) -> Result:
-    """F: a turn, a page of history and a resume in long conversations, with the CPU time of MongoDB."""
+def long_conversations(bench: Bench, side: str) -> Result:
+    """F: opening, listing, resuming and continuing conversations of several lengths, with the CPU time of MongoDB.
+
+    A side is a number of messages, or a number of replies to one message, of which the last one is shown. A client
+    opens a conversation by requesting its history and then its stream. A side with `-before` runs the code of another
+    checkout.
+    """
+    size = side.removesuffix(_BEFORE)
+    checkout = ROOT if size == side else bench.before
+    assert checkout is not None
     uri = bench.database.fresh_uri()
     prefix = secrets.token_hex(10)
     ids = [f"{prefix}{number:04x}" for number in range(_LONG)]
-    last = bench.database.seed(uri, ids, int(length))
-    requests = {"page": f"/chat/{ids[0]}?limit=20", "resume": f"/chat/stream/{ids[0]}?until=done&lastEventId={last}-9"}
+    replies = REPLIES.get(size)
+    if replies is None:
+        last = bench.database.seed(uri, ids, int(size))
+    else:
+        last = bench.database.seed_siblings(uri, ids[0], replies)
+    opening: Result = {"path": f"/chat/{ids[0]}", "conversation": ids[0], "position": f"{last}-done"}
+    paths = {
+        "page": f"/chat/{ids[0]}?limit=20",
+        "resume": f"/chat/stream/{ids[0]}?until=done&lastEventId={last}-9",
+        "list": "/chat",
+    }
+    window = {"settle_ms": 200, "window_ms": bench.ms(2000)}
+    mongod = bench.database.pid
     figures: Result = {}
     faults: list[str] = []
-    with processes.ours(bench.core, uri, 20, 0) as server:
-        load("get", server, path=requests["page"], settle_ms=200, window_ms=200)  # warm
-        for what, path in requests.items():
-            result = load("get", server, bench.database.pid, path=path, settle_ms=200, window_ms=bench.ms(2000))
-            figures |= _costs(what, result, result["answer_ms"])
-            faults += [result["first_error"]] * result["errors"]
-        turns = bench.count(20, 2)
-        result = load("turns", server, bench.database.pid, clients=_LONG, tokens=20, conversation=prefix, turns=turns)
-        figures |= _costs("turn", result, result["turn_ms"])
+    waited = seconds = 0.0
+    with processes.ours(bench.core, uri, 20, 0, checkout=checkout) as server:
+        load("open", server, **opening, settle_ms=200, window_ms=200)  # warm
+        runs = [("open", load("open", server, mongod, **opening, **window), "answer_ms")]
+        runs += [(what, load("get", server, mongod, path=path, **window), "answer_ms") for what, path in paths.items()]
+        if replies is None:
+            turns = bench.count(20, 2)
+            result = load("turns", server, mongod, clients=_LONG, tokens=20, conversation=prefix, turns=turns)
+            runs.append(("turn", result, "turn_ms"))
+    for what, result, times in runs:
+        figures |= _costs(what, result, result[times])
         faults += [result["first_error"]] * result["errors"]
-    return {**figures, "errors": len(faults), "first_error": "; ".join(faults[:1])}
+        waited += result["waited"][0]
+        seconds += result["seconds"]
+    return {**figures, "waiting": waited / seconds, "errors": len(faults), "first_error": "; ".join(faults[:1])}
 
 
 def _costs(what: str, result: Result, times: Result) -> Result:
@@ -347,8 +375,16 @@ class Workload:
     """Whether one round is enough."""
 
     def taking_part(self, chosen: Sequence[str]) -> list[str]:
-        """Return the chosen sides that this workload has; `before` comes right after `ours`."""
-        sides = [side for side in self.sides if side in chosen or side not in SIDES]
+        """Return the chosen sides that this workload has; the other checkout's comes right after ours.
+
+        F has other sides than the others, and all of them take part if none is chosen.
+        """
+        if not {*self.sides} & {*SIDES}:
+            sides = [side for side in self.sides if side in chosen] or list(self.sides)
+            # The other checkout may not know branches.
+            before = [BEFORE in chosen and REPLIES.get(side, 1) == 1 for side in sides]
+            return [each for side, two in zip(sides, before, strict=True) for each in (side, side + _BEFORE)[: 1 + two]]
+        sides = [side for side in self.sides if side in chosen]
         if "ours" in self.sides and BEFORE in chosen:
             sides.insert(sides.index("ours") + 1 if "ours" in sides else 0, BEFORE)
         return sides
@@ -365,7 +401,7 @@ WORKLOADS = {
     "C": Workload(many_subscribers, ALL),
     "D": Workload(idle_streams, ALL),
     "E": Workload(turns, ("ours", USERS, "fastapi")),
-    "F": Workload(long_conversations, ("10", "100", "1000", "10000")),
+    "F": Workload(long_conversations, (*LENGTHS, *REPLIES)),
     "G": Workload(mass_reconnect, ("ours",)),
     "H": Workload(soak, ("ours",), once=True),
 }

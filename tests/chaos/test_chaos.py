@@ -9,6 +9,8 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -41,31 +43,51 @@ def test_short_run_finds_no_violation() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.alone
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    ("mutant", "faults", "delay_ms", "caught"),
-    [
-        ("post_stored_twice", "connections aborted", "5", "post stored twice"),
-        ("retry_stored_twice", "connections aborted", "2", "retry not kept"),
-        ("head_not_sent", "connections aborted", "2", "wrong branch"),
-        # Short replies, so that a kill finds many that have ended, but are not written yet.
-        ("done_before_the_write", "server killed", "2", "done not kept"),
-        ("text_repeated_on_resume", "connections aborted", "15", "text repeated"),
-        ("expired_replies_ignored", "server killed", "15", "stuck"),
-        ("rare_checkpoints", "server killed", "15", "text lost"),
-        ("end_not_sent_at_shutdown", "server restarted", "15", "end not sent"),
-        ("deletion_not_sent", "connections aborted", "5", "deletion not kept"),
-        ("position_first", "connections aborted", "15", "text skipped"),
-        ("last_chunk_within_reply", "server restarted", "15", "premature last chunk"),
-    ],
-)
-def test_broken_server_is_caught(mutant: str, faults: str, delay_ms: str, caught: str) -> None:
+BROKEN = {
+    "post_stored_twice": ("connections aborted", "5", "post stored twice"),
+    "retry_stored_twice": ("connections aborted", "2", "retry not kept"),
+    "head_not_sent": ("connections aborted", "2", "wrong branch"),
+    # Short replies, so that a kill finds many that have ended, but are not written yet.
+    "done_before_the_write": ("server killed", "2", "done not kept"),
+    "text_repeated_on_resume": ("connections aborted", "15", "text repeated"),
+    "expired_replies_ignored": ("server killed", "15", "stuck"),
+    "rare_checkpoints": ("server killed", "15", "text lost"),
+    "end_not_sent_at_shutdown": ("server restarted", "15", "end not sent"),
+    "deletion_not_sent": ("connections aborted", "5", "deletion not kept"),
+    "position_first": ("connections aborted", "15", "text skipped"),
+    "last_chunk_within_reply": ("server restarted", "15", "premature last chunk"),
+}
+"""Broken server -> the kind of fault that exposes it, the delay of its tokens in ms, and the violation."""
+
+
+def chaos_with(mutant: str) -> "subprocess.CompletedProcess[str]":
+    faults, delay_ms, _ = BROKEN[mutant]
     server = f"{sys.executable} -m tests.chaos.mutants {mutant}"
     options = ["--seconds", "7", "--turns", "1", "--patience", "2.5", "--pause", "4", "--token-delay-ms", delay_ms]
-    done = chaos("--server", server, "--faults", faults, *options)
+    return chaos("--server", server, "--faults", faults, *options)
+
+
+Runs = dict[str, "Future[subprocess.CompletedProcess[str]]"]
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
+    """The runs with the broken servers of this session's tests, two at a time: they wait most of their time."""
+    tests = [
+        each for each in request.session.items if isinstance(each, pytest.Function) and "runs" in each.fixturenames
+    ]
+    mutants = [str(each.callspec.params["mutant"]) for each in tests]
+    with ThreadPoolExecutor(2) as pool:
+        yield {mutant: pool.submit(chaos_with, mutant) for mutant in mutants}
+
+
+@pytest.mark.alone
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("mutant", BROKEN)
+def test_broken_server_is_caught(mutant: str, runs: Runs) -> None:
+    done = runs[mutant].result()
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(rf"^  {caught} +[1-9]", done.stdout, re.M), done.stdout
+    assert re.search(rf"^  {BROKEN[mutant][2]} +[1-9]", done.stdout, re.M), done.stdout
 
 
 def test_run_without_enough_faults_or_turns_fails() -> None:

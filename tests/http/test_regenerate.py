@@ -184,6 +184,16 @@ async def test_same_key_always_gets_the_first_retry(make_app: MakeApp, named: bo
     await ended(app)
 
 
+async def test_key_of_a_retry_belongs_to_all_versions_of_the_reply(app: App) -> None:
+    conversation_id, ids = await tree(app)
+    first = await ask_retry(app, conversation_id, ids["a2"], "key")
+    await ended(app)
+
+    again = [await ask_retry(app, conversation_id, each, "key") for each in (ids["a2'"], first.json()["replyId"], None)]
+
+    assert [each.json() for each in again] == [first.json()] * 3
+
+
 async def test_key_of_a_retry_of_another_message_is_refused(make_app: MakeApp) -> None:
     source = Script("text")
     app = await make_app(source=source)

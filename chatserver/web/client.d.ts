@@ -200,7 +200,10 @@ export class Conversation extends EventTarget {
    * message that the turn follows: null if there is none, undefined if it is the last one.
    */
   readonly accepted: { text: string; messageId: string; replyId: string; parentId: string | null | undefined } | null;
-  /** The message that may not have arrived. `say` or `edit` with the same text sends it again with the same key. */
+  /**
+   * The message that may not have arrived. The same method with the same text sends it again with the same key: `edit` if
+   * it has `instead`, else `say`.
+   */
   unsent: Unsent | null;
   /** Whether a message, a retry or a switch to another branch has been sent and not answered yet. */
   readonly pending: boolean;

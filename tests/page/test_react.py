@@ -82,7 +82,7 @@ def complaints(context: BrowserContext) -> list[str]:
 
 
 def messages(page: Page) -> Locator:
-    return page.get_by_role("listitem")
+    return page.get_by_role("listitem").get_by_role("paragraph")
 
 
 def say(page: Page, text: str) -> None:
@@ -224,6 +224,64 @@ def test_stop_and_retry(page: Page, make_site: MakeSite, build: Build, file_serv
     expect(page.get_by_role("button", name="Retry")).to_be_hidden()
     expect_stored(page, site)
     assert complaints == []
+
+
+def test_edit_regenerate_and_switch(
+    context: BrowserContext, make_site: MakeSite, build: Build, file_server: str, complaints: list[str]
+) -> None:
+    site = make_site(words(1), words(2), words(3), cors_origins=(file_server,))
+    build(site.app.port)
+    one = context.new_page()
+    one.goto(f"{file_server}/")
+    expect_live(one)
+    say(one, "Count")
+    site.say()
+    expect(messages(one)).to_have_text(["Count", said(1)])
+    two = context.new_page()
+    two.goto(one.url)
+
+    one.get_by_role("button", name="Regenerate").click()
+    site.say(2)
+    for each in (one, two):
+        expect(messages(each)).to_have_text(["Count", said(2)])
+        expect(each.get_by_role("listitem").last).to_contain_text("2/2")
+    two.get_by_role("button", name="Previous version").click()
+    for each in (one, two):
+        expect(messages(each)).to_have_text(["Count", said(1)])
+        expect(each.get_by_role("listitem").last).to_contain_text("1/2")
+    one.once("dialog", lambda dialog: dialog.accept("Count on"))
+    one.get_by_role("button", name="Edit").click()
+    site.say(3)
+
+    for each in (one, two):
+        expect(messages(each)).to_have_text(["Count on", said(3)])
+        expect(each.get_by_role("listitem").first).to_contain_text("2/2")
+        expect_stored(each, site)
+    assert complaints == []
+
+
+def test_edit_whose_answer_was_lost_is_sent_again_as_an_edit(
+    page: Page, make_site: MakeSite, build: Build, file_server: str
+) -> None:
+    site = make_site(words(1), words(2), cors_origins=(file_server,))
+    build(site.app.port)
+    page.goto(f"{file_server}/")
+    expect_live(page)
+    say(page, "Count")
+    site.say()
+    expect(messages(page)).to_have_text(["Count", said(1)])
+    page.once("dialog", lambda dialog: dialog.accept("Count on"))
+    page.route("**/chat", lambda route: route.abort("connectionreset"), times=1)
+    page.get_by_role("button", name="Edit").click()
+    expect(page.get_by_role("alert")).to_have_text("The server cannot be reached.")
+    expect(page.get_by_label("Message")).to_have_value("Count on")
+
+    page.get_by_role("button", name="Send").click()
+    site.say(2)
+
+    expect(messages(page)).to_have_text(["Count on", said(2)])
+    expect(page.get_by_label("Message")).to_have_value("")
+    expect_stored(page, site)
 
 
 def test_other_id_and_unmount_leave_no_stream_open(

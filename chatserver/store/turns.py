@@ -95,32 +95,53 @@ class Turns(Database):
             absent["messages.key"] = {"$ne": key}
         update = {**start_reply(turn.reply_id, time), "$push": {"messages": message}}
         needed = len(content.encode()) + MARGIN + REPLY_ROOM
+        may_be_first = parent is None or parent.id is None
         async with self.guard.call("begin", write=True):
-            for _ in range(3):
-                state = None
-                if parent is not None:
-                    state = await self._examine(conversation, key, needed)
-                elif not new and (started := await self._insert_turn(conversation, absent, update, needed)):
+            if new and may_be_first:
+                if started := await self._create(turn, message, update):
                     return started
-                if state is None:
-                    if parent is not None and parent.id is not None:
-                        raise NoSuchMessage
-                    try:
-                        unknown = one(conversation, {"messages": {"$exists": False}, **NO_REPLY})
-                        first = {**update, "$setOnInsert": {"createdAt": time}}
-                        await self.conversations.update_one(unknown, first, upsert=True)
-                    except DuplicateKeyError:
-                        if new:
-                            raise IdTaken from None
-                        state = await self._examine(conversation, key, needed)
-                    else:
-                        return _first_turn(turn, content, time)
+                raise IdTaken
+            # Most turns continue a conversation without branches, or begin one: nothing has to be read before.
+            if parent is None and (
+                started := await self._insert_turn(conversation, absent, update, needed)
+                or await self._create(turn, message, update)
+            ):
+                return started
+            for _ in range(3):
+                state = await self._examine(conversation, key, needed)
                 if state is not None:
                     target = state.tree.head if parent is None else parent.id
-                    if started := await self._continue(state, target, turn, message, absent, needed):
-                        return started
+                    started = await self._continue(state, target, turn, message, absent, needed)
+                elif may_be_first:
+                    started = await self._create(turn, message, update)
+                else:
+                    raise NoSuchMessage
+                if started is not None:
+                    return started
             # The id of an unknown conversation is taken if the conversation is another owner's.
             raise NoSuchConversation if state is None else ReplyInProgress
+
+    async def _create(self, turn: Turn, message: Document, update: Document) -> StartedTurn | None:
+        """Store the first turn of a conversation; return None if the id is taken by one that has messages.
+
+        :param message: the user's; `update` stores it, and that the reply runs
+        """
+        content, time = message["content"], message["createdAt"]
+        unknown = one(turn.conversation, {"messages": {"$exists": False}, **NO_REPLY})
+        try:
+            await self.conversations.update_one(unknown, {**update, "$setOnInsert": {"createdAt": time}}, upsert=True)
+        except DuplicateKeyError:
+            return None
+        first = Message(turn.message_id, "user", content, time)
+        return StartedTurn(
+            turn=turn,
+            new_message=first,
+            messages=[first],
+            number=1,
+            previous_id=None,
+            created_at=time,
+            reply_room=DOCUMENT_BYTES - len(content.encode()) - 2 * MARGIN,
+        )
 
     async def _continue(
         self, state: State, target: str | None, turn: Turn, message: Document, absent: Document, needed: int
@@ -132,13 +153,14 @@ class Turns(Database):
         tree, length = state.tree, state.length
         if target is not None and target not in tree:
             raise NoSuchMessage
-        expected = Expected(state.head, length)
-        update = start_reply(turn.reply_id, message["createdAt"])
-        if state.head is not None or target != tree.next_parent or target != (tree.nodes[-1].id if length else None):
-            expected = expected._replace(path=[*tree.path(target), length])
-            update = start_reply(turn.reply_id, message["createdAt"], Parent(turn.message_id), length=length + 2)
+        path, reply_parent = None, None
+        last = tree.nodes[-1].id if length else None
+        if state.head is not None or target != last or target != tree.next_parent:
+            path, reply_parent = [*tree.path(target), length], Parent(turn.message_id)
             message = {**message, "parent": target and ObjectId(target)}
+        update = start_reply(turn.reply_id, message["createdAt"], reply_parent, length=length + 2)
         push = {"$push": {"messages": message}}
+        expected = Expected(state.head, length, path)
         return await self._insert_turn(turn.conversation, absent, {**update, **push}, needed, expected)
 
     async def find_started(self, conversation: Key, reply_id: str) -> StartedTurn | None:
@@ -247,19 +269,6 @@ def _has_branches(document: Document) -> bool:
 def with_key(conversation: Key, key: str) -> Condition:
     """Return the condition for a conversation in which an idempotency key was used."""
     return one(conversation, {"$or": [{"messages.key": key}, {"reply.key": key}]})
-
-
-def _first_turn(turn: Turn, content: str, time: datetime) -> StartedTurn:
-    first = Message(turn.message_id, "user", content, time)
-    return StartedTurn(
-        turn=turn,
-        new_message=first,
-        messages=[first],
-        number=1,
-        previous_id=None,
-        created_at=time,
-        reply_room=DOCUMENT_BYTES - len(content.encode()) - 2 * MARGIN,
-    )
 
 
 def _started_turn(conversation: Key, document: Document) -> StartedTurn:

@@ -177,17 +177,7 @@ class Reading:
         :param continues: whether the subscriber was sent everything before the position in this stream
         """
         with self._hub.hold(conversation) as live:
-            record = None
-            outdated = position is not None and live.is_outdated_at(position)
-            # A conversation without a running reply here may have continued on another server.
-            if not _is_live(live, position) or outdated or (live.reply is None and not self._sole_server):
-                span = None if position is None else span_after(position, conversation.id)
-                try:
-                    record = await self._alignment.read(live, span, divided="replies")
-                    self._alignment.align(live, record)
-                except DatabaseUnavailable:
-                    if not _is_live(live, position):
-                        raise
+            record = await self._read_after(live, position)
             if subscriber.closed:
                 return
             # No await from here on: the replay ends exactly at the cursor, so that no text is lost or repeated.
@@ -195,29 +185,50 @@ class Reading:
             stream_format, has_branches = subscriber.format, live.has_branches
             # Another branch may be shown since another server has ended the reply: only the database knows.
             outdated = record is not None and live.is_outdated_at(at)
+            page: Page | None = None
             if live.covers(at) and not outdated:
                 head = live.head_at(at, at.message_id)
                 page = Page(at, head, head)
-            else:
-                found = page_after(at, record, stream_format, until_done=subscriber.until_done) if record else None
-                if record is None or found is None:
-                    self.refuse(subscriber)
-                    return
-                page, has_branches = found, has_branches or record.view.has_branches or record.tree is not None
-            then = partial(self._replay_next, conversation, page.position, subscriber) if page.more else None
-            frames = page.frames
-            if not page.more and not page.ends and (head := live.head_at(page.position, page.head)) != page.head:
-                frames = [*frames, stream_format.head_frame(head)]
+            elif record is not None:
+                page = page_after(at, record, stream_format, until_done=subscriber.until_done)
+                has_branches = has_branches or record.view.has_branches or record.tree is not None
+            if page is None:
+                self.refuse(subscriber)
+                return
+            frames = [] if live.title is None else [stream_format.title_frame(live.title)]
             # In the middle of a stream, the head would name a reply whose id the client may not know yet.
             if has_branches and not (continues and page.first_head == at.message_id):
-                frames = [stream_format.head_frame(page.first_head), *frames]
-            if live.title is not None:
-                frames = [stream_format.title_frame(live.title), *frames]
+                frames.append(stream_format.head_frame(page.first_head))
+            frames += page.frames
+            is_last = not page.more and not page.ends
+            if is_last and (head := live.head_at(page.position, page.head)) != page.head:
+                frames.append(stream_format.head_frame(head))
+            then = partial(self._replay_next, conversation, page.position, subscriber) if page.more else None
             self._hub.replay(subscriber, stream_format.opening(at, self._keepalive_s), frames, then)
             if page.ends:
                 subscriber.end()
-            elif not page.more:
+            elif is_last:
                 live.subscribe(subscriber, page.position)
+
+    async def _read_after(self, live: LiveConversation, position: Position | None) -> Record | None:
+        """Read what is stored after a position (None: the default one), and align the live conversation with it.
+
+        :return: None if memory has everything after the position, or if the conversation does not exist
+        :raises DatabaseUnavailable: unless memory has it
+        """
+        outdated = position is not None and live.is_outdated_at(position)
+        # A conversation without a running reply here may have continued on another server.
+        if _is_live(live, position) and not outdated and (live.reply is not None or self._sole_server):
+            return None
+        try:
+            span = None if position is None else span_after(position, live.key.id)
+            record = await self._alignment.read(live, span, divided="replies")
+            self._alignment.align(live, record)
+        except DatabaseUnavailable:
+            if not _is_live(live, position):
+                raise
+            return None
+        return record
 
     def refuse(self, subscriber: Subscriber) -> None:
         """Answer an unknown position with `reset`, and end the stream."""

@@ -9,17 +9,7 @@ from bson import ObjectId
 from chatserver.branches import Tree
 from chatserver.records import PAGE_SIZE, After, Along, Before, Between, Newest, Record, Rest, Span
 from chatserver.store.documents import Document, record
-from chatserver.store.expressions import (
-    COUNT,
-    MESSAGES,
-    SIZE,
-    TREE,
-    along,
-    fitting,
-    index_of,
-    is_branching,
-    let,
-)
+from chatserver.store.expressions import COUNT, MESSAGES, SIZE, TREE, along, fitting, index_of, is_branching, let
 
 Divided = Literal["all", "replies", "none"]
 """Which messages of a page may be read in parts if they are long."""
@@ -111,7 +101,7 @@ def page_along_path() -> Any:
     The path is computed in Python; `chosen` takes its messages, and in a longer document a second query reads them.
     """
     fits = {"$lte": [{"$bsonSize": "$$ROOT"}, PAGE_SIZE]}
-    return {"tree": {"$cond": [fits, MESSAGES, TREE]}, "has_messages": fits, "branching": True}
+    return {"tree": {"$cond": [fits, MESSAGES, TREE]}, "has_messages": fits}
 
 
 def along_path(span: Span, tree: Tree, stored: int) -> tuple[int, Sequence[int] | None]:
@@ -137,19 +127,16 @@ def chosen(page: Document, indexes: Sequence[int] | None) -> Document | None:
 
     :param indexes: None if they do not exist
     """
-    if indexes is None:
-        return {"begin": 0, "end": 0, "found": False, "messages": [], "length": None}
-    if not page["has_messages"]:
+    if indexes and not page["has_messages"]:
         return None
-    messages = [page["tree"][index] for index in indexes]
-    return {"begin": 0, "end": len(messages), "found": True, "messages": messages, "length": None}
+    messages = [page["tree"][index] for index in indexes or ()]
+    return {"begin": 0, "end": len(messages), "found": indexes is not None, "messages": messages, "length": None}
 
 
 def record_with_page(document: Document, span: Span) -> Record:
     """Return a conversation with the first messages of a span.
 
-    :param document: with the fields of `expressions.OVERVIEW`, `expired`, and `page` as the expression
-        `page` makes it
+    :param document: with the fields of `expressions.OVERVIEW`, `expired`, and `page` as the expression `page` makes it
     """
     page = document["page"]
     begin, end, length = page["begin"], page["end"], page["length"]

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.browser import Site
 from tests.processes import ROOT
 
 MakeSite = Callable[..., Site]
+STREAMS = "**/chat/stream/**"
+"""The addresses of streams, as a pattern of Playwright."""
 NODE_MODULES = ROOT / "tests" / "node" / "node_modules"
 AXE = NODE_MODULES / "axe-core" / "axe.min.js"
 
@@ -69,3 +71,33 @@ def streams_of(page: Page) -> list[str]:
     urls: list[str] = []
     page.on("request", lambda request: urls.append(request.url) if "/chat/stream/" in request.url else None)
     return urls
+
+
+def break_streams(page: Page, site: Site) -> None:
+    """End the open stream, and answer 503 to every further one, until `page.unroute(STREAMS)`."""
+    page.route(STREAMS, lambda route: route.fulfill(status=503))
+    site.run(site.app.end_streams())
+    expect(page.locator("#state")).to_have_text("Reconnecting")
+
+
+def lose_answer(page: Page, address: str, *, taken: bool) -> list[str]:
+    """Lose the answer to the next post to an address, after the server carried it out or before.
+
+    :return: a list that collects the idempotency keys of all posts to the address
+    """
+    keys: list[str] = []
+
+    def lose(route: Route) -> None:
+        if route.request.method != "POST":
+            route.continue_()
+            return
+        keys.append(route.request.headers["idempotency-key"])
+        if len(keys) > 1:
+            route.continue_()
+            return
+        if taken:
+            route.fetch()
+        route.abort("connectionreset")
+
+    page.route(address, lose)
+    return keys

@@ -5,15 +5,18 @@ import re
 from collections.abc import Callable
 
 import pytest
-from playwright.sync_api import BrowserContext, Locator, Page, Route, expect
+from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from tests.browser import Site
 from tests.page.steps import (
+    STREAMS,
     MakeSite,
     answers,
+    break_streams,
     expect_idle,
     expect_stored,
     id_of,
+    lose_answer,
     open_page,
     said,
     said_by_user,
@@ -35,12 +38,23 @@ def press(page: Page, name: str) -> None:
     page.get_by_role("button", name=name, exact=True).last.press("Enter")
 
 
-def ask(page: Page, site: Site, text: str, answer: str) -> None:
-    """Send a message, and wait until its answer of one chunk has ended."""
+def ask(page: Page, site: Site, text: str, answer: str, tokens: int = 1) -> None:
+    """Send a message, and wait until its answer of some tokens has ended."""
     say(page, text)
-    site.say()
+    site.say(tokens)
     expect(answers(page).last).to_have_text(answer)
     expect_idle(page)
+
+
+def begin(page: Page, make_site: MakeSite, *later: list[str | BaseException]) -> Site:
+    """Open a site, and have "First" answered by "One" in a new conversation; return the site.
+
+    :param later: the tokens of the answers that follow
+    """
+    site = make_site(["One"], *later)
+    open_page(page, site.url)
+    ask(page, site, "First", "One")
+    return site
 
 
 def edit(page: Page, text: str) -> None:
@@ -49,33 +63,10 @@ def edit(page: Page, text: str) -> None:
     say(page, text)
 
 
-def lose_answer(page: Page, address: str, *, taken: bool) -> list[str]:
-    """Lose the first answer of an address, after the server carried out the request or before; return the keys."""
-    keys: list[str] = []
-
-    def lose(route: Route) -> None:
-        if route.request.method != "POST":
-            route.continue_()
-            return
-        keys.append(route.request.headers["idempotency-key"])
-        if len(keys) > 1:
-            route.continue_()
-            return
-        if taken:
-            route.fetch()
-        route.abort("connectionreset")
-
-    page.route(address, lose)
-    return keys
-
-
 def test_complete_answer_is_regenerated_in_two_tabs(context: BrowserContext, make_site: MakeSite) -> None:
     site = make_site(words(2), words(4), words(1))
     page = open_page(context.new_page(), site.url)
-    say(page, "Count")
-    site.say(2)
-    expect(answers(page)).to_have_text([said(2)])
-    expect_idle(page)
+    ask(page, site, "Count", said(2), tokens=2)
     other = open_page(context.new_page(), page.url)
 
     press(page, "Regenerate")
@@ -102,9 +93,7 @@ def test_complete_answer_is_regenerated_in_two_tabs(context: BrowserContext, mak
 
 
 def test_edit_begins_a_branch_and_both_can_be_shown(page: Page, make_site: MakeSite) -> None:
-    site = make_site(["One"], ["Two"], ["Three"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    site = begin(page, make_site, ["Two"], ["Three"])
     ask(page, site, "Second", "Two")
     box = page.get_by_label("Message", exact=True)
     box.fill("half a thought")
@@ -140,9 +129,7 @@ def test_edit_begins_a_branch_and_both_can_be_shown(page: Page, make_site: MakeS
 
 
 def test_first_message_is_edited_and_the_title_is_that_of_the_branch(page: Page, make_site: MakeSite) -> None:
-    site = make_site(["One"], ["Two"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    site = begin(page, make_site, ["Two"])
 
     edit(page, "Another first")
     site.say()
@@ -159,9 +146,7 @@ def test_first_message_is_edited_and_the_title_is_that_of_the_branch(page: Page,
 
 
 def test_edit_is_cancelled_and_survives_a_reload(page: Page, make_site: MakeSite) -> None:
-    site = make_site(["One"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    site = begin(page, make_site)
     box = page.get_by_label("Message", exact=True)
     box.fill("half a thought")
     press(page, "Edit")
@@ -184,9 +169,8 @@ def test_edit_is_cancelled_and_survives_a_reload(page: Page, make_site: MakeSite
 
 
 def test_other_version_is_shown_in_another_tab(context: BrowserContext, make_site: MakeSite) -> None:
-    site = make_site(["One"], ["Two"], ["Three"])
-    page = open_page(context.new_page(), site.url)
-    ask(page, site, "First", "One")
+    page = context.new_page()
+    site = begin(page, make_site, ["Two"], ["Three"])
     press(page, "Regenerate")
     site.say()
     expect(answers(page)).to_have_text(["Two"])
@@ -210,9 +194,8 @@ def test_other_version_is_shown_in_another_tab(context: BrowserContext, make_sit
 def test_message_edited_while_another_tab_shows_another_branch_is_not_lost(
     context: BrowserContext, make_site: MakeSite
 ) -> None:
-    site = make_site(["One"], ["Two"])
-    page = open_page(context.new_page(), site.url)
-    ask(page, site, "First", "One")
+    page = context.new_page()
+    site = begin(page, make_site, ["Two"])
     edit(page, "Second")
     site.say()
     expect(answers(page)).to_have_text(["Two"])
@@ -238,10 +221,7 @@ def test_connection_cut_in_the_middle_of_a_regeneration(
     site = make_site(words(2), words(9))
     proxy = make_proxy(site)
     open_page(page, f"http://127.0.0.1:{proxy.port}/")
-    say(page, "Count")
-    site.say(2)
-    expect(answers(page)).to_have_text([said(2)])
-    expect_idle(page)
+    ask(page, site, "Count", said(2), tokens=2)
     press(page, "Regenerate")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
 
@@ -265,10 +245,7 @@ def test_other_tab_is_cut_in_the_middle_of_a_regeneration(
     site = make_site(words(2), words(9))
     proxy = make_proxy(site)
     page = open_page(context.new_page(), f"http://127.0.0.1:{proxy.port}/")
-    say(page, "Count")
-    site.say(2)
-    expect(answers(page)).to_have_text([said(2)])
-    expect_idle(page)
+    ask(page, site, "Count", said(2), tokens=2)
     conversation_id = id_of(page)
     shown = "document.querySelector('.assistant .body')"
     page.evaluate(f"window.body = {shown}")
@@ -292,9 +269,7 @@ def test_other_tab_is_cut_in_the_middle_of_a_regeneration(
 
 @pytest.mark.parametrize("taken", [True, False], ids=["taken", "not-taken"])
 def test_regeneration_whose_answer_was_lost_makes_one_reply(page: Page, make_site: MakeSite, taken: bool) -> None:
-    site = make_site(["One"], ["Two"], ["Three"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    site = begin(page, make_site, ["Two"], ["Three"])
     keys = lose_answer(page, "**/retry", taken=taken)
 
     press(page, "Regenerate")
@@ -319,13 +294,8 @@ def test_regeneration_whose_answer_was_lost_makes_one_reply(page: Page, make_sit
 
 
 def test_regeneration_repeated_while_the_stream_is_down_makes_one_reply(page: Page, make_site: MakeSite) -> None:
-    site = make_site(["One"], ["Two"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
-    is_down = True
-    page.route("**/chat/stream/**", lambda route: route.fulfill(status=503) if is_down else route.continue_())
-    site.run(site.app.end_streams())
-    expect(page.locator("#state")).to_have_text("Reconnecting")
+    site = begin(page, make_site, ["Two"])
+    break_streams(page, site)
     keys = lose_answer(page, "**/retry", taken=True)
     press(page, "Regenerate")
     expect(page.get_by_role("alert")).to_contain_text("Your retry may not have arrived.")
@@ -337,7 +307,7 @@ def test_regeneration_repeated_while_the_stream_is_down_makes_one_reply(page: Pa
     # The stream is still down: the history has it.
     expect(answers(page)).to_have_text(["Two"])
     expect_idle(page)
-    is_down = False
+    page.unroute(STREAMS)
     expect(page.locator("#state")).to_have_text("Live")
     expect(versions(page)).to_have_text("‹2/2›")
     assert len(keys) == 2 and keys[0] == keys[1]
@@ -348,9 +318,7 @@ def test_regeneration_repeated_while_the_stream_is_down_makes_one_reply(page: Pa
 def test_edit_that_arrived_leaves_the_box_although_its_answer_was_lost(
     page: Page, make_site: MakeSite, text: str
 ) -> None:
-    site = make_site(["One"], ["Two"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    site = begin(page, make_site, ["Two"])
     page.get_by_label("Message", exact=True).fill("half a thought")
     keys = lose_answer(page, "**/chat", taken=True)
 
@@ -370,20 +338,15 @@ def test_edit_that_arrived_leaves_the_box_although_its_answer_was_lost(
 @pytest.mark.parametrize("text", ["First, better", "First"], ids=["other-text", "same-text"])
 @pytest.mark.parametrize("taken", [True, False], ids=["taken", "not-taken"])
 def test_edit_is_recognised_after_a_reload(page: Page, make_site: MakeSite, text: str, taken: bool) -> None:
-    site = make_site(["One"], ["Two"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    site = begin(page, make_site, ["Two"])
     box = page.get_by_label("Message", exact=True)
     box.fill("half a thought")
-    is_down = True
-    page.route("**/chat/stream/**", lambda route: route.fulfill(status=503) if is_down else route.continue_())
-    site.run(site.app.end_streams())
-    expect(page.locator("#state")).to_have_text("Reconnecting")
+    break_streams(page, site)
     keys = lose_answer(page, "**/chat", taken=taken)
     edit(page, text)
     expect(page.get_by_role("alert")).to_contain_text(KEPT)
 
-    is_down = False
+    page.unroute(STREAMS)
     page.reload()
 
     if not taken:
@@ -404,9 +367,7 @@ def test_edit_is_recognised_after_a_reload(page: Page, make_site: MakeSite, text
 
 def test_message_on_another_branch_is_not_taken_for_the_unsent_one(page: Page, make_site: MakeSite) -> None:
     """The same text stands on a longer branch, which is shown when the page has been loaded again."""
-    site = make_site(["One"], ["Two"], ["Three"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    site = begin(page, make_site, ["Two"], ["Three"])
     ask(page, site, "Yes", "Two")
     edit(page, "No")
     site.say()
@@ -430,9 +391,7 @@ def test_message_on_another_branch_is_not_taken_for_the_unsent_one(page: Page, m
 
 @pytest.mark.parametrize("status", [0, 409])
 def test_switch_that_fails_is_reported_and_can_be_repeated(page: Page, make_site: MakeSite, status: int) -> None:
-    site = make_site(["One"], ["Two"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    site = begin(page, make_site, ["Two"])
     press(page, "Regenerate")
     site.say()
     expect(versions(page)).to_have_text("‹2/2›")
@@ -456,9 +415,7 @@ def test_switch_that_fails_is_reported_and_can_be_repeated(page: Page, make_site
 
 
 def test_selection_survives_what_happens_to_other_messages(page: Page, make_site: MakeSite) -> None:
-    site = make_site(["One"], words(3))
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    site = begin(page, make_site, words(3))
     page.evaluate("getSelection().selectAllChildren(document.querySelector('.user .body'))")
 
     # By another client: here, the focus would move to the message box.
@@ -480,9 +437,8 @@ def rename(page: Page, old: str, title: str) -> None:
 def test_conversation_is_renamed_in_all_tabs(
     new_context: Callable[..., BrowserContext], context: BrowserContext, make_site: MakeSite
 ) -> None:
-    site = make_site(["One"])
-    page = open_page(context.new_page(), site.url)
-    ask(page, site, "First", "One")
+    page = context.new_page()
+    begin(page, make_site)
     # Another browser, which only the server can tell.
     other = open_page(new_context().new_page(), page.url)
     expect(answers(other)).to_have_text(["One"])
@@ -516,9 +472,7 @@ def test_conversation_that_is_not_open_is_renamed(page: Page, make_site: MakeSit
 
 
 def test_title_that_is_not_changed_stays_automatic(page: Page, make_site: MakeSite) -> None:
-    site = make_site(["One"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    begin(page, make_site)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.method))
 
@@ -529,9 +483,7 @@ def test_title_that_is_not_changed_stays_automatic(page: Page, make_site: MakeSi
 
 
 def test_title_that_is_refused_is_reported(page: Page, make_site: MakeSite) -> None:
-    site = make_site(["One"])
-    open_page(page, site.url)
-    ask(page, site, "First", "One")
+    begin(page, make_site)
 
     rename(page, "First", "a\tb")
 

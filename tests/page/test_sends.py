@@ -6,11 +6,14 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from tests.page.steps import (
+    STREAMS,
     MakeSite,
     answers,
+    break_streams,
     expect_idle,
     expect_stored,
     id_of,
+    lose_answer,
     open_page,
     said,
     said_by_user,
@@ -21,30 +24,10 @@ from tests.page.steps import (
 pytestmark = pytest.mark.needs("chromium")
 
 
-def lose_answers(page: Page, taken: bool) -> list[str]:
-    """Lose the answer to the next post, after the server accepted it or before; return the keys of all posts."""
-    keys: list[str] = []
-
-    def lose(route: Route) -> None:
-        if route.request.method != "POST":
-            route.continue_()
-            return
-        keys.append(route.request.headers["idempotency-key"])
-        if len(keys) > 1:
-            route.continue_()
-            return
-        if taken:
-            route.fetch()
-        route.abort("connectionreset")
-
-    page.route("**/chat", lose)
-    return keys
-
-
 def test_message_that_arrived_leaves_the_box_although_its_answer_was_lost(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(2), words(1))
     open_page(page, site.url)
-    keys = lose_answers(page, taken=True)
+    keys = lose_answer(page, "**/chat", taken=True)
     say(page, "Once only")
     expect(said_by_user(page)).to_have_text(["Once only"])
     expect(page.get_by_label("Message", exact=True)).to_have_value("")
@@ -65,18 +48,15 @@ def test_message_that_arrived_leaves_the_box_although_its_answer_was_lost(page: 
 def test_reload_after_a_lost_answer_shows_the_message_once(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(2), words(1))
     open_page(page, site.url)
-    is_down = True
-    page.route("**/chat/stream/**", lambda route: route.fulfill(status=503) if is_down else route.continue_())
-    site.run(site.app.end_streams())
-    expect(page.locator("#state")).to_have_text("Reconnecting")
-    keys = lose_answers(page, taken=True)
+    break_streams(page, site)
+    keys = lose_answer(page, "**/chat", taken=True)
     say(page, "Once only")
     expect(page.get_by_role("alert")).to_have_text(
         "The server cannot be reached. Your text is kept. Sending it again will not post it twice."
     )
     expect(page.get_by_label("Message", exact=True)).to_have_value("Once only")
     conversation_id = id_of(page)
-    is_down = False
+    page.unroute(STREAMS)
     page.reload()
     expect(said_by_user(page)).to_have_text(["Once only"])
     expect(page.get_by_label("Message", exact=True)).to_have_value("")
@@ -91,7 +71,7 @@ def test_reload_after_a_lost_answer_shows_the_message_once(page: Page, make_site
 def test_lost_message_keeps_its_key_over_a_reload(page: Page, make_site: MakeSite) -> None:
     site = make_site(words(1))
     open_page(page, site.url)
-    keys = lose_answers(page, taken=False)
+    keys = lose_answer(page, "**/chat", taken=False)
     say(page, "Once only")
     kept = "Your text is kept. Sending it again will not post it twice."
     expect(page.get_by_role("alert")).to_contain_text(kept)

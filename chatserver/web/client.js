@@ -464,9 +464,9 @@ class FetchStream extends EventTarget {
 /**
  * A conversation that its stream keeps up to date.
  *
- * Fires `change` when `messages`, `title`, `accepted`, `busy` or `pending` has changed, `state` when `state` has changed, `sent` (a
- * CustomEvent whose detail is the text) when a message is known to have arrived, and `end` (its detail is the reply) when
- * a reply has ended.
+ * Fires `change` when `messages`, `title`, `accepted`, `busy` or `pending` has changed, `state` when `state` has changed,
+ * `sent` (a CustomEvent whose detail is the text) when a message is known to have arrived, and `end` (its detail is the
+ * reply) when a reply has ended.
  */
 export class Conversation extends EventTarget {
   /** @type {Message[]} the branch that is shown, in order; a reply that is streaming is the last one, and its object changes
@@ -608,6 +608,7 @@ export class Conversation extends EventTarget {
     const retrying = earlier ?? { messageId: target, key: randomHex(16), versions: this.#versions(target) };
     this.#retrying = retrying;
     const { key } = retrying;
+    let isUnknown = false;
     try {
       await this.#request(
         () => this.api.retry(this.id, target ? { messageId: target, key } : { key }),
@@ -617,18 +618,15 @@ export class Conversation extends EventTarget {
       if (!(error instanceof ApiError)) {
         throw error;
       }
-      const isUnknown = error.status === 0 || error.status >= 500;
-      if (isUnknown && this.#retrying !== retrying) {
-        // The answer was lost, but the stream has shown the new reply.
-        return;
+      isUnknown = error.status === 0 || error.status >= 500;
+      if (!isUnknown || this.#retrying === retrying) {
+        throw error;
       }
+      // The answer was lost, but the stream has shown the new reply.
+    } finally {
       if (!isUnknown && this.#retrying === retrying) {
         this.#retrying = null;
       }
-      throw error;
-    }
-    if (this.#retrying === retrying) {
-      this.#retrying = null;
     }
   }
 
@@ -964,24 +962,14 @@ export class Conversation extends EventTarget {
       this.#opened();
     }
     if (name === "head") {
-      this.#end(data.messageId, isOpening);
+      this.#takeHead(data.messageId, isOpening);
     } else if (name === "title") {
       this.title = data.title;
       if (this.#opening) {
         this.#opening.hasTitle = true;
       }
     } else if (name === "input") {
-      const ours = this.accepted?.messageId === data.messageId ? this.accepted : null;
-      this.accepted = ours ? null : this.accepted;
-      if (!this.#find(data.messageId)) {
-        this.#push({ id: data.messageId, role: "user", content: data.text, status: "complete", createdAt: data.createdAt });
-        this.#push({ id: ours?.replyId ?? null, role: "assistant", content: "", status: "streaming" });
-        this.#retrying = null;
-      }
-      const index = this.messages.findIndex((message) => message.id === data.messageId);
-      if (this.#isUnsent(this.messages[index], index)) {
-        this.#sent(data.text);
-      }
+      this.#takeInput(data);
     } else if (name === "message") {
       if (!this.#find(data.messageId)) {
         this.#push({ id: data.messageId, role: data.role, content: data.text, status: "complete", createdAt: data.createdAt });
@@ -991,22 +979,45 @@ export class Conversation extends EventTarget {
     } else if (name === "reset") {
       this.#connect();
     } else {
-      const reply = this.#find(data.messageId) ?? this.#growing();
-      this.#identify(reply, data.messageId);
-      reply.status = name === "done" ? data.status : data.code === "interrupted" ? "interrupted" : "failed";
-      if (name === "error") {
-        reply.error = { code: data.code, message: data.message };
-      }
-      if (this.accepted?.replyId === data.messageId) {
-        this.accepted = null;
-      }
-      this.dispatchEvent(new CustomEvent("end", { detail: reply }));
-      if (reply.status === "interrupted") {
-        // A crash may have lost the end of the text that was shown; the history has the stored text.
-        this.#fetch();
-      }
+      this.#takeEnd(name, data);
     }
     this.#changed();
+  }
+
+  #takeInput(/** @type {{messageId: string, text: string, createdAt: string}} */ { messageId, text, createdAt }) {
+    const ours = this.accepted?.messageId === messageId ? this.accepted : null;
+    this.accepted = ours ? null : this.accepted;
+    if (!this.#find(messageId)) {
+      this.#push({ id: messageId, role: "user", content: text, status: "complete", createdAt });
+      this.#push({ id: ours?.replyId ?? null, role: "assistant", content: "", status: "streaming" });
+      this.#retrying = null;
+    }
+    const index = this.messages.findIndex((message) => message.id === messageId);
+    if (this.#isUnsent(this.messages[index], index)) {
+      this.#sent(text);
+    }
+  }
+
+  /**
+   * End the reply that is streaming.
+   * @param {string} name  `done` or `error`
+   * @param {any} data
+   */
+  #takeEnd(name, data) {
+    const reply = this.#find(data.messageId) ?? this.#growing();
+    this.#identify(reply, data.messageId);
+    reply.status = name === "done" ? data.status : data.code === "interrupted" ? "interrupted" : "failed";
+    if (name === "error") {
+      reply.error = { code: data.code, message: data.message };
+    }
+    if (this.accepted?.replyId === data.messageId) {
+      this.accepted = null;
+    }
+    this.dispatchEvent(new CustomEvent("end", { detail: reply }));
+    if (reply.status === "interrupted") {
+      // A crash may have lost the end of the text that was shown; the history has the stored text.
+      this.#fetch();
+    }
   }
 
   /** Note that the stream has got past its beginning: without a title there, the conversation has no chosen one. */
@@ -1023,7 +1034,7 @@ export class Conversation extends EventTarget {
    * @param {string|null} id  null: the conversation is empty
    * @param {boolean} isOpening  whether this is the first event of a stream
    */
-  #end(id, isOpening) {
+  #takeHead(id, isOpening) {
     const index = id === null ? -1 : this.messages.findIndex((message) => message.id === id);
     const last = this.messages.at(-1);
     if (id !== null && index === -1) {

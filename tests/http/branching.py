@@ -6,9 +6,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import pytest
+from bson import ObjectId
 
-from tests.apps import App
+from chatserver.replies.leases import Leases
+from tests.apps import App, MakeApp, Script
 from tests.clients import Event, new_id
+from tests.http.turns import AGES_AGO, document, release
 
 
 async def post(app: App, conversation_id: str | None, text: str, key: str | None = None, **body: Any) -> httpx.Response:
@@ -123,6 +127,33 @@ async def tree(app: App) -> tuple[str, dict[str, str]]:
     await show(app, conversation_id, ids["a2"])
     await add(5)
     return conversation_id, ids
+
+
+async def gated_tree(make_app: MakeApp) -> tuple[App, Script, str, dict[str, str]]:
+    """Make a `tree` on a server whose source waits at its gate from then on; return server, source, id and ids."""
+    source = Script("text")
+    app = await make_app(source=source)
+    conversation_id, ids = await tree(app)
+    source.gate = asyncio.Semaphore(0)
+    return app, source, conversation_id, ids
+
+
+async def lost_retry(
+    make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
+) -> tuple[App, str, dict[str, str], dict[str, str]]:
+    """Retry `a2` of a `tree` with the key "key" on a server that stops at "kept"; the lease of the reply has expired.
+
+    :return: another server, which ends no expired reply unasked, the conversation's id, the ids, the retry's answer
+    """
+    monkeypatch.setattr(Leases, "sweep", lambda _: asyncio.sleep(3600))
+    lost, source, conversation_id, ids = await gated_tree(make_app)
+    source.pieces = ("kept", "lost")
+    release(source)
+    answer = (await ask_retry(lost, conversation_id, ids["a2"], "key")).json()
+    await lost.until(lambda: document(lost, conversation_id)["reply"]["content"] == "kept")
+    await lost.server.background.close()
+    lost.database.conversations.update_one({"_id": ObjectId(conversation_id)}, AGES_AGO)
+    return await make_app(), conversation_id, ids, answer
 
 
 ORDER = ["q1", "a1", "q2", "a2", "a2'", "q3", "a3", "q4", "a4", "q5", "a5"]

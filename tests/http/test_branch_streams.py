@@ -12,6 +12,7 @@ from tests.http.branching import (
     ask_retry,
     everything,
     following,
+    gated_tree,
     path,
     post,
     rename,
@@ -21,7 +22,7 @@ from tests.http.branching import (
     tree,
 )
 from tests.http.conftest import TIME
-from tests.http.turns import document, gated, release, said
+from tests.http.turns import document, gated, insert_conversation, release, said
 from tests.trees import View, at_position, expected_events, names_of, path_to, shown
 
 pytestmark = pytest.mark.gen_test
@@ -210,10 +211,7 @@ async def test_regenerated_reply_ends_with_its_head_before_it(make_app: MakeApp,
 
 
 async def test_stream_until_done_ends_after_a_regenerated_reply(make_app: MakeApp) -> None:
-    source = Script("text")
-    app = await make_app(source=source)
-    conversation_id, ids = await tree(app)
-    source.gate = asyncio.Semaphore(0)
+    app, source, conversation_id, ids = await gated_tree(make_app)
     answer = (await ask_retry(app, conversation_id, ids["a2"])).json()
     following_reply = asyncio.create_task(app.client.events(conversation_id, answer["lastEventId"]))
     await app.until(lambda: app.subscribers == 1)
@@ -302,9 +300,7 @@ def insert_tree(app: App, name: str, head: int = -1) -> tuple[str, list[int | No
         stored = {"_id": ids[index], "role": roles[index], "content": text, "createdAt": TIME}
         messages.append({**stored, "parent": None if parent is None else ids[parent]})
     shown_head = {"_id": ids[head], "length": len(ids)}
-    conversation = {"_id": ObjectId(), "createdAt": TIME, "updatedAt": TIME, "messages": messages, "head": shown_head}
-    app.database.conversations.insert_one(conversation)
-    return str(conversation["_id"]), parents
+    return insert_conversation(app, messages=messages, head=shown_head), parents
 
 
 def linear_but(count: int, *branches: tuple[int, int | None]) -> list[int | None]:

@@ -8,7 +8,6 @@ import pytest
 from bson import ObjectId
 
 from chatserver.errors import SourceError
-from chatserver.replies.leases import Leases
 from chatserver.store import documents
 from tests.apps import App, MakeApp, Script
 from tests.clients import new_id
@@ -19,7 +18,9 @@ from tests.http.branching import (
     ask_retry,
     ask_show,
     everything,
+    gated_tree,
     listed,
+    lost_retry,
     path,
     post,
     rename,
@@ -30,7 +31,7 @@ from tests.http.branching import (
 )
 from tests.http.conftest import TIME, ClientOf
 from tests.http.test_http import assert_problem
-from tests.http.turns import AGES_AGO, document, gated, release, said
+from tests.http.turns import document, gated, insert_conversation, release, said
 from tests.trees import path_to
 
 pytestmark = pytest.mark.gen_test
@@ -84,10 +85,9 @@ async def test_conversation_without_branches_has_its_tree_too(app: App) -> None:
 
 
 async def test_empty_conversation_has_no_head(app: App) -> None:
-    conversation_id = ObjectId()
-    app.database.conversations.insert_one({"_id": conversation_id, "createdAt": TIME, "updatedAt": TIME})
+    conversation_id = insert_conversation(app)
 
-    history = await everything(app, str(conversation_id))
+    history = await everything(app, conversation_id)
 
     assert (history["messages"], history["head"]) == ([], None)
 
@@ -164,10 +164,7 @@ async def test_page_before_a_message_of_another_branch_follows_the_path_to_it(ap
 
 
 async def test_pages_count_the_running_reply_on_the_path(make_app: MakeApp) -> None:
-    source = Script("text")
-    app = await make_app(source=source)
-    conversation_id, ids = await tree(app)
-    source.gate = asyncio.Semaphore(0)
+    app, source, conversation_id, ids = await gated_tree(make_app)
     running = (await ask_retry(app, conversation_id, ids["a2"])).json()["replyId"]
 
     page = await app.client.history(conversation_id, limit=2)
@@ -381,10 +378,7 @@ async def test_switch_with_another_body_is_refused(app: App, body: object) -> No
 
 
 async def test_switch_while_a_reply_runs_is_refused(make_app: MakeApp) -> None:
-    source = Script("text")
-    app = await make_app(source=source)
-    conversation_id, ids = await tree(app)
-    source.gate = asyncio.Semaphore(0)
+    app, source, conversation_id, ids = await gated_tree(make_app)
     await post(app, conversation_id, "More")
     before = document(app, conversation_id).get("head")
 
@@ -400,21 +394,12 @@ async def test_switch_while_a_reply_runs_is_refused(make_app: MakeApp) -> None:
 
 @pytest.mark.expects_log("could not be stored")
 async def test_switch_ends_a_reply_whose_lease_has_expired(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Leases, "sweep", lambda _: asyncio.sleep(3600))
-    source = Script("text")
-    lost = await make_app(source=source)
-    conversation_id, ids = await tree(lost)
-    source.pieces, source.gate = ("kept", "lost"), asyncio.Semaphore(1)
-    running = (await ask_retry(lost, conversation_id, ids["a2"], "key")).json()["replyId"]
-    await lost.until(lambda: document(lost, conversation_id)["reply"]["content"] == "kept")
-    await lost.server.background.close()
-    lost.database.conversations.update_one({"_id": ObjectId(conversation_id)}, AGES_AGO)
-    app = await make_app()
+    app, conversation_id, ids, running = await lost_retry(make_app, monkeypatch)
 
     await show(app, conversation_id, ids["a4"])
 
     message = document(app, conversation_id)["messages"][-1]
-    assert (str(message["_id"]), message["status"], message["content"]) == (running, "interrupted", "kept")
+    assert (str(message["_id"]), message["status"], message["content"]) == (running["replyId"], "interrupted", "kept")
     assert (str(message["parent"]), message["key"]) == (ids["q2"], "key")
     assert (await everything(app, conversation_id))["head"] == ids["a4"]
 
@@ -501,12 +486,9 @@ async def test_conversation_of_another_owner_does_not_exist(users_app: App, clie
 
 
 async def test_messages_without_ids_have_branches_too(app: App) -> None:
-    conversation_id = ObjectId()
     messages = [{"role": role, "content": f"{number}"} for number, role in enumerate(["user", "assistant"] * 2)]
-    fields = {"createdAt": TIME, "updatedAt": TIME, "messages": messages}
-    app.database.conversations.insert_one({"_id": conversation_id, **fields})
-    known = str(conversation_id)
-    q1, a1, q2, a2 = (documents.message_id(conversation_id, index, None) for index in range(4))
+    known = insert_conversation(app, messages=messages)
+    q1, a1, q2, a2 = (documents.message_id(ObjectId(known), index, None) for index in range(4))
     assert await path(app, known) == [q1, a1, q2, a2]
 
     regenerated = await retry(app, known, a2)
@@ -536,10 +518,8 @@ async def test_conversation_that_version_1_retried_continues(app: App) -> None:
         for number, (each, role) in enumerate(zip(ids, roles, strict=True))
     ]
     messages[1] |= {"status": "superseded", "error": error}
-    conversation_id = ObjectId()
-    fields = {"createdAt": TIME, "updatedAt": TIME, "messages": messages}
-    app.database.conversations.insert_one({"_id": conversation_id, **fields})
-    known, (q1, a1, a2, q2, a3) = str(conversation_id), map(str, ids)
+    known = insert_conversation(app, messages=messages)
+    q1, a1, a2, q2, a3 = map(str, ids)
 
     history = await app.client.history(known)
     assert [each["id"] for each in history["messages"]] == [q1, a2, q2, a3]

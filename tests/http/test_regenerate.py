@@ -8,13 +8,22 @@ from bson import ObjectId
 
 from chatserver.errors import OutcomeUnknown, SourceError
 from chatserver.records import StartedTurn
-from chatserver.replies.leases import Leases
 from tests.apps import App, MakeApp, Script
 from tests.clients import new_id
-from tests.http.branching import ask_retry, everything, path, post, retry, say, tree
+from tests.http.branching import (
+    ask_retry,
+    everything,
+    gated_tree,
+    lost_retry,
+    path,
+    post,
+    retry,
+    say,
+    tree,
+)
 from tests.http.conftest import TIME
 from tests.http.test_http import assert_problem
-from tests.http.turns import AGES_AGO, document, gated, release
+from tests.http.turns import document, gated, insert_conversation, release
 
 pytestmark = pytest.mark.gen_test
 
@@ -111,27 +120,24 @@ async def test_retry_of_what_is_not_there_is_refused(app: App) -> None:
 @pytest.mark.parametrize("roles", [[], ["user"], ["assistant"], ["user", "assistant", "assistant"], ["system"]])
 async def test_nothing_to_retry(app: App, roles: list[str]) -> None:
     messages = [{"_id": ObjectId(), "role": each, "content": "x", "createdAt": TIME} for each in roles]
-    conversation = {"_id": ObjectId(), "createdAt": TIME, "updatedAt": TIME, "messages": messages}
-    app.database.conversations.insert_one(conversation)
+    conversation_id = insert_conversation(app, messages=messages)
+    before = document(app, conversation_id)
 
-    assert_problem(await ask_retry(app, str(conversation["_id"])), 409, "nothing_to_retry")
+    assert_problem(await ask_retry(app, conversation_id), 409, "nothing_to_retry")
 
-    assert document(app, str(conversation["_id"])) == conversation
+    assert document(app, conversation_id) == before
 
 
 async def test_reply_after_a_message_of_another_role_is_regenerated(app: App) -> None:
     roles = ["user", "tool", "assistant"]
     messages = [{"_id": ObjectId(), "role": each, "content": "x", "createdAt": TIME} for each in roles]
-    conversation = {"_id": ObjectId(), "createdAt": TIME, "updatedAt": TIME, "messages": messages}
-    app.database.conversations.insert_one(conversation)
+    conversation_id = insert_conversation(app, messages=messages)
 
-    answer = await retry(app, str(conversation["_id"]))
+    answer = await retry(app, conversation_id)
 
-    assert answer["messageId"] == str(messages[0]["_id"])
-    assert await path(app, answer["conversationId"]) == [
-        *(str(each["_id"]) for each in messages[:2]),
-        answer["replyId"],
-    ]
+    question, tool, _ = (str(each["_id"]) for each in messages)
+    assert answer["messageId"] == question
+    assert await path(app, conversation_id) == [question, tool, answer["replyId"]]
 
 
 async def test_retry_while_a_reply_runs_is_refused(make_app: MakeApp) -> None:
@@ -160,11 +166,9 @@ async def test_retry_with_another_body_is_refused(app: App, body: object) -> Non
 
 @pytest.mark.parametrize("named", [False, True])
 async def test_same_key_always_gets_the_first_retry(make_app: MakeApp, named: bool) -> None:
-    source = Script("text")
-    app, other = await make_app(source=source), await make_app()
-    conversation_id, ids = await tree(app)
+    app, source, conversation_id, ids = await gated_tree(make_app)
+    other = await make_app()
     message_id = ids["a2"] if named else None
-    source.gate = asyncio.Semaphore(0)
 
     answers = await asyncio.gather(*(ask_retry(app, conversation_id, message_id, "key") for _ in range(5)))
     first = answers[0].json()
@@ -195,10 +199,7 @@ async def test_key_of_a_retry_belongs_to_all_versions_of_the_reply(app: App) -> 
 
 
 async def test_key_of_a_retry_of_another_message_is_refused(make_app: MakeApp) -> None:
-    source = Script("text")
-    app = await make_app(source=source)
-    conversation_id, ids = await tree(app)
-    source.gate = asyncio.Semaphore(0)
+    app, source, conversation_id, ids = await gated_tree(make_app)
     await ask_retry(app, conversation_id, ids["a2"], "key")
 
     running = [await ask_retry(app, conversation_id, ids[each], "key") for each in ("a1", "a3")]
@@ -285,16 +286,7 @@ async def test_retry_whose_answer_is_lost_is_written_once(make_app: MakeApp, mon
 
 @pytest.mark.expects_log("could not be stored")
 async def test_key_is_kept_with_a_reply_that_a_sweep_ends(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Leases, "sweep", lambda _: asyncio.sleep(3600))
-    source = Script("text")
-    lost = await make_app(source=source)
-    conversation_id, ids = await tree(lost)
-    source.pieces, source.gate = ("kept", "lost"), asyncio.Semaphore(1)
-    first = (await ask_retry(lost, conversation_id, ids["a2"], "key")).json()
-    await lost.until(lambda: document(lost, conversation_id)["reply"]["content"] == "kept")
-    await lost.server.background.close()
-    lost.database.conversations.update_one({"_id": ObjectId(conversation_id)}, AGES_AGO)
-    app = await make_app()
+    app, conversation_id, ids, first = await lost_retry(make_app, monkeypatch)
 
     again = await ask_retry(app, conversation_id, ids["a2"], "key")
 

@@ -10,7 +10,7 @@ from tests.clients import new_id
 from tests.http.branching import ask_rename, everything, following, listed, rename, retry, say
 from tests.http.conftest import TIME
 from tests.http.test_http import assert_problem
-from tests.http.turns import document, gated, release
+from tests.http.turns import document, gated, insert_conversation, release
 
 pytestmark = pytest.mark.gen_test
 
@@ -158,8 +158,7 @@ async def test_stream_of_the_first_reply_after_a_restart_opens_with_the_title(ma
 @pytest.mark.parametrize("title", ["a\nb", "", "  ", 5, None, {"a": 1}, ["x"]])
 async def test_title_of_another_application_that_is_not_one_is_ignored(app: App, title: Any) -> None:
     message = {"_id": ObjectId(), "role": "user", "content": "Hello", "createdAt": TIME}
-    conversation = {"_id": ObjectId(), "createdAt": TIME, "updatedAt": TIME, "title": title, "messages": [message]}
-    app.database.conversations.insert_one(conversation)
+    conversation_id = insert_conversation(app, title=title, messages=[message])
 
     assert (await listed(app))[0]["title"] == "Hello"
-    assert "title" not in await app.client.history(str(conversation["_id"]))
+    assert "title" not in await app.client.history(conversation_id)

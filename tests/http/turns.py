@@ -8,6 +8,7 @@ from bson import ObjectId
 
 from chatserver.records import Key
 from tests.apps import App, Script
+from tests.http.conftest import TIME
 
 AGES_AGO = {"$set": {"reply.renewedAt": datetime(2020, 1, 1, tzinfo=UTC)}}
 """An update after which a lease has expired."""
@@ -27,6 +28,11 @@ def release(source: Script, count: int = 1) -> None:
 def document(app: App, conversation_id: str) -> dict[str, Any]:
     found: dict[str, Any] = app.database.conversations.find_one({"_id": ObjectId(conversation_id)})
     return found
+
+
+def insert_conversation(app: App, **fields: Any) -> str:
+    """Insert a document as another application may; return its id."""
+    return str(app.database.conversations.insert_one({"createdAt": TIME, "updatedAt": TIME, **fields}).inserted_id)
 
 
 async def said(app: App, conversation_id: str, chars: int) -> None:

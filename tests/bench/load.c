@@ -845,19 +845,39 @@ static struct samples answers;
 static long answer_bytes;
 static int idle_requests;
 
+/* Request --path, unless the measurement has ended. */
+static void request_path(struct request *r) {
+    char head[512];
+    if (ending) {
+        idle_requests++;
+        return;
+    }
+    snprintf(head, sizeof head, "GET %s", options.path);
+    send_request(r, head, NULL);
+}
+
+/* Measure requests that repeat themselves, end them, and print the results. */
+static void measure_requests(int count) {
+    run_for(options.settle_ms);
+    recording = true;
+    struct usage from = usage();
+    run_for(options.window_ms);
+    struct usage to = usage();
+    recording = false;
+    ending = true;
+    run_until(&idle_requests, count, "requests end");
+    printf("{\"bytes\": %ld, ", answer_bytes);
+    print_samples("answer_ms", &answers);
+    printf(", ");
+    print_usage(from, to);
+}
+
 static void ask_again(struct request *r, int64_t at) {
     if (recording) {
         add_sample(&answers, r->client, (at - r->sent_at) / 1000);
         answer_bytes = r->bytes;
     }
-    if (r->connection.close_ends) close_connection(&r->connection);
-    if (ending) {
-        idle_requests++;
-        return;
-    }
-    char head[512];
-    snprintf(head, sizeof head, "GET %s", options.path);
-    send_request(r, head, NULL);
+    request_path(r);
 }
 
 static void get(void) {
@@ -866,40 +886,17 @@ static void get(void) {
     for (int i = 0; i < options.clients; i++) {
         requests[i].connection.fd = -1;
         requests[i].client = i;
-        ask_again(&requests[i], 0);
+        request_path(&requests[i]);
     }
-    run_for(options.settle_ms);
-    recording = true;
-    struct usage from = usage();
-    run_for(options.window_ms);
-    struct usage to = usage();
-    recording = false;
-    ending = true;
-    run_until(&idle_requests, options.clients, "answers at the end");
-    printf("{\"bytes\": %ld, ", answer_bytes);
-    print_samples("answer_ms", &answers);
-    printf(", ");
-    print_usage(from, to);
+    measure_requests(options.clients);
 }
 
 /* ---- open -------------------------------------------------------------------------------------------------------- */
 
-static struct samples openings;
 static struct request history;
-
-static void open_again(void) {
-    char head[512];
-    if (ending) {
-        idle_requests++;
-        return;
-    }
-    snprintf(head, sizeof head, "GET %s", options.path);
-    send_request(&history, head, NULL);
-}
 
 static void open_its_stream(struct request *r, int64_t at) {
     (void)at;
-    if (r->connection.close_ends) close_connection(&r->connection);
     answer_bytes = r->bytes;
     snprintf(streams->last_id, ID, "%s", options.position);
     streams->keepalives = 0;
@@ -909,9 +906,9 @@ static void open_its_stream(struct request *r, int64_t at) {
 /* The first ping is part of the opening of a stream. */
 static void end_opening(struct stream *s, int64_t at) {
     if (!s->keepalives) return;
-    if (recording) add_sample(&openings, 0, (at - history.sent_at) / 1000);
+    if (recording) add_sample(&answers, 0, (at - history.sent_at) / 1000);
     close_connection(&s->connection);
-    open_again();
+    request_path(&history);
 }
 
 static void open_repeatedly(void) {
@@ -921,19 +918,8 @@ static void open_repeatedly(void) {
     history.connection.fd = -1;
     on_answer = open_its_stream;
     on_read = end_opening;
-    open_again();
-    run_for(options.settle_ms);
-    recording = true;
-    struct usage from = usage();
-    run_for(options.window_ms);
-    struct usage to = usage();
-    recording = false;
-    ending = true;
-    run_until(&idle_requests, 1, "streams open at the end");
-    printf("{\"bytes\": %ld, ", answer_bytes);
-    print_samples("answer_ms", &openings);
-    printf(", ");
-    print_usage(from, to);
+    request_path(&history);
+    measure_requests(1);
 }
 
 /* ---- main -------------------------------------------------------------------------------------------------------- */

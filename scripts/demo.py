@@ -492,30 +492,33 @@ class Chat:
     def _branches(self, choice: str) -> None:
         """List the versions of the shown messages with numbers, or show the one with a number or an id."""
         choice = choice.strip()
-        if re.fullmatch("[0-9a-fA-F]{24}", choice):
+        if not choice:
+            self._list_versions()
+        elif re.fullmatch("[0-9a-fA-F]{24}", choice):
             self._conversation.switch(choice.lower())
         elif choice.isdecimal() and 1 <= int(choice) <= len(self._versions):
             self._conversation.switch(self._versions[int(choice) - 1])
-        elif choice:
-            self._screen.notice(f"✗ there is no version {choice}; /branches lists them")
         else:
-            tree = self._conversation.tree()
-            by_id = {message["id"]: message for message in tree["messages"]}
-            path: list[dict[str, Any]] = []
-            while (next_id := path[-1]["parentId"] if path else tree["head"]) is not None:
-                path.append(by_id[next_id])
-            self._versions = []
-            for message in reversed(path):
-                siblings = [each for each in tree["messages"] if each["parentId"] == message["parentId"]]
-                if len(siblings) == 1:
-                    continue
-                self._screen.notice(f"versions {self._place(by_id.get(message['parentId']))}:")
-                for each in siblings:
-                    self._versions.append(each["id"])
-                    mark = "*" if each is message else " "
-                    self._screen.notice(f"{mark} {len(self._versions)}  {self._short(each)}")
-            if not self._versions:
-                self._screen.notice("there is one version of each message")
+            self._screen.notice(f"✗ there is no version {choice}; /branches lists them")
+
+    def _list_versions(self) -> None:
+        tree = self._conversation.tree()
+        by_id = {message["id"]: message for message in tree["messages"]}
+        path: list[dict[str, Any]] = []
+        while (next_id := path[-1]["parentId"] if path else tree["head"]) is not None:
+            path.append(by_id[next_id])
+        self._versions = []
+        for message in reversed(path):
+            siblings = [each for each in tree["messages"] if each["parentId"] == message["parentId"]]
+            if len(siblings) == 1:
+                continue
+            self._screen.notice(f"versions {self._place(by_id.get(message['parentId']))}:")
+            for each in siblings:
+                self._versions.append(each["id"])
+                mark = "*" if each is message else " "
+                self._screen.notice(f"{mark} {len(self._versions)}  {self._short(each)}")
+        if not self._versions:
+            self._screen.notice("there is one version of each message")
 
     def _move(self, data: dict[str, Any]) -> None:
         """Show another branch, or only that another one begins: what is printed cannot be taken back."""

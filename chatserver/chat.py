@@ -73,7 +73,7 @@ class Chat:
                 continue
 
     async def retry(self, conversation: Key, message_id: str | None = None, key: str | None = None) -> Turn:
-        """Start a new reply beside an existing one; return the turn, or the first one with the same idempotency key.
+        """Start another version of a reply; return the turn, or the first one with the same idempotency key.
 
         It counts against the owner's limit of turns as `say` does.
 

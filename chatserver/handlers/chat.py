@@ -159,7 +159,7 @@ class RetryHandler(TurnHandler):
 
     @raises(InvalidId, *BODY_ERRORS, *_TURN_ERRORS, NotFound, NotAReply, NothingToRetry, KeyReused)
     async def post(self, conversation_id: str) -> None:
-        """Answer a user's message again, beside an existing reply."""
+        """Start another version of a reply."""
         conversation = self.key(conversation_id)
         message_id = _lower(self.json_body("retry").get("messageId"))
         self.accept(await self.services.chat.retry(conversation, message_id, self.idempotency_key()))
@@ -238,7 +238,7 @@ def _message(message: Message, tree: Tree | None, *, all_branches: bool) -> dict
     """Return a message as JSON.
 
     :param tree: None if no message has siblings
-    :param all_branches: whether it is one of all branches, and must tell its parent instead of its siblings
+    :param all_branches: whether it is one of all branches, and names its parent instead of its siblings
     """
     value: dict[str, Any] = {
         "id": message.id,

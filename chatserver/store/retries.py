@@ -1,4 +1,4 @@
-"""Retries: the start of a new reply beside an existing one."""
+"""Retries: the start of another version of a reply."""
 
 from chatserver.branches import Parent, Tree
 from chatserver.errors import (
@@ -20,7 +20,7 @@ class Retries(Turns):
     async def start_retry(
         self, conversation: Key, reply_id: str, message_id: str | None = None, key: str | None = None
     ) -> StartedTurn:
-        """Store that a new reply beside an existing one runs.
+        """Store that another version of a reply runs.
 
         :param message_id: the existing reply; None for the last one of the active path
         :raises NoSuchConversation, NoSuchMessage, NotAReply, NothingToRetry: and nothing is stored

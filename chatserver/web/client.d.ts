@@ -145,7 +145,7 @@ export class Api {
   stop(id: string): Promise<{ status: "stopping" | "idle" }>;
 
   /**
-   * Request a new reply beside an existing one.
+   * Request another version of a reply.
    * @param id
    * @param retry  `messageId`: the existing reply, by default the last one of the branch that is shown; `key`: the
    *   idempotency key: the server makes one reply per key, however often it is sent
@@ -242,7 +242,7 @@ export class Conversation extends EventTarget {
   edit(message: Message, typed: string): Promise<void>;
 
   /**
-   * Request a new reply beside an existing one. After a failure, repeating the request does not make two.
+   * Request another version of a reply. After a failure, repeating the request does not make two.
    * Rejects with `ApiError`.
    * @param messageId  the existing reply; by default the last one
    */

@@ -201,7 +201,7 @@ export class Api {
   }
 
   /**
-   * Request a new reply beside an existing one.
+   * Request another version of a reply.
    * @param {string} id
    * @param {{messageId?: string, key?: string}} [retry]  `messageId`: the existing reply, by default the last one of the
    *   branch that is shown; `key`: the idempotency key: the server makes one reply per key, however often it is sent
@@ -598,7 +598,7 @@ export class Conversation extends EventTarget {
   }
 
   /**
-   * Request a new reply beside an existing one. After a failure, repeating the request does not make two.
+   * Request another version of a reply. After a failure, repeating the request does not make two.
    * @param {string} [messageId]  the existing reply; by default the last one
    * @throws {ApiError}
    */

@@ -26,8 +26,8 @@ let conversation;
 const deleting = new Set();
 /** what the list shows of the conversation: its chosen title, and its first message */
 let listed = "";
-/** the version of a message that the user has asked for last */
-let wanted = "";
+/** the id of the version that was last requested */
+let requested = "";
 
 const notice = new Notice(byId("notice"));
 const status = new Status(byId("state"));
@@ -220,7 +220,7 @@ function retry(/** @type {import("./client.js").Message} */ reply) {
 }
 
 function step(/** @type {string} */ id) {
-  wanted = id;
+  requested = id;
   attempt("step", () => conversation.show(id), "The other version may not be shown.");
 }
 
@@ -291,7 +291,7 @@ function showConversation() {
   byId("awaited").hidden = !isEmpty || conversation.loaded || !isTrouble(conversation.state);
   composer.update();
   notice.settle(conversation.busy ? "retry" : "stop");
-  if (conversation.messages.some((message) => message.id === wanted)) {
+  if (conversation.messages.some((message) => message.id === requested)) {
     notice.settle("step");
   }
   const inList = JSON.stringify([conversation.title, conversation.messages[0]?.id]);
@@ -338,7 +338,8 @@ function showList() {
 
 function showTitle() {
   const first = conversation.messages[0]?.content ?? conversation.accepted?.text;
-  const title = conversation.title ?? sidebar.title(conversation.id) ?? (first && titleOf(first)) ?? (conversation.loaded ? NEW : UNTITLED);
+  const known = conversation.title ?? sidebar.title(conversation.id) ?? (first && titleOf(first));
+  const title = known ?? (conversation.loaded ? NEW : UNTITLED);
   byId("title").textContent = title;
   document.title = `${title} · ${NAME}`;
 }

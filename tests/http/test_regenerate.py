@@ -1,4 +1,4 @@
-"""Regenerating: a new reply beside an existing one, once for each idempotency key."""
+"""Regenerating: another version of a reply, once for each idempotency key."""
 
 import asyncio
 from typing import Any

@@ -112,7 +112,7 @@ export class Composer {
 
   /** Append a paragraph to the draft. */
   add(/** @type {string} */ text) {
-    this.#input.value = [this.#input.value, text].filter(Boolean).join("\n\n");
+    this.#input.value = paragraphs(this.#input.value, text);
     this.#keep();
     this.#fit();
   }
@@ -120,7 +120,7 @@ export class Composer {
   /** Forget the draft, because its conversation has been deleted; return its text. */
   discard() {
     keepDraft(this.#draftName, { text: "" });
-    return [this.#aside, this.#input.value].filter(Boolean).join("\n\n");
+    return paragraphs(this.#aside, this.#input.value);
   }
 
   /**
@@ -156,7 +156,7 @@ export class Composer {
       // Another client has switched to another branch.
       const aside = this.#aside;
       this.#setEdited("", "");
-      this.#replace([aside, text].filter(Boolean).join("\n\n"));
+      this.#replace(paragraphs(aside, text));
       this.notice.show(GONE);
       return;
     }
@@ -227,7 +227,12 @@ function without(text, draft) {
     return { text: rest(draft.text) };
   }
   if (draft.text.startsWith(text)) {
-    return { text: [aside, rest(draft.text)].filter(Boolean).join("\n\n") };
+    return { text: paragraphs(aside, rest(draft.text)) };
   }
   return { text: draft.text, edited, aside: rest(aside) };
+}
+
+/** Join texts as paragraphs, without the empty ones. */
+function paragraphs(/** @type {string[]} */ ...texts) {
+  return texts.filter(Boolean).join("\n\n");
 }

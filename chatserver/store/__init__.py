@@ -20,6 +20,7 @@ Every call goes through a guard, which bounds it in time (`guard`), and selects 
 
 from chatserver.store.connection import client_options, connect, initiate_replica_set, redact_uri
 from chatserver.store.documents import id_for_key, new_id
+from chatserver.store.idempotency import IdempotencyKeys
 from chatserver.store.reading import Reading
 from chatserver.store.retries import Retries
 from chatserver.store.running import RunningReplies
@@ -28,5 +29,5 @@ from chatserver.store.views import Views
 __all__ = ["Store", "client_options", "connect", "id_for_key", "initiate_replica_set", "new_id", "redact_uri"]
 
 
-class Store(Retries, RunningReplies, Reading, Views):
+class Store(Retries, IdempotencyKeys, RunningReplies, Reading, Views):
     """All operations on the conversations of one database."""

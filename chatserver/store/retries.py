@@ -1,17 +1,10 @@
 """Retries: the start of another version of a reply."""
 
 from chatserver.branches import Parent, Tree
-from chatserver.errors import (
-    KeyReused,
-    NoSuchConversation,
-    NoSuchMessage,
-    NotAReply,
-    NothingToRetry,
-    ReplyInProgress,
-)
-from chatserver.records import Key, StartedTurn, Turn
-from chatserver.store import documents, expressions
-from chatserver.store.turns import MARGIN, NO_REPLY, REPLY_ROOM, Expected, Turns, start_reply, with_key
+from chatserver.errors import NoSuchConversation, NoSuchMessage, NotAReply, NothingToRetry, ReplyInProgress
+from chatserver.records import Key, StartedTurn
+from chatserver.store import documents
+from chatserver.store.turns import MARGIN, NO_REPLY, REPLY_ROOM, Expected, Turns, start_reply
 
 
 class Retries(Turns):
@@ -39,26 +32,6 @@ class Retries(Turns):
                     return started
             raise ReplyInProgress
 
-    async def find_retry(self, conversation: Key, key: str, message_id: str | None) -> Turn | None:
-        """Return the retry that was started with an idempotency key, or None.
-
-        :raises KeyReused: if it was the retry of another message, or the key was used for a post
-        """
-        projection = {**expressions.WITH_TREE, "at": expressions.index_of_key(key)}
-        async with self.guard.call("find_keyed"):
-            document = await self.conversations.find_one(with_key(conversation, key), projection)
-        if document is None:
-            return None
-        tree, running = documents.tree(document), documents.reply(document, expired=False)
-        reply = running.id if running is not None and running.key == key else tree.nodes[document["at"]].id
-        question = _answered(tree, reply)
-        of_another = message_id is not None and (
-            message_id not in tree or tree.parent(message_id) != tree.parent(reply)
-        )
-        if tree.node(reply).role != "assistant" or question is None or of_another:
-            raise KeyReused
-        return Turn(conversation, question, reply)
-
 
 def _retried(tree: Tree, message_id: str | None) -> str:
     """Return the id of the reply to retry.
@@ -75,12 +48,12 @@ def _retried(tree: Tree, message_id: str | None) -> str:
         raise NoSuchMessage
     elif tree.node(message_id).role != "assistant":
         raise NotAReply
-    if _answered(tree, message_id) is None:
+    if answered(tree, message_id) is None:
         raise NothingToRetry
     return message_id
 
 
-def _answered(tree: Tree, reply_id: str) -> str | None:
+def answered(tree: Tree, reply_id: str) -> str | None:
     """Return the id of the user's message that a reply answers; None if it answers none.
 
     Messages of roles that no source is sent, which another application stored, may be between them.

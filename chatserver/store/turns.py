@@ -25,7 +25,7 @@ from chatserver.errors import (
 )
 from chatserver.records import Key, Message, StartedTurn, Turn
 from chatserver.store import documents, expressions
-from chatserver.store.collection import Condition, one
+from chatserver.store.collection import one
 from chatserver.store.database import Database
 from chatserver.store.documents import Document
 
@@ -83,7 +83,7 @@ class Turns(Database):
         :raises NoSuchConversation: if the id is taken by a conversation of another owner
         :raises NoSuchMessage: if the parent does not exist
         :raises IdTaken: if `new` is set, and the id is taken
-        :raises KeyReused: if a message with this key exists already; see `find_by_key`
+        :raises KeyReused: if a message with this key exists already; see `IdempotencyKeys.find_by_key`
         :raises UnsupportedConversation: if another application stored values that a turn cannot follow
         :raises OutcomeUnknown: if the database stopped answering in the middle; see `find_started`
         """
@@ -182,32 +182,6 @@ class Turns(Database):
         document = await self.conversations.find_one(running, self._turn_along(tree.path(tree.head)[:-1]))
         return _started_turn(conversation, document) if document else None
 
-    async def find_by_key(self, conversation: Key, key: str, content: str, parent: Parent | None = None) -> Turn | None:
-        """Return the turn that was started with an idempotency key, or None.
-
-        :param parent: the message that it continues; None if that need not be compared
-        :raises KeyReused: if it has another content or parent, or the key was used for a retry
-        """
-        at = expressions.index_of_key(key)
-        projection = {"at": at, "messages": expressions.messages_from(at, count=2), "reply._id": 1}
-        if parent is not None:
-            projection |= expressions.WITH_TREE
-        async with self.guard.call("find_keyed"):
-            document = await self.conversations.find_one(with_key(conversation, key), projection)
-        if document is None:
-            return None
-        if document["at"] < 0:
-            raise KeyReused
-        question, *replies = (
-            documents.message(each, document, index) for index, each in enumerate(document["messages"], document["at"])
-        )
-        reply = replies[0] if replies else documents.reply(document, expired=False)
-        if question.role != "user" or question.content != content or reply is None:
-            raise KeyReused
-        if parent is not None and documents.tree(document).parent(question.id) != parent.id:
-            raise KeyReused
-        return Turn(conversation, question.id, reply.id)
-
     async def _insert_turn(
         self, conversation: Key, also: Document, update: Document, needed: int, expected: Expected = _NO_BRANCHES
     ) -> StartedTurn | None:
@@ -264,11 +238,6 @@ class Turns(Database):
 def _has_branches(document: Document) -> bool:
     """Return whether a turn's document, as projected for a conversation without branches, has some nevertheless."""
     return document.get("head") is not None or any("parent" in each for each in document["prompt"]["messages"])
-
-
-def with_key(conversation: Key, key: str) -> Condition:
-    """Return the condition for a conversation in which an idempotency key was used."""
-    return one(conversation, {"$or": [{"messages.key": key}, {"reply.key": key}]})
 
 
 def _started_turn(conversation: Key, document: Document) -> StartedTurn:

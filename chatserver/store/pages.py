@@ -60,6 +60,8 @@ def page(conversation: ObjectId, span: Span, divided: Divided, has_branches: Any
         return {"$and": [is_text, is_long, divided == "all" or {"$eq": [f"{message}.role", "assistant"]}]}
 
     part = {"$substrCP": ["$$this.content", skipped, PAGE_SIZE]}
+    # The reads after the first one of a history do not look for branches: the first one looks at all its messages.
+    checked = {"$max": [0, {"$subtract": ["$$end", "$$begin"]}]} if is_along_path(span) else "$$count"
     tree: Any = TREE
     if isinstance(span, Rest):
         tree = None
@@ -78,7 +80,7 @@ def page(conversation: ObjectId, span: Span, divided: Divided, has_branches: Any
             "end": "$$end",
             "found": {"$gte": ["$$at", 0]},
             "tree": tree,
-            "branching": False if isinstance(span, Rest) else is_branching("$$begin", "$$count"),
+            "branching": False if isinstance(span, Rest) else is_branching("$$begin", checked),
             "messages": {
                 "$map": {
                     "input": "$$chosen",

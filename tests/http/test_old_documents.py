@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from bson import json_util
+from bson import ObjectId, json_util
 from tornado.ioloop import IOLoop
 
 from tests.apps import App, MakeApp
@@ -94,6 +94,22 @@ async def test_superseded_replies_are_siblings_of_the_replies_that_replaced_them
         None,
         [FAILED, STOPPED_AGAIN, TOLD_AGAIN],
     ]
+
+
+async def test_superseded_reply_after_thousands_of_messages_is_found(app: App) -> None:
+    before = [{"_id": ObjectId(), "role": role, "content": ""} for role in ["user", "assistant"] * 1000]
+    question, old, new = (ObjectId() for _ in range(3))
+    retried = [
+        {"_id": question, "role": "user", "content": "?"},
+        {"_id": old, "role": "assistant", "content": "", "status": "superseded"},
+        {"_id": new, "role": "assistant", "content": "!"},
+    ]
+    conversation_id = app.database.conversations.insert_one({"messages": [*before, *retried]}).inserted_id
+
+    history = await app.client.history(str(conversation_id))
+
+    assert [each["id"] for each in history["messages"][-2:]] == [str(question), str(new)]
+    assert history["messages"][-1]["siblings"] == [str(old), str(new)]
 
 
 async def test_all_branches_are_in_the_order_of_the_array(old_app: App) -> None:

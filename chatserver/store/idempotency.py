@@ -49,7 +49,13 @@ class IdempotencyKeys(Database):
         if document is None:
             return None
         tree, running = documents.tree(document), documents.reply(document, expired=False)
-        reply = running.id if running is not None and running.key == key else tree.nodes[document["at"]].id
+        if running is not None and running.key == key:
+            reply = running.id
+        elif document["at"] >= 0:
+            reply = tree.nodes[document["at"]].id
+        else:
+            # Another application stored the key in something else than a message or a reply.
+            raise KeyReused
         question = answered(tree, reply)
         of_another = message_id is not None and (
             message_id not in tree or tree.parent(message_id) != tree.parent(reply)

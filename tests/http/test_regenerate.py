@@ -233,6 +233,24 @@ async def test_key_of_a_post_is_not_a_retrys_and_the_other_way_round(make_app: M
     assert len(document(app, conversation_id)["messages"]) == 3
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [], "reply": {"_id": "theirs", "key": "key"}},
+        {"messages": [{"content": "Hello", "role": "assistant"}], "reply": {"_id": "theirs", "key": "key"}},
+        {"messages": {"key": "key"}},
+        {"messages": [{"content": "?", "role": "user", "key": ["key"]}, {"content": "!", "role": "assistant"}]},
+    ],
+)
+async def test_key_that_another_application_stored_elsewhere_is_no_retrys(app: App, fields: dict[str, Any]) -> None:
+    inserted = app.database.conversations.insert_one({"createdAt": TIME, "updatedAt": TIME, **fields}).inserted_id
+    before = document(app, str(inserted))
+
+    assert_problem(await ask_retry(app, str(inserted), None, "key"), 422, "idempotency_key_reused")
+
+    assert document(app, str(inserted)) == before
+
+
 async def test_same_key_on_two_servers_starts_one_reply(make_app: MakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second server searched for the key before the first one had stored it."""
     source = gated("text")

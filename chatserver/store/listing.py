@@ -36,11 +36,26 @@ class Listing(Database):
             found = await self._list(owner, limit, after, {**summary, "beginning": expressions.literal("")})
             for each in found:
                 with suppress(DatabaseRefused):
-                    async with self.guard.call("list"):
-                        titled = await self.conversations.find_one(one(Key(owner, str(each["_id"]))), summary)
-                    each.update(titled or {})
+                    each.update(await self._find_summary(Key(owner, str(each["_id"])), summary) or {})
         await self._begin_along_path(owner, found)
         return [documents.summary(each) for each in found]
+
+    async def summary(self, conversation: Key) -> Summary | None:
+        """Return a conversation as in the list; None if it is unknown."""
+        summary = expressions.summary(expressions.MESSAGES)
+        try:
+            found = await self._find_summary(conversation, summary)
+        except DatabaseRefused:
+            # As in `summaries`.
+            found = await self._find_summary(conversation, {**summary, "beginning": expressions.literal("")})
+        if found is None:
+            return None
+        await self._begin_along_path(conversation.owner, [found])
+        return documents.summary(found)
+
+    async def _find_summary(self, conversation: Key, projection: Document) -> dict[str, Any] | None:
+        async with self.guard.call("list"):
+            return await self.conversations.find_one(one(conversation), projection)
 
     async def _begin_along_path(self, owner: str | None, found: Sequence[dict[str, Any]]) -> None:
         """Correct the `beginning` of the conversations with branches: that of the active path."""

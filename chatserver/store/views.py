@@ -42,8 +42,4 @@ class Views(Listing):
         change = {"$unset": {"title": ""}} if title is None else {"$set": {"title": title}}
         async with self.guard.call("rename"):
             await self.conversations.update_one(one(conversation), change)
-            found = await self.conversations.find_one(one(conversation), expressions.summary(expressions.MESSAGES))
-        if found is None:
-            return None
-        await self._begin_along_path(conversation.owner, [found])
-        return documents.summary(found)
+        return await self.summary(conversation)

@@ -382,6 +382,9 @@ async def test_text_that_is_not_utf8_is_read(app: App) -> None:
     assert (await app.client.history(str(valid["_id"])))["messages"][0]["content"] == "\ufffd" * 4
     titles = {name: each["title"] for name, each in (await listed(app)).items()}
     assert titles == {str(valid["_id"]): "", good["conversationId"]: "Hello"}
+    for title in ("Chosen", None):
+        renamed = await app.client.http.patch(f"/chat/{valid['_id']}", json={"title": title})
+        assert (renamed.status_code, renamed.json().get("title")) == (200, title or "")
 
 
 @pytest.mark.expects_log("the database rejected a call \\(begin\\): code 121")

@@ -1,18 +1,24 @@
 """One database: its client, the guard around its calls, and the settings that the queries need."""
 
+import asyncio
 import inspect
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from pymongo.errors import ConfigurationError, OperationFailure
 
+from chatserver.branches import Tree
 from chatserver.errors import DatabaseRefused, SetupError
 from chatserver.records import Key
-from chatserver.store import expressions, indexes
+from chatserver.store import documents, expressions, indexes
 from chatserver.store.collection import Conversations, one
 from chatserver.store.connection import DEFAULT_DATABASE
-from chatserver.store.documents import new_id
+from chatserver.store.documents import Document, new_id
 from chatserver.store.guard import Guard, Observer
+
+_LARGE_TREE = 2000
+"""Messages. Making a tree of that many takes a few milliseconds."""
 
 
 class Database:
@@ -68,6 +74,19 @@ class Database:
         """Build the indexes, however long it takes; see `indexes.build`."""
         await indexes.build(self._uri, DEFAULT_DATABASE)
 
+    async def _trees(self, found: Sequence[Document]) -> Sequence[Tree]:
+        """Return the trees of conversations; see `documents.tree`.
+
+        Large ones are made in a thread: a tree of 40,000 messages would hold the event loop for 80 ms.
+        """
+        if sum(len(each["tree"]) for each in found) < _LARGE_TREE:
+            return _made(found)
+        return await asyncio.to_thread(_made, found)
+
+    async def _tree(self, document: Document) -> Tree:
+        """Return the tree of a conversation; see `_trees`."""
+        return (await self._trees([document]))[0]
+
     async def ping(self) -> None:
         """Check that the database answers.
 
@@ -82,3 +101,7 @@ class Database:
         closing = self._client.close()
         if inspect.isawaitable(closing):
             await closing
+
+
+def _made(found: Sequence[Document]) -> Sequence[Tree]:
+    return [documents.tree(each) for each in found]

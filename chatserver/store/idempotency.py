@@ -34,7 +34,7 @@ class IdempotencyKeys(Database):
         reply = replies[0] if replies else documents.reply(document, expired=False)
         if question.role != "user" or question.content != content or reply is None:
             raise KeyReused
-        if parent is not None and documents.tree(document).parent(question.id) != parent.id:
+        if parent is not None and (await self._tree(document)).parent(question.id) != parent.id:
             raise KeyReused
         return Turn(conversation, question.id, reply.id)
 
@@ -48,7 +48,7 @@ class IdempotencyKeys(Database):
             document = await self.conversations.find_one(_with_key(conversation, key), projection)
         if document is None:
             return None
-        tree, running = documents.tree(document), documents.reply(document, expired=False)
+        tree, running = await self._tree(document), documents.reply(document, expired=False)
         if running is not None and running.key == key:
             reply = running.id
         elif document["at"] >= 0:

@@ -59,14 +59,13 @@ class Listing(Database):
 
     async def _begin_along_path(self, owner: str | None, found: Sequence[dict[str, Any]]) -> None:
         """Correct the `beginning` of the conversations with branches: that of the active path."""
-        paths = []
-        for each in found:
-            if each["tree"] is not None:
-                tree = documents.tree(each)
-                path = [index for index in tree.path(tree.head)[:10] if index < each["count"]]
-                paths.append({"_id": each["_id"], "path": path})
-        if not paths:
+        branching = [each for each in found if each["tree"] is not None]
+        if not branching:
             return
+        paths = []
+        for each, tree in zip(branching, await self._trees(branching), strict=True):
+            path = [index for index in tree.path(tree.head)[:10] if index < each["count"]]
+            paths.append({"_id": each["_id"], "path": path})
         own = {"$first": {"$filter": {"input": {"$literal": paths}, "cond": {"$eq": ["$$this._id", "$_id"]}}}}
         messages = expressions.along(expressions.let({"own": own}, result="$$own.path"))
         projection = {"beginning": expressions.summary(messages)["beginning"]}

@@ -44,7 +44,7 @@ class Reading(Database):
             page = document["page"]
             if page.get("tree") is None:
                 return pages.record_with_page(document, span)
-            tree = documents.tree({**document, "tree": page["tree"]})
+            tree = await self._tree({**document, "tree": page["tree"]})
             if not pages.is_along_path(span):
                 return replace(pages.record_with_page(document, span), tree=tree)
             older, path = pages.along_path(span, tree, document["count"])

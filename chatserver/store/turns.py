@@ -178,7 +178,7 @@ class Turns(Database):
         found = await self.conversations.find_one(running, expressions.WITH_TREE)
         if found is None:
             return None
-        tree = documents.tree(found)
+        tree = await self._tree(found)
         document = await self.conversations.find_one(running, self._turn_along(tree.path(tree.head)[:-1]))
         return _started_turn(conversation, document) if document else None
 
@@ -232,7 +232,7 @@ class Turns(Database):
             raise UnsupportedConversation
         elif document["size"] > DOCUMENT_BYTES - needed:
             raise ConversationFull
-        return State(documents.tree(document), document.get("head"))
+        return State(await self._tree(document), document.get("head"))
 
 
 def _has_branches(document: Document) -> bool:

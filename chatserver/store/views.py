@@ -25,7 +25,7 @@ class Views(Listing):
                     raise NoSuchConversation
                 if "reply" in document:
                     raise ReplyInProgress if documents.reply(document, expired=False) else UnsupportedConversation
-                tree = documents.tree(document)
+                tree = await self._tree(document)
                 if message_id not in tree:
                     raise NoSuchMessage
                 leaf = tree.leaf(message_id)

@@ -104,6 +104,27 @@ async def test_no_request_holds_the_event_loop_however_long_the_conversation(
     assert [each["content"] for each in json.loads(newest)["messages"]] == texts[-1000:]
 
 
+@pytest.mark.parametrize(("conversations", "messages"), [(100, 1000), (1, 40_000)])
+async def test_branches_do_not_hold_the_event_loop(
+    make_app: MakeApp, holds: list[float], conversations: int, messages: int
+) -> None:
+    app = await make_app()
+    head = {"_id": ObjectId(), "length": messages}
+    for _ in range(conversations):
+        conversation_id = await asyncio.to_thread(insert, app.database, ["x"] * messages, head=head)
+    path, first = f"/chat/{conversation_id}", app.database.conversations.find_one()["messages"][0]["_id"]
+    await asyncio.sleep(0)
+    holds.clear()
+
+    await asyncio.to_thread(fetch, app, "GET", "/chat?limit=100")
+    await asyncio.to_thread(fetch, app, "GET", f"{path}?limit=50")
+    await asyncio.to_thread(fetch, app, "PUT", f"{path}/head", json.dumps({"messageId": str(first)}))
+    await asyncio.to_thread(fetch, app, "POST", f"{path}/retry")
+    await app.until(lambda: not app.replies.running)
+
+    assert max(holds) < 0.05
+
+
 @pytest.mark.parametrize("shape", ["tiny", "large"])
 async def test_clients_that_do_not_read_cost_little_memory(
     make_server: Callable[..., Server], database: Database, shape: str

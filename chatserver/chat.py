@@ -124,7 +124,7 @@ class Chat:
         """Show another branch: the one through a message. Return the id of the message at its end.
 
         :raises NotFound: if the conversation or the message does not exist
-        :raises ReplyInProgress, UnsupportedConversation: and nothing is changed
+        :raises ReplyInProgress, ConversationFull, UnsupportedConversation: and nothing is changed
         """
         alignment = self._replies.alignment
         with self._hub.hold(conversation) as live:
@@ -136,6 +136,7 @@ class Chat:
         """Set the title of a conversation, None for the automatic one; return the conversation as in the list.
 
         :raises NotFound: if the conversation does not exist
+        :raises ConversationFull: and nothing is changed
         """
         with self._hub.hold(conversation) as live:
             summary = await self._store.rename(conversation, title)

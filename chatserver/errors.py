@@ -255,7 +255,7 @@ class ConversationFull(ChatError):
     title = "Conversation full"
     default_detail = "This conversation has no room for another turn. Start a new one."
     code = "conversation_full"
-    when = "the conversation's document has no room for another turn"
+    when = "the conversation's document has no room for another turn, a title or a head"
 
 
 class NothingToRetry(ChatError):

@@ -127,7 +127,7 @@ class ConversationHandler(BaseHandler):
 
     head = get
 
-    @raises(InvalidId, *BODY_ERRORS, NotFound, DatabaseUnavailable)
+    @raises(InvalidId, *BODY_ERRORS, NotFound, ConversationFull, DatabaseUnavailable)
     async def patch(self, conversation_id: str) -> None:
         """Rename the conversation."""
         conversation = self.key(conversation_id)
@@ -168,7 +168,10 @@ class RetryHandler(TurnHandler):
 class HeadHandler(BaseHandler):
     """`/chat/:conversationId/head`"""
 
-    @raises(InvalidId, *BODY_ERRORS, NotFound, ReplyInProgress, UnsupportedConversation, DatabaseUnavailable)
+    @raises(
+        *(InvalidId, *BODY_ERRORS, NotFound),
+        *(ReplyInProgress, ConversationFull, UnsupportedConversation, DatabaseUnavailable),
+    )
     async def put(self, conversation_id: str) -> None:
         """Show another branch."""
         conversation = self.key(conversation_id)

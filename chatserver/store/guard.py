@@ -16,7 +16,7 @@ from pymongo.errors import (
     WriteConcernError,
 )
 
-from chatserver.errors import ChatError, DatabaseRefused, DatabaseUnavailable, OutcomeUnknown
+from chatserver.errors import ChatError, ConversationFull, DatabaseRefused, DatabaseUnavailable, OutcomeUnknown
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,8 @@ IngressRequestRateLimitExceeded: MongoDB rejects an operation for now."""
 _UNREACHABLE = {6, 7, 89, 133, 134, 9001}
 """HostUnreachable, HostNotFound, NetworkTimeout, FailedToSatisfyReadPreference, ReadConcernMajorityNotAvailableYet,
 SocketException: the answer of a `mongos` that cannot reach a shard."""
+_TOO_LARGE = {10334, 17419}
+"""BSONObjectTooLarge, and that of an update: the document would be larger than 16 MB."""
 _PROBE_S = 0.5
 """While the database is away, one call per this interval probes it; the others fail at once."""
 _CONCURRENT_CALLS = 10
@@ -55,6 +57,7 @@ class Guard:
         :param write: whether the caller must know whether an unanswered call was carried out
         :raises DatabaseUnavailable: if MongoDB does not answer in time, or rejects the call for now
         :raises OutcomeUnknown: instead, if `write` and the call may have been carried out
+        :raises ConversationFull: if the document has no room for what an update would add
         :raises DatabaseRefused: if MongoDB answers with another error
         """
         started = monotonic()
@@ -88,6 +91,9 @@ class Guard:
         except OperationFailure as error:
             # Without the error's message: it may quote a document.
             code, name = error.code or 0, (error.details or {}).get("codeName", type(error).__name__)
+            if code in _TOO_LARGE:
+                answered = True
+                raise ConversationFull("This conversation's document has no room for the change.") from error
             logger.warning("the database rejected a call (%s): code %s %s", operation, code, name)
             if code in BUSY or isinstance(error, ExecutionTimeout):
                 busy = "The database is busy. Try again in a moment."

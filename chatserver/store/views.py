@@ -16,7 +16,8 @@ class Views(Listing):
     async def show(self, conversation: Key, message_id: str) -> str:
         """Make the end of the path through a message the head; see `Tree.leaf`. Return its id.
 
-        :raises NoSuchConversation, NoSuchMessage, ReplyInProgress, UnsupportedConversation: and nothing is stored
+        :raises NoSuchConversation, NoSuchMessage, ReplyInProgress: and nothing is stored
+        :raises ConversationFull, UnsupportedConversation: likewise
         """
         async with self.guard.call("show"):
             for _ in range(3):
@@ -38,7 +39,10 @@ class Views(Listing):
             raise ReplyInProgress
 
     async def rename(self, conversation: Key, title: str | None) -> Summary | None:
-        """Set a conversation's title, or None for the automatic one; return the conversation, None if it is unknown."""
+        """Set a conversation's title, or None for the automatic one; return the conversation, None if it is unknown.
+
+        :raises ConversationFull: and nothing is stored
+        """
         change = {"$unset": {"title": ""}} if title is None else {"$set": {"title": title}}
         async with self.guard.call("rename"):
             await self.conversations.update_one(one(conversation), change)

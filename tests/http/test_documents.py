@@ -400,6 +400,21 @@ async def test_write_that_mongodb_rejects_is_an_internal_error_and_not_an_outage
     assert 'chatserver_store_errors_total{operation="begin"}' not in metrics
 
 
+async def test_document_of_16_mb_takes_no_title_and_no_head(app: App) -> None:
+    conversation_id, first, last = ObjectId(), ObjectId(), ObjectId()
+    messages = [message("user", "", _id=first), message("user", "", _id=last, parent=None)]
+    full: dict[str, Any] = {"_id": conversation_id, "createdAt": TIME, "updatedAt": TIME, "messages": messages}
+    messages[0]["content"] = "x" * (16 * 1024 * 1024 - len(encode(full)))
+    app.database.conversations.insert_one(full)
+    path = f"/chat/{conversation_id}"
+
+    renamed = await app.client.http.patch(path, json={"title": "Title"})
+    switched = await app.client.http.put(f"{path}/head", json={"messageId": str(first)})
+
+    assert_problem(renamed, 409, "conversation_full")
+    assert_problem(switched, 409, "conversation_full")
+
+
 VARIANTS = ["plain", "timestamps", "timesOfMessages", "withoutIds", "withoutAnything"]
 """The models of `mongoose.mjs`."""
 

@@ -112,7 +112,7 @@ async def test_each_operation_documents_the_problem_codes_that_it_answers_with(a
     assert told["exportConversations"] == every | who | {"database_unavailable"}
     assert told["listConversations"] == every | who | {"invalid_request", "database_unavailable"}
     assert told["say"].isdisjoint({"invalid_id", "nothing_to_retry", "not_a_reply"})
-    assert told["show"].isdisjoint({"conversation_full", "quota_exceeded", "draining", "not_a_reply"})
+    assert told["show"].isdisjoint({"quota_exceeded", "draining", "not_a_reply"})
     assert told["rename"].isdisjoint({"reply_in_progress", "unsupported_conversation", "draining"})
     assert told["stop"].isdisjoint({"too_many_replies", "draining", "reply_in_progress"})
     # That one is the answer to methods that are not described.

@@ -39,6 +39,11 @@ WITH_TREE: Document = {
     "tree": TREE,
 }
 """The fields that `documents.tree` needs, and the running reply's key."""
+WITH_TREE_IF_IDLE: Document = {
+    **WITH_TREE,
+    "tree": {"$cond": [{"$eq": [{"$type": "$reply._id"}, "missing"]}, TREE, None]},
+}
+"""The same, but without the tree while a reply runs: what needs it is refused then."""
 _LAST_ID: Document = {"$let": {"vars": {"last": {"$last": MESSAGES}}, "in": "$$last._id"}}
 OVERVIEW: Document = {
     "owner": 1,

@@ -207,7 +207,7 @@ class Turns(Database):
     async def _examine(self, conversation: Key, key: str | None, needed: int) -> State | None:
         """Return a conversation in which a turn can start, None if it is unknown; raise why a turn cannot start."""
         projection: dict[str, Any] = {
-            **expressions.WITH_TREE,
+            **expressions.WITH_TREE_IF_IDLE,
             "size": {"$bsonSize": "$$ROOT"},
             "supported": expressions.IS_SUPPORTED,
             "is_null": {"$eq": [{"$type": "$messages"}, "null"]},

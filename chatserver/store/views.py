@@ -21,7 +21,7 @@ class Views(Listing):
         """
         async with self.guard.call("show"):
             for _ in range(3):
-                document = await self.conversations.find_one(one(conversation), expressions.WITH_TREE)
+                document = await self.conversations.find_one(one(conversation), expressions.WITH_TREE_IF_IDLE)
                 if document is None:
                     raise NoSuchConversation
                 if "reply" in document:

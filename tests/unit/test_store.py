@@ -10,7 +10,7 @@ from typing import Any
 
 import pymongo
 import pytest
-from bson import ObjectId
+from bson import ObjectId, encode
 from motor.motor_asyncio import AsyncIOMotorClient
 from pymongo.errors import BulkWriteError, OperationFailure
 from pymongo.monitoring import CommandListener
@@ -180,15 +180,17 @@ async def test_key_names_its_first_turn_and_is_never_used_twice(stores: Stores) 
 
 
 class Commands(CommandListener):
-    """Records the commands that are sent to MongoDB."""
+    """Records the commands that are sent to MongoDB, and how many bytes each of its answers has."""
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
+        self.received: list[int] = []
 
     def started(self, event: Any) -> None:
         self.sent.append(event.command)
 
-    def succeeded(self, event: Any) -> None: ...
+    def succeeded(self, event: Any) -> None:
+        self.received.append(len(encode(event.reply)))
 
     def failed(self, event: Any) -> None: ...
 
@@ -335,6 +337,26 @@ async def count_commands(store: Store, commands: Commands) -> None:
     record = await store.read(first.conversation, Newest())
     assert record is not None and len(record.messages) * len(text) > PAGE_SIZE - 2 * len(text)
     assert await read(Newest()) == ["find", "find"]
+
+
+async def test_refused_turn_in_a_long_conversation_reads_little(database: Database) -> None:
+    async with recorded(database) as (store, commands):
+        first = turn()
+        await store.start_turn(first, "Hello", None, new=True)
+        messages = [{"_id": ObjectId(), "role": "user", "content": ""} for _ in range(1000)]
+        database.conversations.update_one({}, {"$push": {"messages": {"$each": messages}}})
+        commands.received.clear()
+
+        for refused in (
+            store.start_turn(turn(first.conversation), "Hello", "key"),
+            store.start_turn(turn(first.conversation), "Hello", None, parent=Parent(None)),
+            store.start_retry(first.conversation, new_id(), first.message_id),
+            store.show(first.conversation, first.message_id),
+        ):
+            with pytest.raises(ReplyInProgress):
+                await refused
+
+        assert max(commands.received) < 2000
 
 
 async def test_text_of_a_client_is_never_evaluated_as_an_expression(database: Database) -> None:

@@ -158,7 +158,7 @@ def test_cookie_that_is_renewed_in_time_keeps_the_stream_through_its_expiries(
 ) -> None:
     site = make_site(words(40), auth_login_url="/login", **SETTINGS)
     users = Users(context, site)
-    users.sign_in("alice", seconds=2)
+    users.sign_in("alice", seconds=3)
     page = open_page(context.new_page(), site.url)
     streams = streams_of(page)
     page.evaluate(
@@ -171,7 +171,7 @@ def test_cookie_that_is_renewed_in_time_keeps_the_stream_through_its_expiries(
     say(page, "Count")
     n_words = 0
     while len(streams) < 3:
-        users.sign_in("alice", seconds=2)
+        users.sign_in("alice", seconds=3)
         n_words += 1
         site.say()
         expect(answers(page)).to_have_text([said(n_words)])

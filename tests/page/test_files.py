@@ -123,6 +123,8 @@ def test_page_of_the_readme(
     box.fill("x" * 400)
     page.keyboard.press("Enter")
     expect(box).to_have_value("")
+    while not streams:
+        page.wait_for_timeout(10)
     streams.pop().continue_()
     site.say(2)
     expect(log).to_have_text(f"user: {'x' * 400}\nassistant: {said(2)}")

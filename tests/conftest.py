@@ -135,6 +135,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if len(selected) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in set(selected)])
         items[:] = selected
+    # A worker takes one file at a time: those with the longest tests first, so that none of them is left for the end.
+    longest: dict[Path, int] = {}
+    for item in items:
+        longest[item.path] = max(longest.get(item.path, 0), LANES.index(lane_of(item)))
+    items.sort(key=lambda item: -longest[item.path])
 
 
 @pytest.hookimpl(trylast=True)

@@ -78,9 +78,7 @@ def our_tasks() -> list[str]:
 
 def indexes_are_built() -> bool:
     """Return whether the job that builds the indexes, and its client, have ended."""
-    return not any(
-        name.startswith(("Store.build_indexes", "AsyncPeriodicExecutor", "AsyncConnection")) for name in our_tasks()
-    )
+    return not any("build_indexes" in name or name.startswith("Async") for name in our_tasks())
 
 
 def stored(history: dict[str, Any]) -> dict[str, str]:

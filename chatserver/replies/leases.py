@@ -34,7 +34,7 @@ class Leases:
         self._own = own
 
     async def checkpoint(self) -> None:
-        """Checkpoint the running replies over one interval; abandon replies that other servers have ended.
+        """Checkpoint the running replies over one interval. End those that other servers were asked to stop, or ended.
 
         Many replies are saved in several batches, so that no single write blocks the event loop for long.
         """
@@ -56,7 +56,7 @@ class Leases:
         :param replies: reply id -> conversation, content
         """
         try:
-            ended = await self._store.checkpoint(replies)
+            unsaved = await self._store.checkpoint(replies)
         except DatabaseUnavailable:
             raise
         except Exception:
@@ -69,7 +69,10 @@ class Leases:
                     if writer.failed_checkpoints == STORE_ATTEMPTS:
                         writer.end(endings.CRASHED)
             return
-        for reply_id in ended:
+        for reply_id in unsaved.stopping:
+            if writer := self._own.writers.get(reply_id):
+                writer.end(endings.STOPPED)
+        for reply_id in unsaved.ended:
             if (writer := self._own.writers.get(reply_id)) and writer.end(endings.INTERRUPTED):
                 logger.info("reply ended or deleted by another server", extra=writer.log_fields)
 

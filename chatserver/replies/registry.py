@@ -1,8 +1,10 @@
 """The registry: starts the replies of this process, acts on their outcomes, and drains them."""
 
+import asyncio
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import Enum, auto
+from time import monotonic
 
 from chatserver import tasks
 from chatserver.errors import (
@@ -32,6 +34,8 @@ from chatserver.tasks import Tasks
 logger = logging.getLogger(__name__)
 
 _STOP_PATIENCE_S = 1.0
+_LOOK_S = 0.05
+"""Interval at which the end of another server's reply is looked for, once that was asked to stop it."""
 _QUOTA_RETRY_S = 2
 """When to try again after the limit of an owner's running replies was reached: it is unknown when one of them ends."""
 
@@ -60,8 +64,8 @@ class Replies:
         self._tasks = background
         self._timings = Timings(metrics)
         self._own = OwnReplies()
-        self._leases = Leases(settings, store, self._own)
-        self.alignment = Alignment(settings, store, hub, self._own, self._leases, background)
+        self.leases = Leases(settings, store, self._own)
+        self.alignment = Alignment(settings, store, hub, self._own, self.leases, background)
         self._starter = Starter(store, self.alignment)
         metrics.watch("chatserver_running_replies", "Replies being written.", lambda: self.running)
 
@@ -98,8 +102,8 @@ class Replies:
 
         :param sole_server: whether no other server can be running, so that every lease counts as expired
         """
-        await self._leases.finish_expired(sole_server=sole_server)
-        for job in (self._leases.checkpoint, self._leases.sweep):
+        await self.leases.finish_expired(sole_server=sole_server)
+        for job in (self.leases.checkpoint, self.leases.sweep):
             self._tasks.spawn(tasks.repeat(job, expected=(DatabaseUnavailable,)))
 
     def refuse_turns(self) -> None:
@@ -164,10 +168,19 @@ class Replies:
                 continue
             if record.reply is None:
                 return None
-            # Another server writes it, and finds it ended at its next checkpoint. If it was checkpointed after the
-            # read, read again.
-            if await self._leases.finish_from_checkpoint(live.key, record.reply, endings.STOPPED):
+            if await self._store.request_stop(live.key, record.reply.id):
+                await self._wait_for_end(live, record.reply.id)
                 return record.reply.id
+
+    async def _wait_for_end(self, live: LiveConversation, reply_id: str) -> None:
+        """Wait until another server has ended a reply, but no longer than `_STOP_PATIENCE_S`."""
+        deadline = monotonic() + _STOP_PATIENCE_S
+        with suppress(DatabaseUnavailable):
+            while monotonic() < deadline:
+                await asyncio.sleep(_LOOK_S)
+                record = await self.alignment.read(live)
+                if record is None or record.reply is None or record.reply.id != reply_id:
+                    return
 
     def abandon(self, reply_id: str) -> None:
         """End a reply that was deleted, if this process writes it."""

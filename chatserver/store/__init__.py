@@ -4,7 +4,7 @@ One document per conversation, in the collection `conversations` (`documents` al
 
     { _id, owner?, createdAt, updatedAt, title?, head?: { _id, length },
       messages: [ { _id, role, content, createdAt, status?, error?: { code, message }, parent?, key? } ],
-      reply?: { _id, createdAt, content, renewedAt, parent?, key? } }
+      reply?: { _id, createdAt, content, renewedAt, stop?, parent?, key? } }
 
 A turn is two atomic writes: its start (`turns`, `retries`) and its end (`running`). Both can be repeated safely: the
 start holds only while `reply` is absent, the end only while `reply` is the started one. Nothing else changes

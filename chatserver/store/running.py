@@ -1,8 +1,9 @@
 """A running reply in the database: its checkpoints, which renew its lease, and the second write of a turn, its end."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from bson import ObjectId
 from pymongo.errors import OperationFailure
@@ -16,6 +17,20 @@ from chatserver.store.documents import Document
 
 _NO_SUCH_INDEX = 2
 """BadValue: the hint names an index that does not exist, or is still being built."""
+_STOP = {"reply._id": 1, "reply.stop": 1}
+"""The projection of a running reply's id, and of the mark that it is to be stopped."""
+_NOT_STOPPED = {"reply.stop": {"$exists": False}}
+
+
+class Unsaved(NamedTuple):
+    """The ids of the replies that a checkpoint did not save.
+
+    :ivar ended: those that no longer run: another server ended them, or they were deleted
+    :ivar stopping: those that another server was asked to stop
+    """
+
+    ended: Collection[str] = ()
+    stopping: Collection[str] = ()
 
 
 class RunningReplies(Database):
@@ -25,30 +40,46 @@ class RunningReplies(Database):
     def _finishes(self) -> Batcher[tuple[Condition, Document], bool]:
         return Batcher(self._finish_all)
 
-    async def checkpoint(self, replies: Mapping[str, tuple[Key, str]]) -> Collection[str]:
+    async def checkpoint(self, replies: Mapping[str, tuple[Key, str]]) -> Unsaved:
         """Save the text of running replies and renew their leases, in one bulk write.
 
         :param replies: reply id -> conversation, content
-        :return: the ids of the replies that no longer run: another server ended them, or they were deleted
         """
         changes: list[tuple[Condition, Document]] = [
             (
-                one(conversation, {"reply._id": ObjectId(reply_id)}),
+                one(conversation, {"reply._id": ObjectId(reply_id), **_NOT_STOPPED}),
                 {"$set": {"reply.content": content}, "$currentDate": {"reply.renewedAt": True}},
             )
             for reply_id, (conversation, content) in replies.items()
         ]
         async with self.guard.call("checkpoint"):
             if await self.conversations.update_all(changes) == len(changes):
-                return ()
+                return Unsaved()
             condition = several(conversation for conversation, _ in replies.values())
-            found = await self.conversations.find(condition, {"owner": 1, "reply._id": 1}).to_list(None)
-        running = [(documents.key(each), documents.reply(each, expired=False)) for each in found]
-        running_ids = {(key, reply.id) for key, reply in running if reply is not None}
-        return {reply_id for reply_id, (key, _) in replies.items() if (key, reply_id) not in running_ids}
+            found = await self.conversations.find(condition, {"owner": 1, **_STOP}).to_list(None)
+        # Key of the conversation -> id of its running reply, and whether it is to be stopped.
+        running = {
+            documents.key(each): (str(each["reply"]["_id"]), "stop" in each["reply"])
+            for each in found
+            if each.get("reply")
+        }
+        states = {reply_id: running.get(key) for reply_id, (key, _) in replies.items()}
+        return Unsaved(
+            {reply_id for reply_id, state in states.items() if state is None or state[0] != reply_id},
+            {reply_id for reply_id, state in states.items() if state == (reply_id, True)},
+        )
+
+    async def request_stop(self, conversation: Key, reply_id: str) -> bool:
+        """Have the server that writes a reply stop it at its next checkpoint; return whether the reply still runs."""
+        async with self.guard.call("request_stop"):
+            return await self.conversations.update_one(
+                one(conversation, {"reply._id": ObjectId(reply_id)}), {"$set": {"reply.stop": True}}
+            )
 
     async def finish(self, conversation: Key, message: Message, *, if_renewed_at: object = None) -> Message | None:
         """Store a running reply as a message, and end it. Replies that end together share one bulk write.
+
+        A complete reply that a client has stopped meanwhile, on another server, is stored as stopped.
 
         :param if_renewed_at: only if its lease was not renewed since
         :return: the message as the database has it, whichever server stored it; None if the database has none
@@ -71,16 +102,20 @@ class RunningReplies(Database):
         running: dict[str, Any] = {"reply._id": stored["_id"]}
         if if_renewed_at is not None:
             running["reply.renewedAt"] = if_renewed_at
+        if message.status == "complete":
+            running |= _NOT_STOPPED
         change = {"$push": {"messages": stored}, "$unset": {"reply": ""}, "$max": {"updatedAt": documents.now()}}
         if await self._finishes.submit((one(conversation, running), change)):
             return message
         async with self.guard.call("finish"):
             document = await self.conversations.find_one(
-                one(conversation), {"messages": {"$elemMatch": {"_id": stored["_id"]}}, "reply._id": 1}
+                one(conversation), {"messages": {"$elemMatch": {"_id": stored["_id"]}}, **_STOP}
             )
         if document and document.get("messages"):
             return documents.message(document["messages"][0], document, 0)
-        if document and if_renewed_at is None and document.get("reply") == {"_id": stored["_id"]}:
+        if document and if_renewed_at is None and document.get("reply", {}).get("_id") == stored["_id"]:
+            if message.status == "complete" and "stop" in document["reply"]:
+                return await self.finish(conversation, replace(message, status="stopped"))
             raise RuntimeError("MongoDB rejects the reply")
         return None
 

@@ -147,6 +147,47 @@ async def test_stop_and_delete_reach_a_reply_of_another_server(make_app: MakeApp
         await writer.until_idle()
 
 
+async def test_stop_on_another_server_loses_no_text_of_any_stream(make_app: MakeApp) -> None:
+    source = gated("one ", "two ", "three", said=1)
+    writer = await make_app(source=source, checkpoint_ms=250)
+    other, third = [await make_app(checkpoint_ms=250) for _ in range(2)]
+    answer = await writer.client.say("Hello")
+    conversation_id, apps = answer["conversationId"], (writer, other, third)
+    watchers = [asyncio.create_task(app.client.events(conversation_id, answer["lastEventId"])) for app in apps]
+    await writer.until(lambda: document(writer, conversation_id)["reply"]["content"] == "one ")
+    # This text is newer than the checkpoint.
+    release(source)
+    await said(writer, conversation_id, 8)
+
+    began = asyncio.get_running_loop().time()
+    response = await other.client.http.post(f"/chat/{conversation_id}/stop")
+
+    assert response.json() == {"status": "stopping", "messageId": answer["replyId"]}
+    assert document(writer, conversation_id)["messages"][-1]["content"] == "one two "
+    for watcher in watchers:
+        events = await watcher
+        assert text_of(events) == "one two " and events[-1].data["status"] == "stopped"
+    assert asyncio.get_running_loop().time() - began < 1
+    again = await other.client.http.post(f"/chat/{conversation_id}/stop")
+    assert again.json()["status"] == "idle"
+    await other.client.turn("More", conversation_id)
+
+
+@pytest.mark.expects_log("could not be stored")
+async def test_stop_of_a_reply_whose_server_is_dead_is_accepted(make_app: MakeApp) -> None:
+    lost = await make_app(source=gated("kept"), checkpoint_ms=20, lease_ms=2000)
+    other = await make_app(checkpoint_ms=20, lease_ms=2000)
+    answer = await lost.client.say("Hello")
+    watcher = asyncio.create_task(other.client.events(answer["conversationId"], answer["lastEventId"]))
+    await other.until(lambda: other.subscribers == 1)
+    await lose(lost)
+
+    response = await other.client.http.post(f"/chat/{answer['conversationId']}/stop")
+
+    assert response.json()["status"] == "stopping"
+    assert (await watcher)[-1].data["code"] == "interrupted"
+
+
 async def test_stream_on_another_server_resumes_from_the_stored_text(make_app: MakeApp) -> None:
     """Also while that server keeps an older state of the conversation in memory for another subscriber."""
     writer, other = await make_app(), await make_app()

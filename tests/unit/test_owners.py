@@ -262,6 +262,7 @@ def operations(store: Store, conversation: Key, named: Turn) -> dict[str, Callab
         "show": lambda: store.show(conversation, named.message_id),
         "rename": lambda: store.rename(conversation, "mine"),
         "checkpoint": lambda: store.checkpoint({named.reply_id: (conversation, "mine")}),
+        "request_stop": lambda: store.request_stop(conversation, named.reply_id),
         "finish": lambda: store.finish(conversation, reply),
         "finish, expired": lambda: store.finish(conversation, reply, if_renewed_at=datetime.now(UTC)),
         "delete": lambda: store.delete(conversation),
@@ -359,9 +360,9 @@ async def test_checkpoint_reports_a_reply_that_runs_for_another_owner_only(store
             await store.start_turn(each, "Hello", None)
         give(stores.database, given.conversation.id, "bob")
 
-        ended = await store.checkpoint({each.reply_id: (each.conversation, "text") for each in (kept, given)})
+        unsaved = await store.checkpoint({each.reply_id: (each.conversation, "text") for each in (kept, given)})
 
-        assert set(ended) == {given.reply_id}
+        assert unsaved.ended == {given.reply_id}
         contents = [document(stores.database, each.conversation.id)["reply"]["content"] for each in (kept, given)]
         assert contents == ["text", ""]
 

@@ -28,6 +28,7 @@ from chatserver.errors import DatabaseUnavailable, SourceError
 from chatserver.hub import Counts, LiveConversation, LiveReply, Log
 from chatserver.positions import Position
 from chatserver.records import Key, Message
+from chatserver.replies import endings
 from chatserver.server import Server as WholeServer
 from chatserver.settings import Settings
 from chatserver.sources import Prompt
@@ -441,29 +442,54 @@ class Conversation(RuleBasedStateMachine):
             self.checkpoint(self.servers.index(server))
 
     @precondition(lambda self: self.turn is not None and self.turn.server is not None)
-    @rule(how=st.sampled_from(["complete", "failed", "stopped", "stopped elsewhere"]), meanwhile=MEANWHILE)
+    @rule(how=st.sampled_from(["complete", "failed", "stopped"]), meanwhile=MEANWHILE)
     def end(self, how: str, meanwhile: tuple[int, int] | None = None) -> None:
         turn = self.turn
         assert turn is not None and turn.server is not None
         server = turn.server
-        other = self.servers[server is self.servers[0]]
         if how == "complete" and not turn.said.strip():
             how = "failed"  # a reply without a word is never complete
-        self.shortened |= how == "stopped elsewhere" and turn.saved != turn.said
 
         async def end() -> None:
-            if how == "stopped elsewhere":
-                await self.take_checkpoint(other)
-                await other.chat.stop(self.key)
-            elif how == "stopped":
+            if how == "stopped":
                 await server.chat.stop(self.key)
             else:
                 server.source.food.put_nowait(SourceError("source_failed", "No more.") if how == "failed" else None)
-            if how != "stopped elsewhere":
-                await server.until_ended()
+            await server.until_ended()
 
         self.run(end(), meanwhile)
-        self.look(("stopped", turn.saved) if how == "stopped elsewhere" else (how, turn.said))
+        self.look((how, turn.said))
+        assert self.turn is None
+
+    @precondition(lambda self: self.turn is not None and self.turn.server is not None)
+    @rule(knows_how=st.booleans(), meanwhile=MEANWHILE)
+    def stop_elsewhere(self, knows_how: bool, meanwhile: tuple[int, int] | None = None) -> None:
+        """Stop the reply on the server that does not write it.
+
+        :param knows_how: else that server ends the reply itself, with the text of its checkpoint, as version 0.1.0 did
+        """
+        turn = self.turn
+        assert turn is not None and turn.server is not None
+        server = turn.server
+        other = self.servers[server is self.servers[0]]
+        self.shortened |= not knows_how and turn.saved != turn.said
+
+        async def stop() -> None:
+            if knows_how:
+                server.store.taken = asyncio.Event()  # its checkpoints are accepted until the end of the reply
+                await other.chat.stop(self.key)
+                while server.replies.running:
+                    await asyncio.sleep(0.001)
+                server.store.taken, server.zombies = None, 0
+            else:
+                await self.take_checkpoint(other)
+                record = await other.store.peek(self.key)
+                assert record is not None and record.reply is not None
+                await other.replies.leases.finish_from_checkpoint(self.key, record.reply, endings.STOPPED)
+                await other.reading.history(self.key)
+
+        self.run(stop(), meanwhile)
+        self.look(("stopped", turn.said if knows_how else turn.saved))
         assert self.turn is None
 
     @rule(number=SERVERS)
@@ -673,7 +699,7 @@ def test_any_sequence_of_events_ends_with_the_stored_text(machine: type[Conversa
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_client_that_saw_more_than_a_stop_elsewhere_kept_is_reset(machine: type[Conversation], waits: bool) -> None:
+def test_client_that_saw_more_than_another_server_kept_is_reset(machine: type[Conversation], waits: bool) -> None:
     """A `done` was sent to clients with more text than the other server had stored."""
     conversation = machine()
     conversation.start()
@@ -681,6 +707,6 @@ def test_client_that_saw_more_than_a_stop_elsewhere_kept_is_reset(machine: type[
     conversation.say(number=0, text="hi", again=False)
     conversation.append(pieces=["Hello"], saved=False)
     conversation.cut(which=0, share=1.0, number=1 if waits else None, window=400)
-    conversation.end(how="stopped elsewhere")
+    conversation.stop_elsewhere(knows_how=False)
     conversation.cut(which=0, share=1.0, number=1, window=400)
     conversation.teardown()

@@ -44,6 +44,7 @@ from chatserver.records import (
     Turn,
 )
 from chatserver.store import Store, client_options, collection, connect, documents, new_id, redact_uri
+from chatserver.store.running import Unsaved
 from chatserver.store.turns import DOCUMENT_BYTES, REPLY_ROOM
 from tests.apps import Database
 
@@ -249,7 +250,8 @@ async def call_all_operations(store: Store, text: str, owner: str | None) -> Non
     assert await store.find_retry(first.conversation, f"{text} 3", None) == retried.turn
     await store.finish(first.conversation, ended(retried, text))
     await store.finish(first.conversation, ended(retried, text))
-    assert await store.checkpoint({retried.turn.reply_id: (first.conversation, text)}) == {retried.turn.reply_id}
+    unsaved = await store.checkpoint({retried.turn.reply_id: (first.conversation, text)})
+    assert unsaved.ended == {retried.turn.reply_id}
     assert await store.find_by_key(first.conversation, text, text) == first
     assert await store.find_retry(first.conversation, f"{text} 3", first.reply_id) == retried.turn
     for parent in (None, Parent(None)):
@@ -260,6 +262,7 @@ async def call_all_operations(store: Store, text: str, owner: str | None) -> Non
     edited = await store.start_turn(turn(first.conversation), text, f"{text} 4", parent=Parent(None))
     assert await store.find_started(first.conversation, edited.turn.reply_id) is not None
     await store.find_expired([edited.turn.reply_id])
+    assert await store.request_stop(first.conversation, edited.turn.reply_id)
     await store.finish(first.conversation, ended(edited, text))
     assert await store.show(first.conversation, first.reply_id) == more.turn.reply_id
     assert await store.rename(first.conversation, text) is not None
@@ -527,7 +530,41 @@ async def test_checkpoint_returns_the_replies_that_no_longer_run(stores: Stores)
             await store.start_turn(each, "Hello", None)
         await store.finish(ended.conversation, reply_of(ended, "taken over"))
         replies = {each.reply_id: (each.conversation, "text") for each in (kept, ended)}
-        assert set(await store.checkpoint(replies)) == {ended.reply_id}
+        assert await store.checkpoint(replies) == Unsaved({ended.reply_id}, set())
+
+
+async def test_reply_that_is_to_be_stopped_is_not_saved_but_can_be_ended(stores: Stores) -> None:
+    async with stores.open() as store:
+        kept, stopped, failing, mine = [turn() for _ in range(4)]
+        for each in (kept, stopped, failing, mine):
+            await store.start_turn(each, "Hello", None)
+        replies = {each.reply_id: (each.conversation, "text") for each in (kept, stopped)}
+
+        for each in (stopped, failing, mine):
+            assert await store.request_stop(each.conversation, each.reply_id)
+        assert await store.checkpoint(replies) == Unsaved(set(), {stopped.reply_id})
+
+        # It was complete before the server knew: then it is stopped nevertheless, as the client was answered.
+        for _ in range(2):
+            message = await store.finish(stopped.conversation, reply_of(stopped, "all of it"))
+            assert message is not None and (message.content, message.status) == ("all of it", "stopped")
+        for each, ending in ((failing, {"status": "failed", "error": INTERRUPTED}), (mine, {"status": "stopped"})):
+            message = reply_of(each, "all", **ending)
+            assert await store.finish(each.conversation, message) == message
+        assert not await store.request_stop(stopped.conversation, stopped.reply_id)
+        assert not await store.request_stop(kept.conversation, new_id())
+        assert await store.checkpoint(replies) == Unsaved({stopped.reply_id}, set())
+
+
+async def test_stop_request_ends_with_its_reply(stores: Stores) -> None:
+    async with stores.open() as store:
+        first = turn()
+        await store.start_turn(first, "Hello", None)
+        await store.request_stop(first.conversation, first.reply_id)
+        await store.finish(first.conversation, reply_of(first, "", status="stopped"))
+        second = turn(first.conversation)
+        await store.start_turn(second, "More", None)
+        assert not (await store.checkpoint({second.reply_id: (second.conversation, "text")})).stopping
 
 
 async def test_turn_is_refused_in_a_full_conversation(stores: Stores) -> None:

@@ -3,10 +3,15 @@
 Each checkpoint saves a reply's text and renews its lease. If the lease has expired, the server is presumed dead: any
 server that finds the reply stores its end, "interrupted", with the text of the last checkpoint. The dates are
 MongoDB's, so the servers' clocks need not agree.
+
+While MongoDB is away no lease can be renewed. So after an outage, which the sweeps notice, no server is presumed dead
+until every server had time to renew its leases.
 """
 
 import asyncio
 import logging
+from math import inf
+from time import monotonic
 
 from chatserver.errors import DatabaseUnavailable
 from chatserver.records import Key, Message, StoredReply
@@ -22,6 +27,8 @@ logger = logging.getLogger(__name__)
 _BATCH = 200
 """The approximate number of replies in one checkpoint."""
 _MAX_SWEEP_INTERVAL_S = 5.0
+_RENEWAL_S = 1.5
+"""How long a server may take after an outage to find the database again and to renew its leases."""
 
 
 class Leases:
@@ -32,6 +39,10 @@ class Leases:
         self._sweep_s = min(settings.lease_ms / 1000 / 4, _MAX_SWEEP_INTERVAL_S)
         self._store = store
         self._own = own
+        self._swept_at = inf
+        """When a sweep last read the database; infinity until the first one, so that it is never overdue."""
+        self._trusted_at = 0.0
+        """From when on an expired lease means that its server is dead."""
 
     async def checkpoint(self) -> None:
         """Checkpoint the running replies over one interval. End those that other servers were asked to stop, or ended.
@@ -86,7 +97,11 @@ class Leases:
 
         :param sole_server: whether no other server can be running, so that every lease counts as expired
         """
-        for conversation, reply in await self._store.find_expired(self._own.ids, sole_server=sole_server):
+        expired = await self._store.find_expired(self._own.ids, sole_server=sole_server)
+        if self._is_sweep_overdue:
+            self._trusted_at = monotonic() + _RENEWAL_S
+        self._swept_at = monotonic()
+        for conversation, reply in expired:
             try:
                 await self.finish_from_checkpoint(conversation, reply, endings.INTERRUPTED)
             except DatabaseUnavailable:
@@ -96,12 +111,19 @@ class Leases:
                 extra = {"conversation": conversation.id, "reply": reply.id}
                 logger.exception("an expired reply could not be finished", extra=extra)
 
+    @property
+    def _is_sweep_overdue(self) -> bool:
+        """Whether two sweeps are missing: the database, or this server, was away."""
+        return monotonic() > self._swept_at + 2 * self._sweep_s
+
     async def finish_from_checkpoint(self, conversation: Key, reply: StoredReply, ending: Ending) -> bool:
         """Store the end of another server's reply with its checkpointed text, unless its lease was renewed.
 
         :param reply: as read; its `renewed_at` is compared
-        :return: whether this call stored it
+        :return: whether this call stored it; False also if the database was away just now, so that it may be renewed
         """
+        if self._is_sweep_overdue or monotonic() < self._trusted_at:
+            return False
         message = Message(reply.id, "assistant", reply.content, reply.created_at, *ending, reply.parent, reply.key)
         if await self._store.finish(conversation, message, if_renewed_at=reply.renewed_at) is not message:
             return False

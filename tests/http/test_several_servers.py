@@ -9,7 +9,7 @@ import pytest
 from bson import ObjectId
 
 from chatserver.records import INTERRUPTED, Key, Message
-from chatserver.replies.leases import Leases
+from chatserver.store import Store
 from tests.apps import App, Database, MakeApp
 from tests.clients import Client, RawStream, Transcript, new_id, text_of
 from tests.http.turns import AGES_AGO, document, event_names, gated, release, said
@@ -57,7 +57,7 @@ async def test_expired_reply_is_followed_and_finished_once(make_app: MakeApp) ->
 async def test_post_to_a_conversation_of_a_dead_server_finishes_its_reply(
     make_app: MakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Leases, "sweep", lambda _: asyncio.sleep(3600))
+    monkeypatch.setattr(Store, "find_expired", lambda *_, **__: asyncio.sleep(0, ()))
     lost = await make_app(source=gated("a"), lease_ms=300, checkpoint_ms=20)
     answer = await lost.client.say("Hello")
     await lose(lost)
@@ -104,6 +104,28 @@ async def test_server_paused_beyond_its_lease_serves_the_stored_reply(
     assert history["status"] == "idle" and history["messages"][-1]["content"] == message["content"]
     await client.say("And?", answer["conversationId"])
     await client.close()
+
+
+async def test_outage_longer_than_a_lease_interrupts_no_reply(make_app: MakeApp) -> None:
+    source = gated("one ", "two ", said=1)
+    writer = await make_app(source=source, checkpoint_ms=20, lease_ms=800)
+    other = await make_app(checkpoint_ms=20, lease_ms=800)
+    answer = await writer.client.say("Hello")
+    watcher = asyncio.create_task(other.client.events(answer["conversationId"], answer["lastEventId"]))
+    await other.until(lambda: other.subscribers == 1)
+    for app in writer, other:
+        app.store.guard.away_until = float("inf")
+    await asyncio.sleep(1)
+
+    # The other one finds the database first.
+    calls: list[str] = []
+    other.store.guard.away_until, other.store.guard.observe = 0.0, lambda operation, *_: calls.append(operation)
+    await other.until(lambda: {"read", "find_lost"} <= set(calls) and len(calls) > 20)
+    writer.store.guard.away_until = 0.0
+    release(source)
+
+    events = await watcher
+    assert events[-1].name == "done" and text_of(events) == "one two "
 
 
 async def test_paused_server_notices_that_its_reply_was_finished_elsewhere(make_app: MakeApp) -> None:

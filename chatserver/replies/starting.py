@@ -42,7 +42,7 @@ class NewTurn:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """A turn that is a new reply beside an existing one.
+    """A turn that is another version of a reply.
 
     :ivar message_id: the existing reply; None for the last one of the active path
     """

@@ -63,7 +63,8 @@ BROKEN = {
 def chaos_with(mutant: str) -> "subprocess.CompletedProcess[str]":
     faults, delay_ms, _ = BROKEN[mutant]
     server = f"{sys.executable} -m tests.chaos.mutants {mutant}"
-    options = ["--seconds", "7", "--turns", "1", "--patience", "2.5", "--pause", "4", "--token-delay-ms", delay_ms]
+    # With a patience of 2.5 s, clients of a correct server are stuck, too: a reply takes up to 4 s.
+    options = ["--seconds", "7", "--turns", "1", "--patience", "8", "--pause", "4", "--token-delay-ms", delay_ms]
     return chaos("--server", server, "--faults", faults, *options)
 
 

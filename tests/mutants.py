@@ -1,4 +1,6 @@
-"""Servers that each break one promise to the owners, and the tests that must fail: `python -m tests.mutants NAME`.
+"""Servers that each break one promise, and the tests that must fail: `python -m tests.mutants NAME`.
+
+The promises are those to the owners, and those that several servers keep among each other.
 
 `python -m tests.mutants none` runs all of these tests with the server as it is.
 """
@@ -18,11 +20,14 @@ from chatserver.handlers import base, identity
 from chatserver.handlers.identity import TokenIdentity
 from chatserver.hub import Hub, LiveConversation
 from chatserver.records import Key
+from chatserver.replies.leases import Leases
 from chatserver.settings import Settings
 from chatserver.store.collection import Condition, Conversations
+from chatserver.store.running import RunningReplies
 from chatserver.store.turns import State, Turns
 from chatserver.streams import Connection, Streams
 
+SEVERAL = "tests/http/test_several_servers.py"
 BELOW_HTTP, HTTP = "tests/unit/test_owners.py", "tests/http/test_owners.py"
 
 
@@ -146,6 +151,20 @@ def proxy_header_more_than_once() -> None:
     identity.forwarded_owner = last  # type: ignore[attr-defined]
 
 
+def stop_flag_ignored() -> None:
+    """A stop that reaches another server than the one that writes the reply is not stored."""
+
+    async def accepted(*_: Any) -> bool:
+        return True
+
+    RunningReplies.request_stop = accepted  # type: ignore[assignment, method-assign]
+
+
+def outage_ignored() -> None:
+    """After an outage longer than a lease, the servers of all running replies are presumed dead."""
+    Leases._is_sweep_overdue = False  # type: ignore[assignment, method-assign]
+
+
 class Mutant(NamedTuple):
     """A server that breaks a promise: `apply` changes this process, and then the tests must fail."""
 
@@ -169,6 +188,8 @@ MUTANTS: dict[str, Mutant] = {
         (stream_without_expiry, f"{HTTP}::test_stream_that_has_expired_while_the_machine_slept_gets_no_token"),
         (origin_not_checked_without_a_body, f"{HTTP}::test_page_of_another_site_cannot_use_the_cookie"),
         (proxy_header_more_than_once, f"{HTTP}::test_proxy_must_name_one_owner"),
+        (stop_flag_ignored, f"{SEVERAL}::test_stop_on_another_server_loses_no_text_of_any_stream"),
+        (outage_ignored, f"{SEVERAL}::test_outage_longer_than_a_lease_interrupts_no_reply"),
     )
 }
 

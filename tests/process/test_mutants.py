@@ -1,4 +1,4 @@
-"""Servers that break a promise to the owners are caught by the tests."""
+"""Servers that break a promise are caught by the tests."""
 
 import os
 import subprocess
